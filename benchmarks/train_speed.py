@@ -1,0 +1,207 @@
+"""How fast a small Conformer trains on this machine's CPU, and how near that is to its matrix rate.
+
+    python benchmarks/train_speed.py [--threads 1 2] [--rounds 9] [--dropout 0 0.1] [--no-peer]
+    python benchmarks/train_speed.py --check-loss
+
+A step is forward, CTC loss, backward and a fused AdamW update. The peer is torchaudio's Conformer
+of the same shape behind the same front end and CTC head, timed in turn with ours. ``--check-loss``
+trains in fp32 and bf16 from the same seeds and data and prints both losses.
+B utterances, T frames, F bins, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torchaudio
+from torch import Tensor, nn
+
+from kdrecipe.heads.ctc import CtcHead, CtcLoss
+from kdrecipe.interfaces import Batch, Targets
+from kdrecipe.model.asr import AsrModel, FeatureNorm
+from kdrecipe_plugins.architectures.conformer import Conformer
+from kdrecipe_plugins.architectures.layers import ConvFront
+
+LAYERS, DIM, HEADS, FF, KERNEL, BINS, VOCAB, CHANNELS = 6, 144, 4, 576, 15, 80, 64, 32
+BATCHES = ((20, 3), (10, 12))  # utterances, seconds each
+FORMULA = (
+    "FLOPs of a step = 3 x forward (1 forward, 2 backward); forward, per output frame of 0.04 s:\n"
+    "  layers * (8*D*FF + 8*D^2 + 4*T*D + 6*D^2 + 2*K*D)   feed-forwards, attention, convolution\n"
+    "  + 2*9*C*(2*F/2) + 2*9*C*C*F/4 + 2*C*F/4*D + 2*D*V   front end and CTC head\n"
+    "  (norms, activations, softmax, loss and optimiser are not counted)"
+)
+
+
+class TorchaudioEncoder(nn.Module):
+    """The peer: our front end, torchaudio's Conformer layers."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.front = ConvFront(BINS, DIM, CHANNELS, dropout)
+        self.layers = torchaudio.models.Conformer(DIM, HEADS, FF, LAYERS, KERNEL, dropout=dropout)
+
+    def forward(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_BTD, lens_B = self.layers(*self.front(features_BTF, lens_B))
+        return hidden_BTD, lens_B
+
+
+def our_encoder(dropout: float) -> nn.Module:
+    """The Conformer that is measured."""
+    shape = Conformer.Config(
+        num_layers=LAYERS, dim=DIM, num_heads=HEADS, ff_dim=FF, kernel_size=KERNEL, dropout=dropout
+    )
+    return Conformer(shape, BINS)
+
+
+def forward_flops(num_utterances: int, duration_s: int) -> float:
+    """FLOPs of a forward pass, see FORMULA."""
+    frames = duration_s * 25
+    layer = 8 * DIM * FF + 14 * DIM**2 + 4 * frames * DIM + 2 * KERNEL * DIM
+    front = 18 * CHANNELS * BINS + 18 * CHANNELS**2 * BINS / 4 + CHANNELS * BINS / 2 * DIM
+    return num_utterances * frames * (LAYERS * layer + front + 2 * DIM * VOCAB)
+
+
+def random_batch(num_utterances: int, duration_s: int) -> Batch:
+    """Noise with three tokens per second."""
+    frames, tokens = duration_s * 100, duration_s * 3
+    return Batch(
+        ids=[str(i) for i in range(num_utterances)],
+        features_BTF=torch.randn(num_utterances, frames, BINS),
+        lens_B=torch.full((num_utterances,), frames),
+        tokens_BU=torch.randint(1, VOCAB, (num_utterances, tokens)),
+        token_lens_B=torch.full((num_utterances,), tokens),
+        labelled_B=torch.ones(num_utterances, dtype=torch.bool),
+    )
+
+
+class Trainer:
+    """A model, its optimiser and the precision it runs in."""
+
+    def __init__(self, encoder: nn.Module, bf16: bool, lr: float = 1e-3) -> None:
+        head = CtcHead(CtcHead.Config(), DIM, VOCAB)
+        self.model = AsrModel(encoder, {"ctc": head}, FeatureNorm(BINS))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr, fused=True)
+        self.loss = CtcLoss(CtcLoss.Config())
+        self.bf16 = bf16
+
+    def step(self, batch: Batch) -> float:
+        """One update; returns the loss per token."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            out = self.model(batch.features_BTF, batch.lens_B)
+            value = self.loss(out, Targets(), batch)
+        loss = value.total / value.count
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of a square matrix product, the best of several."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(8))
+
+
+def measure(num_threads: int, rounds: int, dropout: float, peer: bool) -> None:
+    """Print one block of rows: both batches, both precisions, ours and the peer in turn."""
+    torch.set_num_threads(num_threads)
+    rates = {bf16: matrix_rate(torch.bfloat16 if bf16 else torch.float32) for bf16 in (False, True)}
+    print(
+        f"\n{num_threads} thread(s), dropout {dropout}; matrix product "
+        f"{rates[False] / 1e9:.0f} GFLOP/s fp32, {rates[True] / 1e9:.0f} bf16\n"
+        f"{'model':12s}{'precision':11s}{'batch':>11s}{'audio s/s: median':>19s}{'best':>7s}"
+        f"{'of matrix rate':>16s}"
+    )
+    builders = {"ours": our_encoder, "torchaudio": TorchaudioEncoder}
+    names = [name for name in builders if peer or name == "ours"]
+    for num_utterances, duration_s in BATCHES:
+        torch.manual_seed(0)
+        batch = random_batch(num_utterances, duration_s)
+        runs = {(n, p): Trainer(builders[n](dropout), bf16=p) for n in names for p in (False, True)}
+        times: dict[tuple[str, bool], list[float]] = {key: [] for key in runs}
+        for round_ in range(rounds + 1):  # the first warms up; in turn, so that noise hits all alike
+            for key, run in runs.items():
+                took = seconds(partial(run.step, batch))
+                if round_:
+                    times[key].append(took)
+        audio_s = num_utterances * duration_s
+        flops = 3 * forward_flops(num_utterances, duration_s)
+        for (name, bf16), took in times.items():
+            share = flops / statistics.median(took) / rates[bf16]
+            print(
+                f"{name:12s}{'bf16' if bf16 else 'fp32':11s}{f'{num_utterances} x {duration_s} s':>11s}"
+                f"{audio_s / statistics.median(took):19.0f}{audio_s / min(took):7.0f}{share:16.0%}",
+                flush=True,
+            )
+
+
+def synthetic_batch(patterns_VF: Tensor, generator: torch.Generator, num_utterances: int = 16) -> Batch:
+    """Utterances of 8 tokens, each a spectral pattern of 16 frames under noise."""
+    tokens = torch.randint(1, VOCAB, (num_utterances, 8), generator=generator)
+    clean = patterns_VF[tokens].repeat_interleave(16, dim=1)
+    batch = random_batch(num_utterances, 1)
+    batch.features_BTF = clean + torch.randn(clean.shape, generator=generator)
+    batch.lens_B = torch.full((num_utterances,), clean.shape[1])
+    batch.tokens_BU, batch.token_lens_B = tokens, torch.full((num_utterances,), 8)
+    return batch
+
+
+def learn(bf16: bool, seed: int, num_steps: int) -> list[float]:
+    """Losses of a short training; the same seed gives the same weights and data in any precision."""
+    torch.manual_seed(seed)
+    run = Trainer(our_encoder(0.0), bf16)
+    generator = torch.Generator().manual_seed(seed)
+    patterns_VF = torch.randn(VOCAB, BINS, generator=generator)
+    losses = []
+    for step in range(num_steps):
+        run.optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 20)
+        losses.append(run.step(synthetic_batch(patterns_VF, generator)))
+    return losses
+
+
+def check_loss(num_steps: int, num_seeds: int) -> None:
+    """Print the loss of both precisions along the way, and the mean of the last tenth."""
+    tail = max(1, num_steps // 10)
+    print(f"CTC loss per token; means over {tail} steps, the last column over seeds too")
+    for name, bf16 in (("fp32", False), ("bf16", True)):
+        runs = [learn(bf16, seed, num_steps) for seed in range(num_seeds)]
+        for seed, losses in enumerate(runs):
+            means = [statistics.fmean(losses[i : i + tail]) for i in range(0, num_steps, tail)]
+            print(f"{name} seed {seed}: " + " ".join(f"{x:.3f}" for x in means))
+        print(f"{name} end: {statistics.fmean(statistics.fmean(r[-tail:]) for r in runs):.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each row")
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--no-peer", action="store_true", help="leave torchaudio's Conformer out")
+    parser.add_argument("--check-loss", action="store_true", help="compare the precisions' losses instead")
+    parser.add_argument("--steps", type=int, default=150, help="of --check-loss")
+    parser.add_argument("--seeds", type=int, default=3, help="of --check-loss")
+    options = parser.parse_args()
+    if options.check_loss:
+        torch.set_num_threads(options.threads[-1])
+        check_loss(options.steps, options.seeds)
+        return
+    print(f"torch {torch.__version__}, torchaudio {torchaudio.__version__}\n{FORMULA}")
+    for dropout in options.dropout:
+        for num_threads in options.threads:
+            measure(num_threads, options.rounds, dropout, not options.no_peer)
+
+
+if __name__ == "__main__":
+    main()

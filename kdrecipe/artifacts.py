@@ -1,0 +1,129 @@
+"""Files that are whole or absent: atomic writes, hashes, fingerprints, disk sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kdrecipe.errors import KdrecipeError
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex digest of ``data``."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with open(path, "rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _chunked(file)
+        )
+
+
+def _chunked(file: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no file_digest
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """Hex digest of a JSON-like value; equal values have equal fingerprints on any machine."""
+    return sha256_bytes(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write ``path`` so that it holds the old content or the new, never a part.
+
+    Raises:
+        KdrecipeError: the disk is full; the old file is untouched.
+    """
+    with replacing(path) as part:
+        part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it takes ``path``'s place if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with disk_errors(path):
+            yield part
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into an error with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free / 1e6
+            raise KdrecipeError(
+                f"no space left on the disk ({free:.0f} MB free)",
+                where=str(path),
+                remedy="free some space or choose another place with --work DIR; the same command goes on from here",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS):
+            raise KdrecipeError(
+                "can't write here", where=str(path), remedy="choose another place with --work DIR"
+            ) from error
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=1, sort_keys=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        KdrecipeError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise KdrecipeError("missing file", where=str(path), remedy="run the stage that writes it") from None
+    except json.JSONDecodeError as error:
+        raise KdrecipeError(
+            f"not valid JSON ({error})", where=str(path), remedy="delete it and rerun its stage"
+        ) from None
+
+
+def list_files(directory: Path) -> dict[str, int]:
+    """Relative path -> size in bytes of every file below ``directory``, sorted, stamps left out."""
+    sizes = {}
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            path = Path(folder, name)
+            if name != "stamp.json":
+                sizes[path.relative_to(directory).as_posix()] = path.stat().st_size
+    return dict(sorted(sizes.items()))
+
+
+def listing_digest(directory: Path) -> str:
+    """Digest of names and sizes below ``directory``: notices a changed raw corpus without reading it."""
+    return fingerprint(list_files(directory))
+
+
+def content_digest(directory: Path, files: dict[str, int]) -> str:
+    """Digest of the content of ``files`` below ``directory``."""
+    return fingerprint({name: sha256_file(directory / name) for name in files})

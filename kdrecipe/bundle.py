@@ -1,0 +1,217 @@
+"""A bundle: a directory with a model that describes itself.
+
+::
+
+    bundle.json   what it is: configuration, tokens, provenance, compression steps
+    weights.pt    a state dict of plain tensors
+    tokens.txt    token and id per line
+    spm.model     the SentencePiece model
+
+Decoding, exporting, compressing and teaching need nothing else. The plugins that built the
+model must be loadable; the error says which one is not.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrecipe import __version__
+from kdrecipe.artifacts import read_json, replacing, sha256_file, write_json
+from kdrecipe.errors import KdrecipeError
+from kdrecipe.interfaces import ModelInfo, Options
+
+if TYPE_CHECKING:
+    from kdrecipe.data.tokens import Tokenizer
+    from kdrecipe.model.asr import AsrModel
+    from kdrecipe.registry import Registry
+
+FORMAT = 1
+
+
+class Bundle:
+    """A bundle on disk; the model is built when first asked for.
+
+    Args:
+        path: its directory.
+        meta: content of ``bundle.json``.
+        registry: where architectures, heads and compressors are looked up; None: all that is
+            installed.
+    """
+
+    def __init__(self, path: Path, meta: dict[str, Any], registry: Registry | None = None) -> None:
+        self.path = path
+        self.meta = meta
+        self._registry = registry
+
+    @classmethod
+    def load(cls, path: Path | str, registry: Registry | None = None) -> Bundle:
+        """Open a bundle.
+
+        Raises:
+            KdrecipeError: not a bundle, or written by a later version.
+        """
+        path = Path(path)
+        if not (path / "bundle.json").exists():
+            raise KdrecipeError(
+                "not a bundle: there is no bundle.json in it",
+                where=str(path),
+                remedy="give the directory of a trained system, e.g. exp/systems/kd/seed1",
+            )
+        meta = read_json(path / "bundle.json")
+        if meta.get("format") != FORMAT:
+            raise KdrecipeError(
+                f"bundle format {meta.get('format')}, this version reads {FORMAT}",
+                where=str(path),
+                remedy="use the version of kdrecipe named in its bundle.json under provenance",
+            )
+        return cls(path, meta, registry)
+
+    @classmethod
+    def save(cls, path: Path, model: AsrModel, tokens: Tokenizer, meta: dict[str, Any]) -> Bundle:
+        """Write a bundle; ``meta`` holds what :class:`Bundle` documents, without the derived fields."""
+        import torch
+
+        path.mkdir(parents=True, exist_ok=True)
+        tokens.save(path)
+        with replacing(path / "weights.pt") as part:
+            torch.save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part)
+        full = {
+            "format": FORMAT,
+            **meta,
+            "vocab_id": tokens.vocab_id,
+            "params": count_params(model),
+            "frame_shift_s": model_frame_shift(model, meta["features"]),
+            "weights_sha256": sha256_file(path / "weights.pt"),
+        }
+        write_json(path / "bundle.json", full)
+        return cls(path, full)
+
+    @property
+    def name(self) -> str:
+        """The system's name."""
+        return str(self.meta["name"])
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the weights are 8-bit integers."""
+        return any(step["name"].startswith("int8") for step in self.meta.get("compression", []))
+
+    @property
+    def hash(self) -> str:
+        """Identifies weights and tokens: the key of whatever is derived from this bundle."""
+        return f"{self.meta['weights_sha256']}-{self.meta['vocab_id']}"
+
+    @cached_property
+    def registry(self) -> Registry:
+        """The plugins that this bundle's model is built from."""
+        if self._registry is None:
+            from kdrecipe.plugins import load_plugins
+
+            files = [self.path / name for name in self.meta.get("plugin_files", [])]
+            self._registry = load_plugins(files).registry
+        return self._registry
+
+    @cached_property
+    def tokens(self) -> Tokenizer:
+        """Its tokens."""
+        from kdrecipe.data.tokens import Tokenizer
+
+        return Tokenizer.load(self.path)
+
+    @cached_property
+    def model(self) -> AsrModel:
+        """Its model, on the CPU, in evaluation mode.
+
+        Raises:
+            KdrecipeError: the weights are damaged or do not fit the configuration.
+        """
+        import torch
+
+        from kdrecipe.model.asr import build_model
+
+        model = build_model(
+            self.meta["model"],
+            input_dim=self.meta["features"]["num_mel_bins"],
+            vocab_size=len(self.tokens),
+            registry=self.registry,
+        )
+        for step in self.meta.get("compression", []):
+            model = build_compressor(self.registry, step).rebuild(model)
+        weights = self.path / "weights.pt"
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            model.load_state_dict(state)
+        except Exception as error:  # torch raises a different type for every kind of damage
+            if sha256_file(weights) != self.meta["weights_sha256"]:
+                raise KdrecipeError(
+                    "the weights are damaged (their hash differs from bundle.json)",
+                    where=str(weights),
+                    remedy="rerun the stage that wrote this bundle with --force",
+                ) from error
+            raise KdrecipeError(f"the weights do not fit the model: {error}", where=str(weights)) from error
+        return model.eval()
+
+    @cached_property
+    def info(self) -> ModelInfo:
+        """What losses may know of this model."""
+        from kdrecipe.model.asr import model_info
+
+        return model_info(self.model, self.meta["vocab_id"])
+
+
+def build_compressor(registry: Registry, step: dict[str, Any]) -> Any:
+    """The compressor that ``{name, options}`` names."""
+    cls = registry.get("compressors", step["name"])
+    config: Options = cls.Config.model_validate(step.get("options", {}))
+    return cls(config)
+
+
+def count_params(model: AsrModel) -> int:
+    """Number of weights, whatever their type: parameters, and the int8 weights kept as buffers."""
+    import torch
+
+    count = sum(p.numel() for p in model.parameters())
+    return count + sum(b.numel() for b in model.buffers() if b.dtype in (torch.int8, torch.uint8))
+
+
+def model_frame_shift(model: AsrModel, features: dict[str, Any]) -> float:
+    """Seconds per output frame."""
+    return float(features.get("frame_shift_s", 0.01)) * int(model.encoder.subsampling)
+
+
+def provenance(command: str, **more: Any) -> dict[str, Any]:
+    """Versions and machine, for ``bundle.json`` and the report; no host name, no local path."""
+    import importlib.metadata as md
+
+    names = ("torch", "torchaudio", "lhotse", "sentencepiece", "onnxruntime", "sherpa-onnx")
+    versions = {"kdrecipe": __version__, "python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = md.version(name)
+        except md.PackageNotFoundError:
+            versions[name] = "absent"
+    return {"command": command, "versions": versions, "git": git_commit(), **more}
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree that this code runs from, ``+`` if it has changes; None if unknown."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+        if head.returncode:
+            return None
+        # Only tracked code counts: results written into a recipe must not change the name of the code.
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.yaml", "*.cfg", "*.toml"],
+            capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None

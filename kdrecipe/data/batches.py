@@ -1,0 +1,211 @@
+"""Batches: a plan for every epoch that depends on (seed, epoch) alone, and features kept in memory.
+
+B utterances, T feature frames, F bins, U tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Set
+
+import numpy as np
+import torch
+from lhotse.cut import Cut
+from torch import Tensor
+
+from kdrecipe.errors import DataError
+from kdrecipe.interfaces import BLANK_ID, Batch, TokenTable
+
+# Durations are multiplied by a random factor of up to this much before sorting: batches then hold
+# utterances of about equal length (little padding), yet other ones in every epoch.
+_JITTER = 0.1
+
+_DEFAULT_CACHE_BYTES = 4 << 30
+
+
+class CutBatches:
+    """The utterances of a split or subset, in batches of about equal duration.
+
+    Args:
+        cuts: with features computed.
+        tokenizer: for the labels.
+        batch_duration_s: utterances in a batch times the longest one's duration stays at or
+            below this, save for an utterance that is longer all by itself.
+        seed: of the plans.
+        labelled_ids: cuts whose text may be used; None: all that have a text.
+        shuffle: False: one plan for all epochs, longest batch first (for dev).
+        cache: bytes of features kept in memory; True for 4 GiB, False for none.
+
+    Raises:
+        DataError: no cuts, a cut without features, or the same id twice.
+    """
+
+    def __init__(
+        self,
+        cuts: Iterable[Cut],
+        tokenizer: TokenTable,
+        *,
+        batch_duration_s: float,
+        seed: int,
+        labelled_ids: Set[str] | None = None,
+        shuffle: bool = True,
+        cache: bool | int = True,
+    ) -> None:
+        listed = list(cuts)
+        self._cuts = {cut.id: cut for cut in listed}
+        _check(listed, self._cuts)
+        self.ids = list(self._cuts)
+        self.tokenizer = tokenizer
+        self.batch_duration_s = batch_duration_s
+        self.seed = seed
+        self.shuffle = shuffle
+        self._durations_s = np.array([cut.duration for cut in listed])
+        self._labelled = {
+            cut.id for cut in listed if (labelled_ids is None or cut.id in labelled_ids) and _text(cut)
+        }
+        self._labels: dict[str, list[int]] = {}
+        self._features: dict[str, Tensor] = {}
+        self._cache_left = _DEFAULT_CACHE_BYTES if cache is True else int(cache)
+
+    # ------------------------------------------------------------ plans
+
+    def epoch(self, number: int) -> list[list[str]]:
+        """The batches of epoch ``number`` (from 0), as lists of cut ids; the same whenever asked."""
+        rng = np.random.default_rng([self.seed, number])
+        blocks = self._blocks(rng)
+        if self.shuffle:
+            blocks = [blocks[i] for i in rng.permutation(len(blocks))]
+        return [[self.ids[i] for i in block] for block in blocks]
+
+    def num_batches(self, number: int) -> int:
+        """``len(self.epoch(number))``, without making the lists."""
+        rng = np.random.default_rng([self.seed, number])
+        return len(_fill(self._durations_s[self._order(rng)], self.batch_duration_s))
+
+    def longest(self) -> list[str]:
+        """The batch that needs the most memory: the longest utterances of all, as many as fit."""
+        order = np.argsort(-self._durations_s, kind="stable")
+        end = _fill(self._durations_s[order], self.batch_duration_s)[0]
+        return [self.ids[i] for i in order[:end]]
+
+    def duration_s(self, ids: Iterable[str]) -> float:
+        """Seconds of audio in these cuts, padding not counted."""
+        return float(sum(self._cuts[i].duration for i in ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_labelled(self) -> int:
+        """Utterances whose text may be used."""
+        return len(self._labelled)
+
+    def _order(self, rng: np.random.Generator) -> np.ndarray:
+        """Cut numbers from the longest to the shortest, roughly so when shuffling."""
+        spread = rng.uniform(1 - _JITTER, 1 + _JITTER, len(self.ids)) if self.shuffle else 1.0
+        return np.argsort(-self._durations_s * spread, kind="stable")
+
+    def _blocks(self, rng: np.random.Generator) -> list[np.ndarray]:
+        order = self._order(rng)
+        durations_s = self._durations_s[order]
+        limit_s = self.batch_duration_s
+        ends = _fill(durations_s, limit_s)
+        if self.shuffle:
+            ends = _level(durations_s, limit_s, ends)
+        return np.split(order, ends[:-1])
+
+    # ------------------------------------------------------------ loading
+
+    def load(self, ids: Sequence[str]) -> Batch:
+        """The batch of these cuts, on the CPU, features padded with zeros.
+
+        Raises:
+            DataError: features on disk are missing or damaged.
+        """
+        features = [self._load_features(i) for i in ids]
+        lens = [len(f) for f in features]
+        features_BTF = features[0].new_zeros(len(ids), max(lens), features[0].shape[1])
+        for row, item in zip(features_BTF, features, strict=True):
+            row[: len(item)] = item
+        labelled = [i in self._labelled for i in ids]
+        labels = [self._encode(i) if known else [] for i, known in zip(ids, labelled, strict=True)]
+        tokens_BU = torch.full((len(ids), max(map(len, labels))), BLANK_ID, dtype=torch.int64)
+        for row, label in zip(tokens_BU, labels, strict=True):
+            row[: len(label)] = torch.tensor(label, dtype=torch.int64)
+        return Batch(
+            ids=list(ids),
+            features_BTF=features_BTF,
+            lens_B=torch.tensor(lens),
+            tokens_BU=tokens_BU,
+            token_lens_B=torch.tensor([len(label) for label in labels]),
+            labelled_B=torch.tensor(labelled),
+            texts=[_text(self._cuts[i]) if known else "" for i, known in zip(ids, labelled, strict=True)],
+        )
+
+    def _encode(self, cut_id: str) -> list[int]:
+        if cut_id not in self._labels:
+            self._labels[cut_id] = self.tokenizer.encode(_text(self._cuts[cut_id]))
+        return self._labels[cut_id]
+
+    def _load_features(self, cut_id: str) -> Tensor:
+        cached = self._features.get(cut_id)
+        if cached is not None:
+            return cached
+        try:
+            array = self._cuts[cut_id].load_features()
+        except Exception as error:  # a missing file, a truncated one, a wrong header
+            raise DataError(
+                f"can't read its features: {type(error).__name__}: {str(error).strip().splitlines()[0]}",
+                where=cut_id,
+                remedy="rerun the features stage with --force",
+            ) from error
+        features = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+        size = features.numel() * features.element_size()
+        if size <= self._cache_left:
+            self._cache_left -= size
+            self._features[cut_id] = features
+        return features
+
+
+def _check(cuts: Sequence[Cut], by_id: dict[str, Cut]) -> None:
+    if not cuts:
+        raise DataError(
+            "no utterances to make batches of",
+            remedy="look at the subset's rule and at manifests/summary.json",
+        )
+    if len(by_id) != len(cuts):
+        raise DataError("the same cut id occurs more than once", remedy="run the prepare stage again")
+    if missing := next((cut.id for cut in cuts if not cut.has_features), None):
+        raise DataError("the cut has no features", where=missing, remedy="run the features stage")
+
+
+def _text(cut: Cut) -> str:
+    return " ".join(s.text for s in cut.supervisions if s.text)
+
+
+def _fill(durations_s: np.ndarray, limit_s: float) -> list[int]:
+    """Ends of consecutive batches in which count times longest stays within ``limit_s``."""
+    ends: list[int] = []
+    start, longest = 0, 0.0
+    for number, duration in enumerate(durations_s.tolist()):
+        longest = max(longest, duration)
+        if number > start and (number + 1 - start) * longest > limit_s * (1 + 1e-9):
+            ends.append(number)
+            start, longest = number, duration
+    return [*ends, len(durations_s)]
+
+
+def _level(durations_s: np.ndarray, limit_s: float, ends: list[int]) -> list[int]:
+    """Equally many batches as ``ends``, of about equal size.
+
+    Filling to the limit leaves a remainder, and a last batch of one utterance would weigh as much
+    in an optimiser step as a full one. So: the lowest limit that needs no more batches.
+    """
+    low, high, best = 0.0, limit_s, ends
+    for _ in range(6):
+        middle = (low + high) / 2
+        tried = _fill(durations_s, middle)
+        if len(tried) <= len(ends):
+            high, best = middle, tried
+        else:
+            low = middle
+    return best if len(best) == len(ends) else ends

@@ -1,0 +1,313 @@
+"""Features: log-mel cuts from manifests, speed-perturbed copies, subsets, normalisation statistics.
+
+Written to the features directory::
+
+    <split>.jsonl.gz   cuts, one per supervision, with features computed (``train`` with its copies)
+    storage/<split>/   the arrays: float32 (T, F) log-mel, not normalised
+    norm.npz           mean and std (F,) over the unperturbed training cuts
+    subsets.json       name -> ids of the training cuts in it, with their perturbed copies
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lhotse.audio import RecordingSet
+from lhotse.cut import CutSet, MonoCut
+from lhotse.features.io import NumpyFilesWriter
+from lhotse.features.kaldi.extractors import Fbank, FbankConfig
+from lhotse.supervision import SupervisionSet
+
+from kdrecipe.artifacts import disk_errors, replacing, write_json
+from kdrecipe.data.subsets import choose_subsets
+from kdrecipe.errors import DataError, Problem, RecipeError
+
+SAMPLE_RATE = 16000
+FRAME_SHIFT_S = 0.01
+
+_RECORDINGS = "_recordings.jsonl.gz"
+_SUPERVISIONS = "_supervisions.jsonl.gz"
+
+
+def make_extractor(config: Mapping[str, Any]) -> Fbank:
+    """Lhotse's Kaldi-compatible filter bank, which sherpa-onnx computes alike on the device.
+
+    Args:
+        config: the recipe's ``features`` (``name``, ``num_mel_bins``; ``speed_perturb`` is not used here).
+
+    Raises:
+        RecipeError: unknown kind of features.
+    """
+    if config["name"] != "fbank":
+        raise RecipeError(
+            f"unknown features {config['name']!r}", where="features.name", remedy="the one kind is fbank"
+        )
+    return _fbank(int(config["num_mel_bins"]))
+
+
+@functools.lru_cache
+def _fbank(num_mel_bins: int) -> Fbank:
+    return Fbank(FbankConfig(sampling_rate=SAMPLE_RATE, num_filters=num_mel_bins))
+
+
+def extract(samples_S: np.ndarray, sample_rate: int, config: Mapping[str, Any]) -> np.ndarray:
+    """Log-mel features (T, F) float32 of one utterance, samples in [-1, 1].
+
+    Raises:
+        DataError: the sampling rate is not 16 kHz.
+    """
+    if sample_rate != SAMPLE_RATE:
+        raise DataError(
+            f"audio at {sample_rate} Hz",
+            remedy=f"convert it to {SAMPLE_RATE} Hz first, e.g. with sox or ffmpeg",
+        )
+    samples = np.asarray(samples_S, dtype=np.float32)[None]
+    return np.asarray(make_extractor(config).extract(samples, sample_rate), dtype=np.float32)
+
+
+def compute_features(
+    manifest_dir: Path,
+    out_dir: Path,
+    config: Mapping[str, Any],
+    *,
+    subsets: Mapping[str, Mapping[str, Any]] | None = None,
+    seed: int = 0,
+    num_jobs: int = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, CutSet]:
+    """Compute the features of every split in ``manifest_dir``.
+
+    Args:
+        manifest_dir: holds ``<split>_recordings.jsonl.gz`` and ``<split>_supervisions.jsonl.gz``.
+        out_dir: see the module's text. The cuts name their arrays by absolute path.
+        config: the recipe's ``features``: ``name: fbank``, ``num_mel_bins`` and ``speed_perturb``,
+            factors for copies of the training cuts (1.0 is the cut itself and always there).
+        subsets: name -> rule, see :func:`kdrecipe.data.subsets.choose_subsets`.
+        seed: for the choice of subsets.
+        num_jobs: processes; one is best for less than some ten hours of audio.
+        on_progress: called with (cuts done, cuts in all).
+
+    Raises:
+        DataError: no manifests, unreadable audio (every bad file is named), a subset that can't be made.
+    """
+    splits = {split: read_cuts(manifest_dir, split) for split in _split_names(manifest_dir)}
+    chosen = choose_subsets(splits.get("train", []), subsets or {}, seed)
+    factors = [f for f in config.get("speed_perturb", []) if f != 1.0]
+    originals = splits.get("train", [])
+    if originals:
+        splits["train"] = originals + [perturb_speed(cut, factor) for cut in originals for factor in factors]
+    total, done = sum(map(len, splits.values())), 0
+    finished: dict[str, list[MonoCut]] = {split: [] for split in splits}
+    problems = []
+    for split, cuts in splits.items():
+        for outcome in _extract_all(cuts, out_dir.absolute() / "storage" / split, config, num_jobs):
+            done += 1
+            if on_progress:
+                on_progress(done, total)
+            if isinstance(outcome, Problem):
+                problems.append(outcome)
+            else:
+                finished[split].append(outcome)
+    if problems:
+        raise DataError(problems)
+    if originals:
+        ids = {cut.id for cut in originals}
+        _write_norm(out_dir / "norm.npz", *feature_stats(c for c in finished["train"] if c.id in ids))
+    write_json(out_dir / "subsets.json", _with_copies(chosen, factors))
+    result = {split: CutSet.from_cuts(cuts) for split, cuts in finished.items()}
+    for split, cut_set in result.items():
+        with disk_errors(out_dir):
+            cut_set.to_file(out_dir / f"{split}.jsonl.gz")
+    return result
+
+
+def perturb_speed(cut: MonoCut, factor: float) -> MonoCut:
+    """A copy of ``cut`` played ``factor`` times as fast, under the id ``<id>_sp<factor>``.
+
+    Raises:
+        DataError: the cut carries arrays. They belong to the original's time axis, and Lhotse
+            would keep them (or cut their ends off) under the copy's new duration.
+    """
+    arrays = [name for name, value in (cut.custom or {}).items() if hasattr(value, "storage_path")]
+    if cut.has_features or arrays:
+        kept = ", ".join(arrays + ["features"] * cut.has_features)
+        raise DataError(
+            f"can't change the speed of a cut that holds computed arrays ({kept})",
+            where=cut.id,
+            remedy="perturb first, then compute features and targets of the copy",
+        )
+    copy: MonoCut = cut.perturb_speed(factor)  # type: ignore[assignment]
+    return copy
+
+
+def read_cuts(manifest_dir: Path, split: str) -> list[MonoCut]:
+    """One cut per supervision of a split, under the supervision's id; no features yet.
+
+    Raises:
+        DataError: a supervision names a recording that is not there, or a rate is not 16 kHz.
+    """
+    recordings = {r.id: r for r in RecordingSet.from_file(manifest_dir / f"{split}{_RECORDINGS}")}
+    cuts, problems = [], []
+    for supervision in SupervisionSet.from_file(manifest_dir / f"{split}{_SUPERVISIONS}"):
+        recording = recordings.get(supervision.recording_id)
+        if recording is None:
+            problems.append(Problem(f"its recording {supervision.recording_id!r} is missing", supervision.id))
+            continue
+        if recording.sampling_rate != SAMPLE_RATE:
+            what = f"recorded at {recording.sampling_rate} Hz"
+            problems.append(Problem(what, supervision.id, f"convert the corpus to {SAMPLE_RATE} Hz"))
+            continue
+        channel = supervision.channel
+        cuts.append(
+            MonoCut(
+                id=supervision.id,
+                start=supervision.start,
+                # Rounding in the corpus's own times may put the end some samples past the audio's.
+                duration=min(supervision.duration, recording.duration - supervision.start),
+                channel=channel if isinstance(channel, int) else channel[0],
+                supervisions=[supervision.with_offset(-supervision.start)],
+                recording=recording,
+            )
+        )
+    if problems:
+        raise DataError(problems)
+    return cuts
+
+
+def load_cuts(features_dir: Path, split: str) -> CutSet:
+    """The cuts that :func:`compute_features` wrote for ``split``.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    path = features_dir / f"{split}.jsonl.gz"
+    if not path.exists():
+        names = ", ".join(sorted(p.name.removesuffix(".jsonl.gz") for p in features_dir.glob("*.jsonl.gz")))
+        raise DataError(
+            f"there is no split {split!r}",
+            where=str(features_dir),
+            remedy=f"splits with features: {names or 'none'}",
+        )
+    cuts: CutSet = CutSet.from_file(path).to_eager()
+    return cuts
+
+
+def load_norm(features_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (F,) float32 of the training features."""
+    with np.load(features_dir / "norm.npz") as stored:
+        return stored["mean"], stored["std"]
+
+
+def _split_names(manifest_dir: Path) -> list[str]:
+    names = sorted(p.name.removesuffix(_RECORDINGS) for p in manifest_dir.glob(f"*{_RECORDINGS}"))
+    if not names:
+        raise DataError("no manifests", where=str(manifest_dir), remedy="run the prepare stage")
+    return names
+
+
+# ---------------------------------------------------------------- extraction
+
+
+def _extract_all(
+    cuts: Sequence[MonoCut], storage: Path, config: Mapping[str, Any], num_jobs: int
+) -> Iterator[MonoCut | Problem]:
+    """The cuts with features, in order, with a problem in the place of each that has none."""
+    numbered = list(enumerate(cuts))
+    # Blocks bound what is under way between processes, and load the extractor once per block.
+    blocks = [numbered[i : i + 50] for i in range(0, len(numbered), 50)]
+    if num_jobs <= 1 or len(blocks) == 1:
+        for block in blocks:
+            yield from _extract_block(block, storage, dict(config))
+        return
+    # A forked copy of a process in which torch has started threads can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_jobs, mp_context=context, initializer=_one_thread) as pool:
+        work = [pool.submit(_extract_block, block, storage, dict(config)) for block in blocks]
+        for future in work:
+            yield from future.result()
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _extract_block(
+    numbered: Sequence[tuple[int, MonoCut]], storage: Path, config: dict[str, Any]
+) -> list[MonoCut | Problem]:
+    extractor = make_extractor(config)
+    writer = _NamedFiles(storage)
+    done: list[MonoCut | Problem] = []
+    for number, cut in numbered:
+        try:
+            samples = cut.load_audio()
+        except Exception as error:  # whatever the decoder raises, it is about this file
+            what = f"can't read its audio: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            done.append(Problem(what, cut.id, "mend or remove the file, or set corpus.on_error: skip"))
+            continue
+        storage.mkdir(parents=True, exist_ok=True)
+        with disk_errors(storage):
+            # Lhotse groups files by the first three characters of the key. Numbers, not ids, since
+            # an id may be no file name.
+            writer.file = f"{number // 1000:03d}-{number:07d}"
+            features = extractor.extract_from_samples_and_store(
+                samples, writer, cut.sampling_rate, offset=cut.start, channel=cut.channel
+            )
+        assert cut.recording is not None
+        features.recording_id = cut.recording.id
+        cut.features = features
+        done.append(cut)
+    return done
+
+
+class _NamedFiles(NumpyFilesWriter):
+    """Stores arrays under :attr:`file` instead of the random names that Lhotse makes up."""
+
+    file = ""
+
+    def write(self, key: str, value: np.ndarray) -> str:
+        """Store ``value``; ``key`` is not used."""
+        return str(super().write(self.file, value))
+
+
+# ---------------------------------------------------------------- statistics and subsets
+
+
+def _write_norm(path: Path, mean: np.ndarray, std: np.ndarray) -> None:
+    with replacing(path) as part, open(part, "wb") as file:
+        np.savez(file, mean=mean, std=std)
+
+
+def feature_stats(cuts: Iterable[MonoCut]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (F,) float32 over all frames of ``cuts``.
+
+    Raises:
+        DataError: there are no frames.
+    """
+    total: Any = 0.0
+    squares: Any = 0.0
+    num_frames = 0
+    for cut in cuts:
+        frames = cut.load_features().astype(np.float64)
+        total, squares = total + frames.sum(0), squares + (frames**2).sum(0)
+        num_frames += len(frames)
+    if num_frames == 0:
+        raise DataError("no training audio", where="train", remedy="look at the prepare stage's summary.json")
+    mean = total / num_frames
+    # A bin that never changes (synthetic or band-limited audio) must not be blown up to noise.
+    std = np.sqrt(np.maximum(squares / num_frames - mean**2, 1e-4))
+    return mean.astype(np.float32), std.astype(np.float32)
+
+
+def _with_copies(subsets: Mapping[str, list[str]], factors: Sequence[float]) -> dict[str, list[str]]:
+    return {
+        name: [copy for cut_id in ids for copy in (cut_id, *(f"{cut_id}_sp{f}" for f in factors))]
+        for name, ids in subsets.items()
+    }

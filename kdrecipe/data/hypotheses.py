@@ -1,0 +1,41 @@
+"""Hypotheses files: one JSON object per utterance and line, with ``id``, ``ref``, ``hyp`` and more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kdrecipe.errors import DataError, Problem
+
+
+def read_hypotheses(path: Path) -> dict[str, tuple[str, str]]:
+    """Utterance id -> (reference, hypothesis).
+
+    Raises:
+        DataError: a line is no JSON object with ``id``, ``ref`` and ``hyp``, an id occurs
+            twice, or the file is missing or empty.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    problems = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise DataError("hypotheses are missing", where=str(path), remedy="run the decode stage") from None
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+            utterance, texts = str(row["id"]), (str(row["ref"]), str(row["hyp"]))
+        except (ValueError, KeyError, TypeError):
+            problems.append(
+                Problem("not a JSON object with id, ref and hyp", where, "rerun the decode stage")
+            )
+            continue
+        if utterance in found:
+            problems.append(Problem(f"utterance {utterance!r} occurs twice", where, "rerun the decode stage"))
+        found[utterance] = texts
+    if problems:
+        raise DataError(problems)
+    if not found:
+        raise DataError("no hypotheses in here", where=str(path), remedy="rerun the decode stage")
+    return found

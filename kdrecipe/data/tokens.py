@@ -1,0 +1,163 @@
+"""Tokens: a SentencePiece model and the list of its pieces, the same for every model of a recipe.
+
+Ids 0, 1 and 2 are ``<blk>``, ``<sos/eos>`` and ``<unk>``; pieces follow. ``tokens.txt`` holds one
+``piece id`` per line, which is what sherpa-onnx reads.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import sentencepiece as spm
+
+from kdrecipe.artifacts import sha256_bytes, write_atomic
+from kdrecipe.errors import DataError, KdrecipeError, RecipeError
+from kdrecipe.interfaces import BLANK_ID, SOS_EOS_ID, UNK_ID
+
+TokenKind = Literal["bpe", "unigram", "char"]
+
+SPECIALS = ("<blk>", "<sos/eos>", "<unk>")
+
+# SentencePiece drops longer lines (in bytes) without a word; its default is 4192.
+_MAX_LINE_BYTES = 1 << 20
+
+
+class Tokenizer:
+    """Text to token ids and back; made by :meth:`train` or :meth:`load`.
+
+    Args:
+        model: a serialised SentencePiece model whose first pieces are :data:`SPECIALS`.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        self._model = model
+        self._processor = spm.SentencePieceProcessor(model_proto=model)
+        self.pieces: list[str] = [self._processor.id_to_piece(i) for i in range(len(self._processor))]
+        self.vocab_id: str = sha256_bytes(self.tokens_txt.encode())[:16]
+        """Identifies the token list: equal ids mean equal pieces in equal order."""
+
+    @classmethod
+    def train(cls, texts: Iterable[str], kind: TokenKind, vocab_size: int | None, out_dir: Path) -> Tokenizer:
+        """Learn tokens from ``texts`` and write them to ``out_dir``; equal texts give equal files.
+
+        Args:
+            texts: training transcripts, in any order that is always the same.
+            kind: ``bpe``, ``unigram`` or ``char``.
+            vocab_size: number of tokens with the three special ones; for ``char`` None takes
+                every character, a number the commonest ones (others become ``<unk>``).
+            out_dir: gets ``spm.model`` and ``tokens.txt``.
+
+        Raises:
+            DataError: there is no text.
+            RecipeError: ``vocab_size`` does not suit this text.
+        """
+        lines = [line for line in (" ".join(text.split()) for text in texts) if line]
+        if not lines:
+            raise DataError(
+                "no text to learn tokens from",
+                where="tokens",
+                remedy="look at the train split's supervisions: every text is empty",
+            )
+        if vocab_size is None and kind != "char":
+            raise RecipeError(f"vocab_size is missing for {kind} tokens", where="tokens.vocab_size")
+        tokenizer = cls(_train_sentencepiece(lines, kind, vocab_size))
+        tokenizer.save(out_dir)
+        return tokenizer
+
+    @classmethod
+    def load(cls, directory: Path | str) -> Tokenizer:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            KdrecipeError: a file is missing or damaged, or the two do not belong together.
+        """
+        directory = Path(directory)
+        path = directory / "spm.model"
+        remedy = "rerun the tokens stage (or, in a bundle, the stage that wrote it) with --force"
+        try:
+            tokenizer = cls(path.read_bytes())
+            listed = (directory / "tokens.txt").read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise KdrecipeError("missing file", where=str(error.filename), remedy=remedy) from None
+        except (RuntimeError, UnicodeDecodeError):
+            raise KdrecipeError("not a SentencePiece model", where=str(path), remedy=remedy) from None
+        if listed != tokenizer.tokens_txt:
+            raise KdrecipeError("tokens.txt does not list spm.model's pieces", where=str(path), remedy=remedy)
+        return tokenizer
+
+    def save(self, directory: Path | str) -> None:
+        """Write ``spm.model`` and ``tokens.txt``."""
+        write_atomic(Path(directory) / "spm.model", self._model)
+        write_atomic(Path(directory) / "tokens.txt", self.tokens_txt)
+
+    @property
+    def tokens_txt(self) -> str:
+        """Content of ``tokens.txt``."""
+        return "".join(f"{piece} {index}\n" for index, piece in enumerate(self.pieces))
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``; unknown characters become ``<unk>``, and blank never occurs."""
+        ids = self._processor.encode(text)
+        return [UNK_ID if i in (BLANK_ID, SOS_EOS_ID) else int(i) for i in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; blanks and sentence marks are left out."""
+        kept = [int(i) for i in ids if i not in (BLANK_ID, SOS_EOS_ID)]
+        return str(self._processor.decode(kept)).strip()
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
+        return type(self), (self._model,)
+
+
+def _train_sentencepiece(lines: list[str], kind: TokenKind, vocab_size: int | None) -> bytes:
+    """A serialised model with :data:`SPECIALS` first."""
+    out = io.BytesIO()
+    num_chars = len(set("".join(lines)))
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=out,
+            model_type=kind,
+            vocab_size=num_chars + 16 if vocab_size is None else vocab_size,
+            hard_vocab_limit=kind != "char",
+            character_coverage=1.0,
+            user_defined_symbols=[SPECIALS[BLANK_ID], SPECIALS[SOS_EOS_ID]],
+            unk_id=UNK_ID,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            unk_surface=" <unk> ",
+            byte_fallback=False,
+            shuffle_input_sentence=False,
+            max_sentence_length=_MAX_LINE_BYTES,
+            num_threads=1,  # with more, the order of equally good pieces may change from run to run
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _vocab_error(str(error), kind, vocab_size, num_chars) from error
+    return out.getvalue()
+
+
+def _vocab_error(message: str, kind: str, vocab_size: int | None, num_chars: int) -> KdrecipeError:
+    """SentencePiece's complaint in the recipe's words."""
+    where = "tokens.vocab_size"
+    if found := re.search(r"size too high.*<= (\d+)", message):
+        return RecipeError(
+            f"{vocab_size} {kind} tokens are more than this training text yields",
+            where=where,
+            remedy=f"set vocab_size to {found[1]} or less, or use more text",
+        )
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return RecipeError(
+            f"{vocab_size} {kind} tokens are too few: the text has {num_chars} different characters",
+            where=where,
+            remedy=f"set vocab_size to more than {found[1]}, or clean the text of rare characters",
+        )
+    return KdrecipeError(f"SentencePiece can't learn {vocab_size} {kind} tokens: {message}", where=where)

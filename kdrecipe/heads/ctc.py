@@ -1,0 +1,144 @@
+"""Connectionist temporal classification (Graves et al. 2006): head, loss and greedy search.
+
+B utterances, T frames, U tokens, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from kdrecipe import hookimpl
+from kdrecipe.interfaces import (
+    BLANK_ID,
+    Batch,
+    LossOutput,
+    LossSetup,
+    ModelOutput,
+    Options,
+    TargetKind,
+    Targets,
+    TargetSpec,
+)
+
+
+class CtcHeadOptions(Options):
+    """Options of ``heads: {ctc: {...}}``.
+
+    Args:
+        dropout: before the linear map.
+    """
+
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+
+class CtcHead(nn.Module):
+    """One linear map from hidden states to (unnormalised) log-posteriors.
+
+    Args:
+        config: its options.
+        input_dim: D.
+        vocab_size: V, the blank included.
+    """
+
+    Config: ClassVar[type[Options]] = CtcHeadOptions
+    target_kinds: ClassVar[tuple[TargetKind, ...]] = ("frame_logits",)
+
+    def __init__(self, config: CtcHeadOptions, input_dim: int, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.dropout = nn.Dropout(config.dropout)
+        self.proj = nn.Linear(input_dim, vocab_size)
+
+    def forward(self, hidden_BTD: Tensor, lens_B: Tensor, batch: Batch | None = None) -> Tensor:
+        """(B, T, D) to (B, T, V) logits."""
+        logits_BTV: Tensor = self.proj(self.dropout(hidden_BTD))
+        return logits_BTV
+
+
+class CtcLossOptions(Options):
+    """Options of ``{name: ctc}``: none."""
+
+
+class CtcLoss:
+    """Negative log-likelihood of the transcripts, summed over utterances; counted in label tokens.
+
+    Utterances with fewer frames than their text needs have an infinite loss: they add nothing to
+    the total and are counted by the metric ``infeasible``. Unlabelled and empty ones are left out.
+
+    Args:
+        config: its options.
+        setup: the models it works between (not needed).
+    """
+
+    Config: ClassVar[type[Options]] = CtcLossOptions
+    supervised = True
+
+    def __init__(self, config: CtcLossOptions, setup: LossSetup | None = None) -> None:
+        self.config = config
+
+    @staticmethod
+    def requires(config: Any) -> list[TargetSpec]:
+        """Nothing from a teacher."""
+        return []
+
+    def __call__(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
+        """Total in nats, count in tokens."""
+        # float64 stays (gradient checks); the recursion needs more than half precision
+        logits_BTV = out.logits["ctc"]
+        if logits_BTV.dtype in (torch.float16, torch.bfloat16):
+            logits_BTV = logits_BTV.float()
+        used_B = batch.labelled_B & (batch.token_lens_B > 0)
+        nll_B = F.ctc_loss(
+            logits_BTV.log_softmax(-1).transpose(0, 1),
+            batch.tokens_BU,
+            out.lens_B,
+            batch.token_lens_B,
+            blank=BLANK_ID,
+            reduction="none",
+            zero_infinity=True,
+        )
+        infeasible_B = used_B & (out.lens_B < frames_needed(batch.tokens_BU, batch.token_lens_B))
+        # not a product with the mask: what is left out must not bring NaN along
+        total = nll_B.where(used_B, torch.zeros_like(nll_B)).sum()
+        count = batch.token_lens_B.where(used_B, torch.zeros_like(batch.token_lens_B)).sum()
+        return LossOutput(total, count, {"infeasible": infeasible_B.sum()})
+
+
+def frames_needed(tokens_BU: Tensor, token_lens_B: Tensor) -> Tensor:
+    """(B,) the fewest frames CTC can spell the tokens in: one each, and a blank within doubles."""
+    doubled = tokens_BU[:, 1:] == tokens_BU[:, :-1]
+    within = torch.arange(1, tokens_BU.shape[1], device=tokens_BU.device) < token_lens_B.unsqueeze(1)
+    return token_lens_B + (doubled & within).sum(1)
+
+
+def ctc_greedy(logits_BTV: Tensor, lens_B: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+    """The best label of each frame, repeats merged and blanks removed.
+
+    Returns:
+        Tokens of each utterance, and the frame at which each of them begins.
+    """
+    best_BT = logits_BTV.argmax(-1)
+    previous_BT = F.pad(best_BT[:, :-1], (1, 0), value=BLANK_ID)
+    valid_BT = torch.arange(best_BT.shape[1], device=lens_B.device) < lens_B.unsqueeze(1)
+    starts_BT = (best_BT != BLANK_ID) & (best_BT != previous_BT) & valid_BT
+    frames = [row.nonzero().flatten().tolist() for row in starts_BT]
+    tokens = [best_BT[i, at].tolist() for i, at in enumerate(frames)]
+    return tokens, frames
+
+
+@hookimpl
+def register_heads(register: Callable[[str, type], None]) -> None:
+    """Offer the head ``ctc``."""
+    register("ctc", CtcHead)
+
+
+@hookimpl
+def register_losses(register: Callable[[str, type], None]) -> None:
+    """Offer the loss ``ctc``."""
+    register("ctc", CtcLoss)

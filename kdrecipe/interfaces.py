@@ -1,0 +1,508 @@
+"""What plugins and the core say to each other: data classes and small Protocols.
+
+Plugins stand on this module, :mod:`kdrecipe.errors` and :mod:`kdrecipe.data` only.
+
+Shapes, in names and docstrings: B utterances, S audio samples, F feature bins, T frames (of the
+features, or of the encoder after subsampling), U tokens, V vocabulary, D width, K kept classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:  # the command line imports this module; torch is slow to import
+    import numpy as np
+    from lhotse.audio import RecordingSet
+    from lhotse.supervision import SupervisionSet
+    from torch import Tensor, nn
+
+BLANK_ID = 0
+SOS_EOS_ID = 1
+UNK_ID = 2
+
+
+class Options(BaseModel):
+    """Base of every plugin's nested ``Config``: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# ---------------------------------------------------------------- targets
+
+TargetKind = Literal["frame_logits", "token_logits", "rnnt_lattice", "hidden", "codebooks", "hypotheses"]
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What a loss needs of a teacher, or what a teacher gives.
+
+    Args:
+        kind: what it is.
+        tap: the head (``ctc``) for logits, the declared tap (``encoder.3``) for hidden states.
+        dim: size of the last axis: V for logits, D for hidden; None in a need means any.
+        frame_shift_s: seconds from one target frame to the next; None in a need means
+            the student's own.
+        vocab_id: hash of the token list that the last axis counts in; None: not a vocabulary.
+        dtype: how it is stored (``float16`` or ``float32``).
+        top_k: classes kept per frame, the rest as one tail mass; None means all.
+    """
+
+    kind: TargetKind
+    tap: str = "ctc"
+    dim: int | None = None
+    frame_shift_s: float | None = None
+    vocab_id: str | None = None
+    dtype: str = "float16"
+    top_k: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Name within :class:`Targets`: kind and tap."""
+        return f"{self.kind}:{self.tap}"
+
+    def mismatch(self, offered: TargetSpec) -> str | None:
+        """Why ``offered`` (a teacher's) can't meet this need, or None if it does."""
+        if self.key != offered.key:
+            return f"needs {self.key}, the teacher offers {offered.key}"
+        for name in ("dim", "frame_shift_s", "vocab_id"):
+            need, has = getattr(self, name), getattr(offered, name)
+            if need is not None and has is not None and need != has:
+                return f"{self.key}: needs {name} {need}, the teacher's is {has}"
+        return None
+
+
+@dataclass
+class Posteriors:
+    """A teacher's posteriors at temperature 1: the kept classes and the mass of the rest.
+
+    Args:
+        log_probs_BTK: float32, log-posteriors of the kept classes.
+        lens_B: int64, valid frames (or tokens) of each utterance.
+        indices_BTK: int64, the kept classes' ids; None: all V classes in order (K = V).
+        log_tail_BT: float32, log of the mass of all other classes; None where none is left out.
+    """
+
+    log_probs_BTK: Tensor
+    lens_B: Tensor
+    indices_BTK: Tensor | None = None
+    log_tail_BT: Tensor | None = None
+
+
+@dataclass
+class Hidden:
+    """A teacher's hidden states: values_BTD float32, lens_B int64 valid frames."""
+
+    values_BTD: Tensor
+    lens_B: Tensor
+
+
+@dataclass
+class Targets:
+    """All that one teacher says about a batch, by :attr:`TargetSpec.key`."""
+
+    items: dict[str, Posteriors | Hidden] = field(default_factory=dict)
+
+    def posteriors(self, head: str = "ctc", kind: TargetKind = "frame_logits") -> Posteriors:
+        """Frame (or token) posteriors of the teacher's ``head``."""
+        item = self.items[f"{kind}:{head}"]
+        assert isinstance(item, Posteriors)
+        return item
+
+    def hidden(self, tap: str) -> Hidden:
+        """Hidden states at the teacher's ``tap``."""
+        item = self.items[f"hidden:{tap}"]
+        assert isinstance(item, Hidden)
+        return item
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Targets:
+        """A copy with every tensor changed (moved, repeated, selected by row)."""
+        return Targets({k: _map_tensors(v, change) for k, v in self.items.items()})
+
+
+def _map_tensors(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``item`` (a dataclass) with ``change`` applied to each tensor in it, also within dicts."""
+    import torch
+
+    def one(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return change(value)
+        if isinstance(value, dict):
+            return {k: one(v) for k, v in value.items()}
+        return value
+
+    return replace(item, **{name: one(value) for name, value in vars(item).items()})
+
+
+# ---------------------------------------------------------------- batches and outputs
+
+
+@dataclass
+class Batch:
+    """Utterances as a model sees them, padded at the end.
+
+    Args:
+        ids: cut ids, B of them.
+        features_BTF: float32 log-mel features, padding arbitrary.
+        lens_B: int64, valid feature frames.
+        tokens_BU: int64 labels, padded with BLANK_ID; unlabelled utterances have length 0.
+        token_lens_B: int64.
+        labelled_B: bool, False where the text must not be used (or is not known).
+        texts: transcripts ('' where unlabelled).
+    """
+
+    ids: list[str]
+    features_BTF: Tensor
+    lens_B: Tensor
+    tokens_BU: Tensor
+    token_lens_B: Tensor
+    labelled_B: Tensor
+    texts: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """A copy with every tensor changed; ids and texts stay."""
+        result: Batch = _map_tensors(self, change)
+        return result
+
+    def select(self, rows_B: Tensor) -> Batch:
+        """The utterances where ``rows_B`` (bool) is True."""
+        keep = rows_B.nonzero().flatten().tolist()
+        picked = self.map(lambda x: x[rows_B])
+        texts = [self.texts[i] for i in keep] if self.texts else []
+        return replace(picked, ids=[self.ids[i] for i in keep], texts=texts)
+
+    def repeat(self, num_views: int) -> Batch:
+        """The batch ``num_views`` times over, whole copies one after the other."""
+        if num_views == 1:
+            return self
+        copies = self.map(lambda x: x.repeat(num_views, *[1] * (x.dim() - 1)))
+        return replace(copies, ids=self.ids * num_views, texts=self.texts * num_views)
+
+
+@dataclass
+class ModelOutput:
+    """What a model computed.
+
+    Args:
+        hidden_BTD: the encoder's output.
+        lens_B: int64, its valid frames.
+        logits: by head name; ``ctc``: (B, T, V), not normalised.
+        taps: by declared name, those that were asked for: (B, T, D).
+        num_views: how many differently augmented copies of the batch lie one after the other
+            along B (1: none; see :meth:`views`).
+    """
+
+    hidden_BTD: Tensor
+    lens_B: Tensor
+    logits: dict[str, Tensor] = field(default_factory=dict)
+    taps: dict[str, Tensor] = field(default_factory=dict)
+    num_views: int = 1
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ModelOutput:
+        """A copy with every tensor changed."""
+        result: ModelOutput = _map_tensors(self, change)
+        return result
+
+    def select(self, rows_B: Tensor) -> ModelOutput:
+        """The utterances where ``rows_B`` (bool) is True."""
+        return self.map(lambda x: x[rows_B])
+
+    def views(self) -> list[ModelOutput]:
+        """The views one by one, each with B / num_views utterances in the same order."""
+        size = self.lens_B.shape[0] // self.num_views
+        parts = [self.map(lambda x, i=i: x[i * size : (i + 1) * size]) for i in range(self.num_views)]  # type: ignore[misc]
+        return [replace(p, num_views=1) for p in parts]
+
+
+# ---------------------------------------------------------------- models
+
+
+@runtime_checkable
+class Architecture(Protocol):
+    """An encoder; an ``nn.Module`` built as ``cls(config, input_dim)``.
+
+    ``forward(features_BTF, lens_B) -> (hidden_BTD, lens_B)``. Output on valid frames must not
+    depend on padding. ``output_len`` gives the output length for a number of feature frames.
+    """
+
+    Config: ClassVar[type[Options]]
+    output_dim: int
+    subsampling: int
+
+    def taps(self) -> dict[str, tuple[nn.Module, int]]:
+        """Declared intermediate tensors: name -> (module whose output it is, D)."""
+
+    def output_len(self, num_frames: int) -> int:
+        """Output frames for ``num_frames`` feature frames."""
+
+
+class Head(Protocol):
+    """A head on an encoder; an ``nn.Module`` built as ``cls(config, input_dim, vocab_size)``.
+
+    ``forward(hidden_BTD, lens_B, batch) -> logits``; ``batch`` is None outside training.
+    """
+
+    Config: ClassVar[type[Options]]
+    target_kinds: ClassVar[tuple[TargetKind, ...]]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What losses may know of a model before it runs.
+
+    Args:
+        vocab_id: hash of its token list.
+        vocab_size: V.
+        frame_shift_s: seconds per output frame.
+        heads: names of its heads.
+        taps: name -> D of each declared tap.
+    """
+
+    vocab_id: str
+    vocab_size: int
+    frame_shift_s: float
+    heads: tuple[str, ...]
+    taps: Mapping[str, int]
+
+    def provides(self) -> list[TargetSpec]:
+        """The targets that a model like this can give as a teacher."""
+        specs = [
+            TargetSpec("frame_logits", head, self.vocab_size, self.frame_shift_s, self.vocab_id)
+            for head in self.heads
+            if head == "ctc"
+        ]
+        specs += [TargetSpec("hidden", tap, dim, self.frame_shift_s) for tap, dim in self.taps.items()]
+        return specs
+
+
+# ---------------------------------------------------------------- losses
+
+
+@dataclass
+class LossOutput:
+    """A loss over a batch, not yet normalised.
+
+    Args:
+        total: scalar, the *sum* over valid frames, tokens or utterances.
+        count: how many of those there were (0 is allowed: total must then be 0).
+        metrics: extra numbers to log, sums as well (the loop divides them by count).
+    """
+
+    total: Tensor
+    count: Tensor | int
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossSetup:
+    """The pair of models a loss works between; ``teacher`` is None without one."""
+
+    student: ModelInfo
+    teacher: ModelInfo | None = None
+
+
+class Loss(Protocol):
+    """A loss term, built as ``cls(config, setup)``.
+
+    May be an ``nn.Module`` with parameters of its own (projections), which are trained along and
+    not kept. Class attributes, both optional: ``supervised = True`` gives it labelled utterances
+    only; ``num_views = 2`` asks for two differently augmented copies of each batch. The object's
+    attribute ``taps``, optional too, names the student's taps that it reads from ``out.taps``.
+    """
+
+    Config: ClassVar[type[Options]]
+
+    @staticmethod
+    def requires(config: Any) -> list[TargetSpec]:
+        """Targets needed of each teacher; empty for losses that need none."""
+
+    def __call__(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
+        """The loss; ``targets`` is empty if it requires none."""
+
+
+# ---------------------------------------------------------------- compressors, exporters, decoders
+
+
+@dataclass
+class CompressContext:
+    """What a compressor may use besides the model.
+
+    Args:
+        calibration: batches of features from the calibration split, anew at each call.
+        seed: for anything drawn at random.
+    """
+
+    calibration: Callable[[], Iterable[Batch]]
+    seed: int = 0
+
+
+class Compressor(Protocol):
+    """One step of compression, built as ``cls(config)``.
+
+    ``apply`` may change the model in place. If ``num_epochs`` is above 0, training goes on
+    for that long with the parent's own losses and teachers, ``on_step`` being called after
+    every optimiser step, then ``finish``. ``rebuild`` gives an untrained model the structure of a compressed one,
+    so that its weights can be loaded from a bundle.
+    """
+
+    Config: ClassVar[type[Options]]
+    num_epochs: int
+
+    def apply(self, model: nn.Module, context: CompressContext) -> nn.Module:
+        """Compress, or prepare for compression during training."""
+
+    def on_step(self, model: nn.Module, step: int, num_steps: int) -> None:
+        """After optimiser step ``step`` (1-based) of ``num_steps``."""
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Make it final; the result is what the bundle stores."""
+
+    def rebuild(self, model: nn.Module) -> nn.Module:
+        """The same structure as ``finish`` gave, weights arbitrary."""
+
+    def report(self) -> dict[str, float]:
+        """Numbers for the report (sparsity, share of int8 weights, ...)."""
+
+
+def float_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in floating point, with the same (rounded) weights.
+
+    A compressor's layers with weights in another format must have ``to_float()``, which gives an
+    equivalent module with float32 weights: what fp32 exports are made of.
+    """
+    import copy
+
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "to_float"):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.to_float())
+    return model
+
+
+@dataclass
+class Hypothesis:
+    """A recognised utterance.
+
+    Args:
+        text: the words.
+        tokens: token ids.
+        times_s: start of each token in seconds, as many as tokens (or empty).
+        score: log-score of the search, higher is better; None where the runtime gives none.
+    """
+
+    text: str
+    tokens: list[int] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
+    score: float | None = None
+
+
+class TokenTable(Protocol):
+    """Tokens of a bundle; :class:`kdrecipe.data.tokens.Tokenizer` is one."""
+
+    vocab_id: str
+
+    def __len__(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Decoder(Protocol):
+    """A search, built as ``cls(config, tokens, frame_shift_s)``."""
+
+    Config: ClassVar[type[Options]]
+    head: ClassVar[str]
+
+    def decode(self, model: nn.Module, out: ModelOutput) -> list[Hypothesis]:
+        """Hypotheses of a batch, in its order."""
+
+
+class BundleLike(Protocol):
+    """A bundle as exporters see it (:class:`kdrecipe.bundle.Bundle`)."""
+
+    path: Path
+    meta: dict[str, Any]
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def tokens(self) -> TokenTable: ...
+
+    @property
+    def is_int8(self) -> bool: ...
+
+
+class Runner(Protocol):
+    """An exported model, loaded."""
+
+    def log_probs(self, features_BTF: np.ndarray, lens_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(B, T, V) log-posteriors and (B,) valid lengths, for the parity gate."""
+
+    def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
+        """Recognise one utterance, samples in [-1, 1]."""
+
+
+class Exporter(Protocol):
+    """Writes a bundle where it runs, built as ``cls(config)``."""
+
+    Config: ClassVar[type[Options]]
+    variants: ClassVar[tuple[str, ...]]
+
+    def export(self, bundle: BundleLike, directory: Path) -> dict[str, list[str]]:
+        """Write files; returns variant (``fp32``, ``int8``) -> file names that ship with it."""
+
+    def load(self, directory: Path, variant: str, *, num_threads: int = 1) -> Runner:
+        """Load a variant that :meth:`export` wrote."""
+
+
+class Metric(Protocol):
+    """A figure over a split, built as ``cls(config)``.
+
+    A metric may also have ``details(reference, hypothesis) -> dict[str, int]`` that splits the
+    errors into ``sub``, ``ins`` and ``del``; the report shows them for the recipe's first metric.
+    """
+
+    Config: ClassVar[type[Options]]
+
+    def errors(self, reference: str, hypothesis: str) -> tuple[int, int]:
+        """(errors, reference length) of one utterance; the score is the ratio of sums."""
+
+
+# ---------------------------------------------------------------- corpora
+
+
+@dataclass
+class Prepared:
+    """A corpus plugin's result.
+
+    Args:
+        splits: name (``train``, ``dev``, ``test``) -> recordings and supervisions.
+        problems: what is wrong with the input, one entry each: all of them, not the first.
+        notes: facts that the report must state (``25 of 99 test sentences occur in train``).
+    """
+
+    splits: dict[str, tuple[RecordingSet, SupervisionSet]]
+    problems: list[Any] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Corpus(Protocol):
+    """A corpus, built as ``cls(config)``."""
+
+    Config: ClassVar[type[Options]]
+
+    def prepare(self, corpus_dir: Path | None, out_dir: Path) -> Prepared:
+        """Manifests from the raw corpus in ``corpus_dir``; synthesised audio goes to ``out_dir``."""

@@ -1,0 +1,152 @@
+"""A recogniser: feature normalisation, an encoder, and heads on it.
+
+B utterances, T frames, F feature bins, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from kdrecipe.errors import Problem, RecipeError
+from kdrecipe.interfaces import Batch, ModelInfo, ModelOutput
+from kdrecipe.model.taps import capture
+
+if TYPE_CHECKING:
+    from kdrecipe.registry import Registry
+
+MIN_STD = 1e-3  # of log-mel values; a bin that never varies (band-limited audio) must not divide by 0
+
+
+class FeatureNorm(nn.Module):
+    """Per-bin normalisation by the training set's mean and deviation, kept with the weights.
+
+    Args:
+        num_bins: F; mean 0 and deviation 1 until :meth:`set_stats` or a state dict fills them.
+    """
+
+    mean_F: Tensor
+    std_F: Tensor
+
+    def __init__(self, num_bins: int) -> None:
+        super().__init__()
+        self.register_buffer("mean_F", torch.zeros(num_bins))
+        self.register_buffer("std_F", torch.ones(num_bins))
+
+    @classmethod
+    def from_stats(cls, mean: Any, std: Any) -> FeatureNorm:
+        """From (F,) arrays or tensors."""
+        norm = cls(len(mean))
+        norm.set_stats(mean, std)
+        return norm
+
+    def set_stats(self, mean: Any, std: Any) -> None:
+        """Take over (F,) arrays or tensors; deviations below 1e-3 count as 1e-3."""
+        self.mean_F.copy_(torch.as_tensor(mean))
+        self.std_F.copy_(torch.as_tensor(std).clamp(min=MIN_STD))
+
+    def forward(self, features_BTF: Tensor) -> Tensor:
+        """(B, T, F) log-mel values to normalised ones; padding is normalised along."""
+        return (features_BTF - self.mean_F) / self.std_F
+
+
+class AsrModel(nn.Module):
+    """Norm, encoder and heads.
+
+    Args:
+        encoder: an :class:`~kdrecipe.interfaces.Architecture`.
+        heads: name -> :class:`~kdrecipe.interfaces.Head`.
+        norm: applied to the features first; SpecAugment fills with ``norm.mean_F``.
+    """
+
+    def __init__(self, encoder: nn.Module, heads: Mapping[str, nn.Module], norm: FeatureNorm) -> None:
+        super().__init__()
+        self.norm = norm
+        self.encoder = encoder
+        self.heads = nn.ModuleDict(heads)
+
+    def forward(
+        self,
+        features_BTF: Tensor,
+        lens_B: Tensor,
+        *,
+        taps: Sequence[str] = (),
+        batch: Batch | None = None,
+    ) -> ModelOutput:
+        """Everything the model computes for a batch.
+
+        Args:
+            features_BTF: log-mel features, not normalised, padding arbitrary.
+            lens_B: int64, valid frames.
+            taps: names of intermediate tensors to keep as well.
+            batch: for heads that need the labels (teacher forcing); None outside training.
+        """
+        if taps:
+            with capture(self.encoder.taps(), taps) as kept:  # type: ignore[operator]
+                hidden_BTD, out_lens_B = self.encoder(self.norm(features_BTF), lens_B)
+        else:
+            kept = {}
+            hidden_BTD, out_lens_B = self.encoder(self.norm(features_BTF), lens_B)
+        logits = {name: head(hidden_BTD, out_lens_B, batch) for name, head in self.heads.items()}
+        return ModelOutput(hidden_BTD, out_lens_B, logits, kept)
+
+    @property
+    def num_params(self) -> int:
+        """Trainable and frozen parameters; buffers (the norm) don't count."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def build_model(
+    config: Mapping[str, Any], *, input_dim: int, vocab_size: int, registry: Registry
+) -> AsrModel:
+    """An untrained model from its description.
+
+    Args:
+        config: ``{name: conformer, <options>, heads: {ctc: {<options>}}}``.
+        input_dim: feature bins.
+        vocab_size: V.
+        registry: where architectures and heads are looked up.
+
+    Raises:
+        RecipeError: an option is unknown or out of range; all of them at once.
+        PluginError: no such architecture or head.
+    """
+    options = {k: v for k, v in config.items() if k not in ("name", "heads")}
+    architecture = registry.get("architectures", config["name"])
+    problems: list[Problem] = []
+    encoder_config = _options(architecture, options, f"model {config['name']}", problems)
+    heads = {}
+    for name, head_options in config.get("heads", {"ctc": {}}).items():
+        head = registry.get("heads", name)
+        heads[name] = head, _options(head, head_options or {}, f"head {name}", problems)
+    if problems:
+        raise RecipeError(problems)
+    encoder = architecture(encoder_config, input_dim)
+    built = {name: head(cfg, encoder.output_dim, vocab_size) for name, (head, cfg) in heads.items()}
+    return AsrModel(encoder, built, FeatureNorm(input_dim))
+
+
+def _options(cls: Any, given: Mapping[str, Any], where: str, problems: list[Problem]) -> Any:
+    try:
+        return cls.Config(**given)
+    except ValidationError as error:
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            problems.append(Problem(f"{key}: {item['msg']}" if key else item["msg"], where))
+
+
+def model_info(model: AsrModel, vocab_id: str, feature_frame_shift_s: float = 0.01) -> ModelInfo:
+    """What losses may know of ``model`` before it runs."""
+    encoder: Any = model.encoder
+    sizes = [head.vocab_size for head in model.heads.values()]
+    return ModelInfo(
+        vocab_id=vocab_id,
+        vocab_size=int(sizes[0]) if sizes else 0,  # type: ignore[arg-type]
+        frame_shift_s=round(feature_frame_shift_s * encoder.subsampling, 9),
+        heads=tuple(model.heads),
+        taps={name: dim for name, (_, dim) in encoder.taps().items()},
+    )

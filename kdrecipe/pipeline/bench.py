@@ -1,0 +1,119 @@
+"""Size, speed and memory of a bundle or an export, on one thread of this machine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kdrecipe.data.audio import SAMPLE_RATE, Utterance, read_audio, resample
+from kdrecipe.errors import KdrecipeError
+from kdrecipe.interfaces import BundleLike
+
+NUM_SYNTHETIC = 20
+SYNTHETIC_S = (2.0, 10.0)  # durations of the synthetic utterances, evenly spread between these
+
+
+def bench(path: Path | str, audio_files: Sequence[Path | str] = ()) -> list[dict[str, object]]:
+    """Measure every variant and print a table.
+
+    Args:
+        path: a bundle's directory (exported for the purpose), an export's directory, or an ``.onnx`` file.
+        audio_files: what to recognise; none: 20 synthetic utterances of 2 to 10 s. The search is greedy,
+            so the time does not depend on what is said.
+
+    Returns:
+        A row per variant: ``model``, ``params``, ``size_mb``, ``rtf_median``, ``rtf_p95``,
+        ``peak_rss_mb``, ``baseline_rss_mb``, ``load_s`` and ``runtime``.
+
+    Raises:
+        KdrecipeError: ``path`` is nothing that can be measured.
+        DataError: audio can't be read.
+    """
+    utterances = _read(audio_files) if audio_files else _synthetic()
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = [_row(model, utterances) for model in _models(Path(path), Path(scratch))]
+    print(f"{len(utterances)} utterances, {sum(u.duration_s for u in utterances):.0f} s of audio")
+    print(table(rows))
+    return rows
+
+
+def table(rows: Sequence[dict[str, object]]) -> str:
+    """Rows of :func:`bench` for the terminal."""
+    head = f"{'model':<16} {'params':>10} {'size MB':>8} {'RTF median':>11} {'RTF p95':>9} "
+    head += f"{'peak MB':>8} {'(empty)':>8}  runtime"
+    lines = [
+        f"{r['model']:<16} {r['params']:>10} {r['size_mb']:8.2f} {r['rtf_median']:11.5f} {r['rtf_p95']:9.5f} "
+        f"{r['peak_rss_mb']:8.1f} {r['baseline_rss_mb']:8.1f}  {r['runtime']}"
+        for r in rows
+    ]
+    return "\n".join([head, *lines])
+
+
+def _models(path: Path, scratch: Path) -> list[Path]:
+    """The ONNX files that ``path`` means; a bundle is exported to ``scratch``."""
+    from kdrecipe.pipeline.measure import MODEL_FILES
+
+    if path.is_file() and path.suffix == ".onnx":
+        return [path]
+    if (path / "bundle.json").exists():
+        from kdrecipe.bundle import Bundle
+
+        _export(Bundle.load(path), scratch)
+        path = scratch
+    found = [path / name for name in MODEL_FILES.values() if (path / name).is_file()]
+    if not found:
+        raise KdrecipeError(
+            "there is neither a bundle (bundle.json) nor an ONNX export (model.onnx) in it",
+            where=str(path),
+            remedy="give exp/systems/<system>/seed<k>, or exp/exports/<system>/seed<k>/onnx_ctc",
+        )
+    return found
+
+
+def _export(bundle: BundleLike, directory: Path) -> None:
+    from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc
+
+    OnnxCtc(OnnxCtc.Config()).export(bundle, directory)
+
+
+def _row(model: Path, utterances: Sequence[Utterance]) -> dict[str, object]:
+    from kdrecipe.pipeline.measure import measure_model
+
+    measured = measure_model(model, utterances)
+    return {
+        "model": model.name,
+        "params": _num_params(model),
+        "size_mb": measured.size_mb,
+        "rtf_median": measured.rtf_median,
+        "rtf_p95": measured.rtf_p95,
+        "peak_rss_mb": measured.peak_rss_mb,
+        "baseline_rss_mb": measured.baseline_rss_mb,
+        "load_s": measured.load_s,
+        "runtime": measured.runtime,
+    }
+
+
+def _num_params(model: Path) -> str:
+    """As its metadata says; ``?`` for models from elsewhere."""
+    import onnx
+
+    properties = {p.key: p.value for p in onnx.load(model).metadata_props}
+    return str(properties.get("num_params", "?"))
+
+
+def _read(audio_files: Sequence[Path | str]) -> list[Utterance]:
+    return [Utterance(str(file), resample(*read_audio(file))) for file in audio_files]
+
+
+def _synthetic() -> list[Utterance]:
+    """Noise with the loudness of speech."""
+    rng = np.random.default_rng(0)
+    durations_s = np.linspace(*SYNTHETIC_S, NUM_SYNTHETIC)
+    rng.shuffle(durations_s)
+    return [
+        Utterance(f"synthetic-{i}", (0.1 * rng.standard_normal(round(d * SAMPLE_RATE))).astype(np.float32))
+        for i, d in enumerate(durations_s)
+    ]

@@ -1,0 +1,70 @@
+"""Stage 7: bundles -> files for the device, refused if they do not say what the bundle says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdrecipe.artifacts import write_json
+from kdrecipe.schema import Recipe, System
+from kdrecipe.stages import Job, Layout, Plan
+
+
+def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
+    """One job per system and seed, for all of the recipe's exporters."""
+    registry = recipe.plugins.registry
+    for name in recipe.build_order():
+        system = recipe.systems[name]
+        for seed in system.seeds:
+            inputs = {
+                "export": [{"name": e.name, **e.options} for e in recipe.export],
+                "plugins": {e.name: registry.fingerprint("exporters", e.name) for e in recipe.export},
+                "parity": recipe.parity.model_dump(mode="json"),
+                "split": parity_split(recipe),
+            }
+            plan.add(
+                Job(
+                    7,
+                    f"export/{name}/seed{seed}",
+                    layout.export(name, seed),
+                    inputs,
+                    _runner(recipe, layout, system, seed),
+                    (f"{name}/seed{seed}", "features"),
+                    alone=False,
+                )
+            )
+
+
+def parity_split(recipe: Recipe) -> str:
+    """Utterances that an export is compared on: those of the first split that is decoded."""
+    return recipe.decode.splits[0]
+
+
+def _runner(recipe: Recipe, layout: Layout, system: System, seed: int):  # type: ignore[no-untyped-def]
+    return lambda out: run(recipe, layout, system, seed, out)
+
+
+def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
+    """Export, then compare.
+
+    Raises:
+        ParityError: an export strays from its bundle by more than ``parity`` allows.
+    """
+    from lhotse import CutSet
+
+    from kdrecipe.bundle import Bundle
+    from kdrecipe.data.audio import utterances_from_cuts
+    from kdrecipe.pipeline.parity import check_parity
+
+    bundle = Bundle.load(layout.system(system.name, seed), recipe.plugins.registry)
+    cuts = CutSet.from_file(layout.features / f"{parity_split(recipe)}.jsonl.gz").to_eager()
+    sample = utterances_from_cuts(cuts, recipe.parity.num_utterances)
+    found = {}
+    for wanted in recipe.export:
+        cls = recipe.plugins.registry.get("exporters", wanted.name)
+        exporter = cls(cls.Config.model_validate(wanted.options))
+        files = exporter.export(bundle, out / wanted.name)
+        found[wanted.name] = {
+            "files": files,
+            "parity": check_parity(bundle, exporter, out / wanted.name, sample, recipe.parity, variants=list(files)),
+        }
+    write_json(out / "parity.json", found)

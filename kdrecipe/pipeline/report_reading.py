@@ -1,0 +1,188 @@
+"""What the figures say, in plain words: every sentence is computed, and so is its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+SIGNIFICANT = 0.05
+NONE = "–"  # a figure that was not measured
+
+Verdict = Literal["better", "worse", "same", "fact", "caution"]
+System = Mapping[str, Any]
+
+
+# ---------------------------------------------------------------- figures as text
+
+
+def percent(rate: float | None) -> str:
+    """A fraction as a percentage: 0.2453 -> ``24.53``."""
+    return NONE if rate is None else f"{100 * rate:.2f}"
+
+
+def span(pair: Sequence[float] | None) -> str:
+    """An interval of fractions in percent: ``22.91 to 26.20``."""
+    return NONE if pair is None else f"{percent(pair[0])} to {percent(pair[1])}"
+
+
+def spread(rate: Mapping[str, Any] | None) -> str:
+    """Mean and standard deviation over seeds in percent: ``24.53 ± 0.41``."""
+    if not rate:
+        return NONE
+    text = percent(rate.get("mean"))
+    return text if rate.get("std") is None else f"{text} ± {percent(rate['std'])}"
+
+
+def count(number: float | None) -> str:
+    """A number of things: ``812``, ``14.2 k``, ``23.3 M``."""
+    if number is None:
+        return NONE
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:.0f} {unit}"
+    return f"{number:.0f}"
+
+
+def figure(number: float | None, digits: int = 3) -> str:
+    """A measured number with that many significant digits, or a whole one as it is."""
+    if number is None:
+        return NONE
+    if isinstance(number, int) or abs(number) >= 10**digits:
+        return f"{number:.0f}"
+    return f"{number:#.{digits}g}".rstrip(".")
+
+
+def p_value(p: float | None) -> str:
+    """``0.034``, or ``< 0.001``."""
+    if p is None:
+        return NONE
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def _p_phrase(p: float) -> str:
+    text = p_value(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
+
+
+def duration(seconds: float | None) -> str:
+    """``48 s``, ``12 min``, ``3.4 h``."""
+    if seconds is None:
+        return NONE
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def first_parent(system: System) -> str | None:
+    """The parent, or the first of several."""
+    parent = system["parent"]
+    return parent if isinstance(parent, str) or not parent else str(parent[0])
+
+
+def rtf(system: System) -> float | None:
+    """Median real-time factor."""
+    value = system["rtf"]
+    median = value.get("median") if isinstance(value, Mapping) else value
+    return None if median is None else float(median)
+
+
+# ---------------------------------------------------------------- the reading
+
+
+def reading(results: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What the figures say, in plain words: a list of ``{"verdict", "text"}``."""
+    systems = {s["name"]: s for s in results["systems"]}
+    said: list[tuple[Verdict, str]] = [_compared(c) for c in results["comparisons"]]
+    for system in systems.values():
+        said += _recovered(system)
+        said += _shrunk(system, systems)
+    said += _cautions(results)
+    return [{"verdict": verdict, "text": text} for verdict, text in said]
+
+
+def _compared(found: Mapping[str, Any]) -> tuple[Verdict, str]:
+    """One comparison as a sentence."""
+    a, b, metric = found["a"], found["b"], str(found.get("metric", "wer")).upper()
+    p = found["p"] if found.get("p_adjusted") is None else found["p_adjusted"]
+    change = f"on {found['split']}: {percent(found['b_mean'])} → {percent(found['a_mean'])} % {metric}"
+    if p >= SIGNIFICANT:
+        ends = found.get("ci95")
+        possible = f"; anything from {points(ends)} points is possible" if ends else ""
+        return "same", f"**No difference shown between {a} and {b}** {change}, {_p_phrase(p)}{possible}."
+    better = found["difference"] < 0
+    word, more = ("better", "fewer") if better else ("worse", "more")
+    if found["b_mean"]:
+        change += f", {100 * abs(found['difference']) / found['b_mean']:.0f} % {more} errors"
+    text = f"**{a} is {word} than {b}** {change}, {_p_phrase(p)}."
+    won, pairs = found.get("seed_pairs") or (0, 0)
+    agree = won if better else pairs - won
+    if pairs > 1 and agree == pairs:
+        text += f" Every seed agrees ({agree} of {pairs} pairs)."
+    elif pairs > 1:
+        text += f" Seeds disagree: it holds in {agree} of {pairs} pairs, so training again may turn it round."
+    return ("better" if better else "worse"), text
+
+
+def points(pair: Sequence[float]) -> str:
+    """An interval of differences in percentage points: ``−2.49 to +1.35``."""
+    return f"{100 * pair[0]:+.2f} to {100 * pair[1]:+.2f}".replace("-", "−")
+
+
+def _recovered(system: System) -> list[tuple[Verdict, str]]:
+    """How much of the way from its baseline to its teacher a student went."""
+    said: list[tuple[Verdict, str]] = []
+    for split, scores in system["splits"].items():
+        if "gap_recovered" not in scores:
+            continue
+        gap, name = scores["gap_recovered"], system["name"]
+        if gap is None:
+            text = f"{name} has no gap to recover on {split}: its teacher is no better than its baseline."
+            said.append(("caution", text))
+            continue
+        part = f"{name} recovers {100 * gap['mean']:.0f} % of the gap"
+        text = f"{part} between {gap['baseline']} and {gap['teacher']} on {split}"
+        if gap.get("ci95"):
+            text += " (95 % interval {:.0f} to {:.0f} %).".format(*(100 * end for end in gap["ci95"]))
+        else:
+            text += "; the gap is too small for an interval."
+        said.append(("fact", text))
+    return said
+
+
+def _shrunk(system: System, systems: Mapping[str, System]) -> list[tuple[Verdict, str]]:
+    """What a compressed system costs against the one it was made from."""
+    parent = systems.get(first_parent(system) or "")
+    if system["kind"] != "compressed" or parent is None or not (system["size_mb"] and parent["size_mb"]):
+        return []
+    sizes = [f"{s['name']} takes {figure(s['size_mb'])} MB" for s in (system, parent)]
+    text = " where ".join(sizes)
+    new, old = rtf(system), rtf(parent)
+    if new and old:
+        speed = figure(old / new, 2)
+        text += (
+            f" and is {speed} times as fast" if old >= new else f", and is slower: {speed} times the speed"
+        )
+    return [("fact", text + ".")]
+
+
+def _cautions(results: Mapping[str, Any]) -> list[tuple[Verdict, str]]:
+    """What a reader must know before believing the table."""
+    said: list[str] = []
+    trained = [s for s in results["systems"] if s["kind"] != "pretrained"]
+    if single := [s["name"] for s in trained if len(s["seeds"]) == 1]:
+        said.append(
+            f"One seed only for {_listed(single)}: how far another would move these figures is not known."
+        )
+    distilled = [s for s in trained if s["kind"] == "distilled" and s["splits"]]
+    tested = {name for c in results["comparisons"] for name in (c["a"], c["b"])}
+    if untested := [s["name"] for s in distilled if s["name"] not in tested]:
+        said.append(f"Not tested against any other system: {_listed(untested)}.")
+    measured = {s["name"] for s in distilled if any("gap_recovered" in x for x in s["splits"].values())}
+    if alone := [s["name"] for s in distilled if s["name"] not in measured]:
+        said.append(f"No baseline of the same model and data, without a teacher, beside {_listed(alone)}.")
+    said += [f"{note}." for facts in results["splits"].values() for note in facts.get("notes") or ()]
+    return [("caution", text) for text in said]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

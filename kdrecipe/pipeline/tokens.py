@@ -1,0 +1,39 @@
+"""Stage 2: training text -> tokens; utterances too short for their text are found here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdrecipe.artifacts import write_json
+from kdrecipe.schema import Recipe
+from kdrecipe.stages import Job, Layout, Plan
+
+SUBSAMPLING = 4  # of the shipped front ends; what an utterance must be long enough for
+
+
+def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
+    """Add the stage's one job."""
+    inputs = {"tokens": recipe.tokens.model_dump(mode="json"), "on_error": recipe.corpus.on_error}
+    plan.add(Job(2, "tokens", layout.tokens, inputs, lambda out: run(recipe, layout, out), ("features",)))
+
+
+def run(recipe: Recipe, layout: Layout, out: Path) -> None:
+    """Train tokens on the training split's text, then hold every training cut's length against it.
+
+    Raises:
+        DataError: utterances too short for their text, and ``corpus.on_error`` is ``stop``.
+    """
+    from lhotse import CutSet
+
+    from kdrecipe.data.manifests import check_lengths
+    from kdrecipe.data.problems import settle
+    from kdrecipe.data.tokens import Tokenizer
+
+    cuts = CutSet.from_file(layout.features / "train.jsonl.gz").to_eager()
+    texts = sorted({s.text for c in cuts for s in c.supervisions if s.text})
+    tokenizer = Tokenizer.train(texts, recipe.tokens.name, recipe.tokens.vocab_size, out)
+    problems = check_lengths(cuts, tokenizer, SUBSAMPLING)
+    out_ids = settle(problems, recipe.corpus.on_error)
+    write_json(out / "left_out.json", sorted(out_ids))
+    left_out = f"; {len(out_ids)} cuts are too short for their text and left out" if out_ids else ""
+    print(f"  {len(tokenizer)} tokens{left_out}", flush=True)

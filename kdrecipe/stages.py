@@ -1,0 +1,288 @@
+"""The stage table, and the engine that runs the jobs of its stages.
+
+A *job* writes one directory (a corpus's manifests, one system's bundle for one seed, ...). Its
+*stamp*, written last and atomically, records the inputs that determine the output. A job is
+skipped while its stamp agrees with the recipe, with the content of what it was made from, and
+with the files on disk; a killed job has no stamp and is rerun, or resumed if it can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdrecipe.artifacts import content_digest, fingerprint, list_files, read_json, write_json
+from kdrecipe.errors import KdrecipeError
+
+STAGES: tuple[tuple[str, str], ...] = (
+    ("prepare", "raw corpus -> Lhotse recordings and supervisions, validated"),
+    ("features", "manifests -> cut sets with log-mel features, subsets, normalisation"),
+    ("tokens", "training text -> SentencePiece tokens"),
+    ("teacher", "train or import the teachers"),
+    ("targets", "what the teachers say about the training audio, cached"),
+    ("distill", "train the students: from scratch and distilled"),
+    ("compress", "prune and quantise"),
+    ("export", "ONNX and TorchScript, held to parity with the bundle"),
+    ("decode", "hypotheses, real-time factor, memory"),
+    ("score", "error rates, intervals, significance, fidelity"),
+    ("report", "RESULTS.md, results.json, report.html"),
+)
+"""Number, verb and purpose of every stage; the same for every recipe."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One directory to be written.
+
+    Args:
+        stage: number in :data:`STAGES`.
+        name: unique, ``<verb>`` or ``<verb>/<system>/seed<k>``.
+        out: the directory it writes.
+        inputs: everything in the recipe that determines the output, JSON-like.
+        needs: names of the jobs whose output it reads.
+        run: does the work, given the directory to write into.
+        resumable: may go on in the directory that an interrupted run of the same inputs left.
+        in_place: writes directly into ``out`` (its files name each other by absolute path).
+        alone: runs with nothing beside it, since it measures time or memory, or uses all cores.
+    """
+
+    stage: int
+    name: str
+    out: Path
+    inputs: Mapping[str, Any]
+    run: Callable[[Path], None]
+    needs: tuple[str, ...] = ()
+    resumable: bool = False
+    in_place: bool = False
+    alone: bool = True
+
+    @property
+    def stamp(self) -> Path:
+        """The file that says the output is complete."""
+        return self.out / "stamp.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies below a recipe's work directory."""
+
+    root: Path
+
+    @property
+    def manifests(self) -> Path:
+        return self.root / "manifests"
+
+    @property
+    def features(self) -> Path:
+        return self.root / "features"
+
+    @property
+    def tokens(self) -> Path:
+        return self.root / "tokens"
+
+    @property
+    def scores(self) -> Path:
+        return self.root / "scores"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    def system(self, name: str, seed: int) -> Path:
+        return self.root / "systems" / name / f"seed{seed}"
+
+    def targets(self, teacher: str, seed: int) -> Path:
+        return self.root / "targets" / teacher / f"seed{seed}"
+
+    def export(self, name: str, seed: int) -> Path:
+        return self.root / "exports" / name / f"seed{seed}"
+
+    def hyps(self, name: str, seed: int) -> Path:
+        return self.root / "hyps" / name / f"seed{seed}"
+
+
+@dataclass
+class Plan:
+    """Jobs in an order in which each comes after what it needs."""
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+
+    def add(self, job: Job) -> None:
+        """Append a job.
+
+        Raises:
+            AssertionError: a name is taken, or a need has not been added before.
+        """
+        assert job.name not in self.jobs, job.name
+        assert all(n in self.jobs for n in job.needs), (job.name, job.needs)
+        self.jobs[job.name] = job
+
+    def reasons(self, selected: Sequence[Job], *, force: bool = False) -> dict[str, str]:
+        """Why each selected job would run; jobs that are up to date are left out."""
+        reasons: dict[str, str] = {}
+        for job in selected:
+            reason = "forced" if force else why_run(job, self.jobs)
+            if reason is None:
+                rerun = [n for n in job.needs if n in reasons]
+                reason = f"{rerun[0]} will run" if rerun else None
+            if reason is not None:
+                reasons[job.name] = reason
+        return reasons
+
+    def check_available(self, selected: Sequence[Job]) -> None:
+        """Refuse to run stages whose inputs are neither finished nor about to be made.
+
+        Raises:
+            KdrecipeError: naming the stage to run first, for every such input.
+        """
+        chosen = {job.name for job in selected}
+        missing: dict[str, str] = {}
+        for job in selected:
+            for need in job.needs:
+                if need not in chosen and (reason := why_run(self.jobs[need], self.jobs)):
+                    missing[need] = reason
+        if missing:
+            stage = min(self.jobs[n].stage for n in missing)
+            listed = "; ".join(f"{name} ({why})" for name, why in list(missing.items())[:5])
+            raise KdrecipeError(
+                f"stage {selected[0].stage} reads what earlier stages have not finished: {listed}",
+                remedy=f"start with --stage {stage}",
+            )
+
+
+def why_run(job: Job, jobs: Mapping[str, Job]) -> str | None:
+    """Why the job's output is missing or stale, or None if it is up to date."""
+    if not job.stamp.exists():
+        return "interrupted before, goes on" if _resumable(job) else "no finished output"
+    try:
+        stamp = read_json(job.stamp)
+    except KdrecipeError:
+        return "its stamp is damaged"
+    if stamp.get("inputs") != _plain(job.inputs):
+        return "changed: " + describe_change(stamp.get("inputs"), _plain(job.inputs))
+    for need in job.needs:
+        path = jobs[need].stamp
+        if path.exists() and stamp["needs"].get(need) != read_json(path).get("content"):
+            return f"{need} has changed since"
+    for name, size in stamp["files"].items():
+        path = job.out / name
+        if not path.exists() or path.stat().st_size != size:
+            return f"{name} is missing or damaged"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    import json
+
+    return json.loads(json.dumps(value, default=str))
+
+
+def describe_change(old: Any, new: Any, path: str = "") -> str:
+    """The first few differences between two JSON-like values, ``a.b: 1 -> 2``."""
+    changes = list(_changes(old, new, path))
+    more = f" (and {len(changes) - 3} more)" if len(changes) > 3 else ""
+    return ", ".join(changes[:3]) + more
+
+
+def _changes(old: Any, new: Any, path: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            if old.get(key) != new.get(key):
+                yield from _changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (a, b) in enumerate(zip(old, new, strict=True)):
+            if a != b:
+                yield from _changes(a, b, f"{path}[{index}]")
+    else:
+        yield f"{path} {_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+# ---------------------------------------------------------------- running one job
+
+
+def _partial(job: Job) -> Path:
+    return job.out if job.in_place else job.out.with_name(job.out.name + ".partial")
+
+
+def _resumable(job: Job) -> bool:
+    started = _partial(job) / "started.json"
+    return job.resumable and started.exists() and read_json(started) == _started(job)
+
+
+def _started(job: Job) -> dict[str, str]:
+    return {"inputs": fingerprint(_plain(job.inputs))}
+
+
+def run_job(job: Job, jobs: Mapping[str, Job]) -> float:
+    """Run one job to its stamp; returns the seconds it took.
+
+    Raises:
+        KdrecipeError: the job failed, or another process is at it.
+    """
+    start = time.monotonic()
+    partial = _partial(job)
+    with locked(job.out.with_name(f".{job.out.name}.lock"), f"job {job.name}"):
+        if job.in_place:
+            job.stamp.unlink(missing_ok=True)  # what lies there is not complete from here on
+        if not _resumable(job) and partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        write_json(partial / "started.json", _started(job))
+        needs = {n: read_json(jobs[n].stamp)["content"] for n in job.needs}
+        job.run(partial)
+        (partial / "started.json").unlink()
+        files = list_files(partial)
+        stamp = {
+            "job": job.name,
+            "inputs": _plain(job.inputs),
+            "needs": needs,
+            "content": content_digest(partial, files),
+            "files": files,
+            "seconds": round(time.monotonic() - start, 3),
+        }
+        write_json(partial / "stamp.json", stamp)
+        if not job.in_place:
+            _replace_dir(partial, job.out)
+    return time.monotonic() - start
+
+
+def _replace_dir(new: Path, out: Path) -> None:
+    """Put ``new`` in place of ``out``: a kill in between leaves ``out`` absent, never mixed."""
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(new, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file while working; it is freed by the system even if we are killed.
+
+    Raises:
+        KdrecipeError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise KdrecipeError(
+                f"another process is working on {what}",
+                where=str(path.parent),
+                remedy="wait for it, stop it, or use another directory with --work DIR",
+            ) from None
+        yield

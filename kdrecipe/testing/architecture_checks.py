@@ -1,0 +1,197 @@
+"""What every encoder must hold to.
+
+B utterances, T feature frames, F bins, D width.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdrecipe.data.frames import valid_frames
+from kdrecipe.testing.checks import by_id, check_config_strict, require
+
+INPUT_DIM = 80
+LENS = (57, 41, 30)
+TOLERANCE = 1e-4  # of values that are of the order of 1
+
+
+@dataclass(frozen=True)
+class ArchitectureCase:
+    """An encoder class under test, with its options."""
+
+    cls: Any
+    config: Any
+    input_dim: int = INPUT_DIM
+
+    def build(self, seed: int = 0) -> Any:
+        """An encoder in evaluation mode; the same weights for the same seed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self.cls(self.config, self.input_dim).eval()
+
+    def features(self, lens: tuple[int, ...] = LENS, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Noise (B, T, F) and its lengths."""
+        rng = torch.Generator().manual_seed(seed)
+        return torch.randn(len(lens), max(lens), self.input_dim, generator=rng), torch.tensor(lens)
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> float:
+    require(a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)} differ")
+    return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+@torch.no_grad()
+def check_padding_invariance(case: ArchitectureCase) -> None:
+    """Output on valid frames does not depend on what lies in the padding, nor on how much there is."""
+    encoder = case.build()
+    features_BTF, lens_B = case.features()
+    want = valid_frames(*encoder(features_BTF, lens_B))
+    other_BTF = torch.cat([features_BTF, features_BTF[:, :8]], dim=1).flip(0) * 10
+    for row, length in enumerate(lens_B.tolist()):
+        other_BTF[row, :length] = features_BTF[row, :length]
+    got = valid_frames(*encoder(other_BTF, lens_B))
+    worst = _largest_difference(got, want)
+    require(worst < TOLERANCE, f"valid frames change by {worst:.3g} when only the padding changes")
+
+
+@torch.no_grad()
+def check_lens_rule(case: ArchitectureCase) -> None:
+    """``output_len`` tells the frames that ``forward`` gives, for every length; so does ``subsampling``."""
+    encoder = case.build()
+    for length in range(16, 33):
+        features_BTF, lens_B = case.features((length,))
+        hidden_BTD, out_lens_B = encoder(features_BTF, lens_B)
+        told = encoder.output_len(length)
+        require(
+            int(out_lens_B[0]) == told, f"{length} frames give {int(out_lens_B[0])}, output_len says {told}"
+        )
+        require(hidden_BTD.shape[1] >= told, f"{length} frames: {told} valid of {hidden_BTD.shape[1]} frames")
+    ratio = 1024 / encoder.output_len(1024)
+    require(abs(ratio / encoder.subsampling - 1) < 0.05, f"1024 frames are subsampled by {ratio:.3g}")
+    width = hidden_BTD.shape[2]
+    require(width == encoder.output_dim, f"D is {width}, output_dim {encoder.output_dim}")
+
+
+@torch.no_grad()
+def check_taps_declared(case: ArchitectureCase) -> None:
+    """Each declared tap is a module of the encoder that gives (B, T, D) with the declared D."""
+    encoder = case.build()
+    taps = encoder.taps()
+    require(len(taps) > 0, "it declares no taps: hidden states can't be distilled into or out of it")
+    features_BTF, lens_B = case.features()
+    seen: dict[str, Any] = {}
+    for name, (module, _) in taps.items():
+        require(any(module is m for m in encoder.modules()), f"the module of tap {name} is not part of it")
+        module.register_forward_hook(_recorder(seen, name))
+    _, out_lens_B = encoder(features_BTF, lens_B)
+    for name, (_, dim) in taps.items():
+        require(name in seen, f"the module of tap {name} does not run")
+        value = seen[name]
+        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+        fits = len(shape) == 3 and shape[::2] == (len(LENS), dim) and shape[1] >= int(out_lens_B.max())
+        given = shape or type(value).__name__
+        require(fits, f"tap {name} is declared as (B, T, {dim}), its module gives {given}")
+
+
+def _recorder(seen: dict[str, Any], name: str) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        seen[name] = output
+
+    return hook
+
+
+@torch.no_grad()
+def check_state_dict_roundtrip(case: ArchitectureCase) -> None:
+    """Another instance with the same state dict gives the same output."""
+    one, other = case.build(0), case.build(1)
+    other.load_state_dict(one.state_dict())
+    args = case.features()
+    worst = _largest_difference(valid_frames(*one(*args)), valid_frames(*other(*args)))
+    require(
+        worst < TOLERANCE, f"outputs differ by {worst:.3g}: something that matters is not in the state dict"
+    )
+
+
+@torch.no_grad()
+def check_batch_invariance(case: ArchitectureCase) -> None:
+    """An utterance's output does not depend on the others in its batch."""
+    encoder = case.build()
+    features_BTF, lens_B = case.features((40, 40, 40))
+    together, _ = encoder(features_BTF, lens_B)
+    for row in range(len(lens_B)):
+        alone, _ = encoder(features_BTF[row : row + 1], lens_B[row : row + 1])
+        worst = _largest_difference(together[row : row + 1], alone)
+        require(worst < TOLERANCE, f"utterance {row} changes by {worst:.3g} when it is alone in the batch")
+
+
+def check_gradients_everywhere(case: ArchitectureCase) -> None:
+    """Every parameter takes part: it gets a gradient, and a finite one."""
+    encoder = case.build().train()
+    hidden_BTD, lens_B = encoder(*case.features())
+    weights = torch.randn(hidden_BTD.shape, generator=torch.Generator().manual_seed(3))
+    valid_frames(hidden_BTD * weights, lens_B).sum().backward()  # type: ignore[no-untyped-call]
+    without = [n for n, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
+    require(not without, f"no gradient reaches {', '.join(without[:3])}: unused, or detached")
+    broken = [n for n, p in encoder.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    require(not broken, f"the gradient of {', '.join(broken[:3])} is not finite")
+
+
+def check_onnx_export(case: ArchitectureCase) -> None:
+    """Exported to ONNX from one shape, it gives the same on other batch sizes and lengths."""
+    from onnxruntime import InferenceSession, SessionOptions  # type: ignore[attr-defined]
+
+    encoder = case.build()
+    buffer = io.BytesIO()
+    axes = {
+        "features": {0: "B", 1: "T"},
+        "lens": {0: "B"},
+        "hidden": {0: "B", 1: "T_out"},
+        "out_lens": {0: "B"},
+    }
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the tracer's advice about constants: what it breaks, we measure
+        torch.onnx.export(
+            encoder,
+            case.features((48, 35)),
+            buffer,  # type: ignore[arg-type]
+            input_names=["features", "lens"],
+            output_names=["hidden", "out_lens"],
+            dynamic_axes=axes,
+            opset_version=17,
+            dynamo=False,
+        )
+    options = SessionOptions()
+    options.intra_op_num_threads = 1
+    session = InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
+    for lens in ((61,), LENS):
+        features_BTF, lens_B = case.features(lens, seed=4)
+        with torch.no_grad():
+            want = encoder(features_BTF, lens_B)
+        hidden, out_lens = session.run(None, {"features": features_BTF.numpy(), "lens": lens_B.numpy()})
+        require(
+            np.array_equal(np.asarray(out_lens), want[1].numpy()),
+            f"lengths {out_lens} in ONNX, {want[1].numpy()} in torch",
+        )
+        got = valid_frames(torch.from_numpy(hidden), want[1])
+        worst = _largest_difference(got, valid_frames(*want))
+        require(worst < 10 * TOLERANCE, f"ONNX and torch differ by {worst:.3g} on lengths {lens}")
+
+
+ARCHITECTURE_CHECKS = by_id(
+    check_padding_invariance,
+    check_lens_rule,
+    check_taps_declared,
+    check_state_dict_roundtrip,
+    check_batch_invariance,
+    check_gradients_everywhere,
+    check_onnx_export,
+    check_config_strict,
+)
+"""Contract of an encoder, by check id."""

@@ -1,0 +1,227 @@
+"""A tiny recogniser and random batches, for tests of plugins.
+
+B utterances, T frames, F feature bins, D width, V vocabulary, U tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kdrecipe.data.frames import frame_mask, keep_top
+from kdrecipe.interfaces import (
+    Batch,
+    Hidden,
+    LossSetup,
+    ModelInfo,
+    ModelOutput,
+    Options,
+    Posteriors,
+    Targets,
+    TargetSpec,
+)
+
+VOCAB_SIZE = 6
+INPUT_DIM = 8
+WIDTH = 4
+FRAME_SHIFT_S = 0.04
+SUBSAMPLING = 4
+
+
+class TinyEncoder(nn.Module):
+    """Four frames stacked, then two layers per frame: the smallest complete architecture.
+
+    Args:
+        config: its options.
+        input_dim: F.
+    """
+
+    class Config(Options):
+        """Options of the tiny encoder: ``dim``, its width."""
+
+        dim: int = WIDTH
+
+    subsampling: ClassVar[int] = SUBSAMPLING
+
+    def __init__(self, config: Config, input_dim: int) -> None:
+        super().__init__()
+        self.output_dim = config.dim
+        self.front = nn.Linear(SUBSAMPLING * input_dim, config.dim)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(config.dim, config.dim), nn.Tanh()) for _ in range(2)
+        )
+
+    def taps(self) -> dict[str, tuple[nn.Module, int]]:
+        """Outputs of the layers."""
+        return {f"encoder.{i}": (layer, self.output_dim) for i, layer in enumerate(self.layers)}
+
+    def output_len(self, num_frames: int) -> int:
+        """A quarter, rounded up."""
+        return -(-num_frames // SUBSAMPLING)
+
+    def forward(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, F) to (B, ceil(T / 4), D)."""
+        mask_BT = frame_mask(lens_B, features_BTF.shape[1])
+        x = features_BTF.masked_fill(~mask_BT[..., None], 0.0)
+        x = nn.functional.pad(x, (0, 0, 0, -x.shape[1] % SUBSAMPLING))
+        x = self.front(x.reshape(x.shape[0], -1, SUBSAMPLING * x.shape[2]))
+        for layer in self.layers:
+            x = x + layer(x)
+        return x, (lens_B + SUBSAMPLING - 1) // SUBSAMPLING
+
+
+class TinyModel(nn.Module):
+    """An encoder under a linear CTC head, called like :class:`kdrecipe.model.asr.AsrModel`."""
+
+    def __init__(self, encoder: nn.Module | None = None, *, vocab_size: int = VOCAB_SIZE) -> None:
+        super().__init__()
+        self.encoder: nn.Module = encoder or TinyEncoder(TinyEncoder.Config(), INPUT_DIM)
+        self.heads = nn.ModuleDict({"ctc": nn.Linear(int(self.encoder.output_dim), vocab_size)})  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        features_BTF: Tensor,
+        lens_B: Tensor,
+        *,
+        taps: Sequence[str] = (),
+        batch: Batch | None = None,
+    ) -> ModelOutput:
+        """All that the model computes for a batch."""
+        kept: dict[str, Tensor] = {}
+        declared: dict[str, tuple[nn.Module, int]] = self.encoder.taps()  # type: ignore[operator]
+        hooks = [declared[name][0].register_forward_hook(_keep(kept, name)) for name in taps]
+        hidden_BTD, lens_B = self.encoder(features_BTF, lens_B)
+        for hook in hooks:
+            hook.remove()
+        return ModelOutput(hidden_BTD, lens_B, {"ctc": self.heads["ctc"](hidden_BTD)}, kept)
+
+
+def _keep(kept: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        kept[name] = output
+
+    return hook
+
+
+def tiny_model(seed: int = 0) -> TinyModel:
+    """A :class:`TinyModel` with weights that depend on ``seed`` alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return TinyModel()
+
+
+def random_batch(
+    lens: Sequence[int] = (29, 21, 13),
+    *,
+    input_dim: int = INPUT_DIM,
+    vocab_size: int = VOCAB_SIZE,
+    num_tokens: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Batch:
+    """A labelled batch of noise.
+
+    Args:
+        lens: feature frames of each utterance.
+        input_dim: F.
+        vocab_size: V; labels are drawn from 1 to V - 1.
+        num_tokens: labels of each utterance; None: one for every 16 feature frames.
+        seed: of the noise.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    counts = list(num_tokens) if num_tokens is not None else [n // 16 for n in lens]
+    tokens_BU = torch.randint(1, vocab_size, (len(lens), max([*counts, 1])), generator=rng)
+    token_lens_B = torch.tensor(counts)
+    return Batch(
+        ids=[f"utterance-{i}" for i in range(len(lens))],
+        features_BTF=torch.randn(len(lens), max(lens), input_dim, generator=rng),
+        lens_B=torch.tensor(list(lens)),
+        tokens_BU=tokens_BU.masked_fill(~frame_mask(token_lens_B, tokens_BU.shape[1]), 0),
+        token_lens_B=token_lens_B,
+        labelled_B=torch.ones(len(lens), dtype=torch.bool),
+        texts=["noise"] * len(lens),
+    )
+
+
+def model_info(*, vocab_size: int = VOCAB_SIZE, width: int = WIDTH, num_layers: int = 24) -> ModelInfo:
+    """A description of a model with a CTC head and the taps ``front``, ``encoder.0``, ``encoder.1``, ..."""
+    taps = {"front": width, **{f"encoder.{i}": width for i in range(num_layers)}}
+    return ModelInfo("tiny", vocab_size, FRAME_SHIFT_S, ("ctc",), taps)
+
+
+def loss_setup() -> LossSetup:
+    """Student and teacher of the same size."""
+    return LossSetup(model_info(), model_info())
+
+
+def random_output(
+    lens: Sequence[int],
+    *,
+    taps: Sequence[str] = (),
+    num_padding: int = 2,
+    num_views: int = 1,
+    info: ModelInfo | None = None,
+    seed: int = 0,
+) -> ModelOutput:
+    """What a student might say: random logits (spread over some nats) and the same noise at all taps.
+
+    Args:
+        lens: encoder frames of each utterance.
+        taps: names to fill.
+        num_padding: frames behind the longest utterance.
+        num_views: different copies of the batch, one after the other.
+        info: gives vocabulary and widths; None: :func:`model_info`.
+        seed: of the noise.
+    """
+    info = info or model_info()
+    rng = torch.Generator().manual_seed(seed)
+    rows, num_frames = num_views * len(lens), max(lens) + num_padding
+    logits_BTV = 2 * torch.randn(rows, num_frames, info.vocab_size, generator=rng)
+    hidden = {
+        d: torch.randn(rows, num_frames, d, generator=rng) for d in sorted({*info.taps.values(), WIDTH})
+    }
+    lens_B = torch.tensor(list(lens) * num_views)
+    tapped = {name: hidden[info.taps[name]].clone() for name in taps}
+    return ModelOutput(hidden[WIDTH].clone(), lens_B, {"ctc": logits_BTV}, tapped, num_views)
+
+
+def targets_like(
+    out: ModelOutput,
+    specs: Sequence[TargetSpec],
+    *,
+    noise: float = 1.0,
+    teacher: ModelInfo | None = None,
+    seed: int = 1,
+) -> Targets:
+    """What a teacher might say that differs from ``out`` by random noise.
+
+    Args:
+        out: the student's output; its taps all hold the same.
+        specs: the targets; kinds ``frame_logits`` and ``hidden``.
+        noise: standard deviation of the difference; 0: the teacher says what the student does.
+        teacher: gives the width of its taps; None: :func:`model_info`.
+        seed: of the noise.
+
+    Raises:
+        ValueError: a kind that has no random stand-in here.
+    """
+    teacher = teacher or model_info()
+    rng = torch.Generator().manual_seed(seed)
+    items: dict[str, Posteriors | Hidden] = {}
+    for spec in specs:
+        if spec.kind == "frame_logits":
+            logits_BTV = out.logits[spec.tap].detach()
+            logits_BTV = logits_BTV + noise * torch.randn(logits_BTV.shape, generator=rng)
+            items[spec.key] = keep_top(Posteriors(logits_BTV.log_softmax(-1), out.lens_B), spec.top_k)
+        elif spec.kind == "hidden":
+            dim = teacher.taps.get(spec.tap, WIDTH)
+            same = [x.detach() for x in (*out.taps.values(), out.hidden_BTD) if x.shape[-1] == dim]
+            base_BTD = same[0] if same else torch.zeros(*out.hidden_BTD.shape[:2], dim)
+            spread = noise if same else 1.0
+            values_BTD = base_BTD + spread * torch.randn(base_BTD.shape, generator=rng)
+            items[spec.key] = Hidden(values_BTD, out.lens_B)
+        else:
+            raise ValueError(f"there are no random targets of kind {spec.kind!r}")
+    return Targets(items)

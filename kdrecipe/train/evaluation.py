@@ -1,0 +1,84 @@
+"""How good a model is on the development split while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kdrecipe.data.batches import CutBatches
+from kdrecipe.heads.ctc import ctc_greedy
+from kdrecipe.interfaces import Batch, Loss, LossOutput, ModelOutput, Targets
+from kdrecipe.train.log import Meter, normalised
+from kdrecipe.train.step import Stepper
+
+
+@dataclass(frozen=True)
+class DevScore:
+    """Of a model on the dev split.
+
+    Args:
+        loss: the supervised terms, weighted; None if the objective has none.
+        ter: token errors per reference token, greedy search; None without a CTC head.
+    """
+
+    loss: float | None
+    ter: float | None
+
+
+@torch.no_grad()
+def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
+    """Score ``stepper``'s model, each process a part of the split."""
+    model, workers = stepper.model, stepper.workers
+    supervised = [term for term in stepper.objective.terms if term.supervised and term.teacher is None]
+    meter = Meter()
+    errors = tokens = 0
+    model.eval()
+    stepper.objective.module.eval()
+    for ids in dev.epoch(0)[workers.rank :: workers.world_size]:
+        batch = dev.load(ids).map(lambda x: x.to(workers.device))
+        with stepper.autocast():
+            out = model(batch.features_BTF, batch.lens_B, taps=stepper.objective.taps, batch=batch)
+        out = out.map(lambda x: x.float() if x.is_floating_point() else x)
+        for term in supervised:
+            meter.add([term.name], [_supervised_loss(term.loss, out, batch)])
+        if "ctc" in out.logits:
+            wrong, length = token_errors(out, batch)
+            errors, tokens = errors + wrong, tokens + length
+    model.train()
+    stepper.objective.module.train()
+    numbers = workers.sum_numbers({**meter.numbers(), "errors|": errors, "tokens|": tokens})
+    errors, tokens = int(numbers.pop("errors|")), int(numbers.pop("tokens|"))
+    loss, _, _ = normalised(numbers, {term.name: term.weight for term in supervised})
+    return DevScore(loss, errors / tokens if tokens else None)
+
+
+def _supervised_loss(loss: Loss, out: ModelOutput, batch: Batch) -> LossOutput:
+    if bool(batch.labelled_B.all()):
+        return loss(out, Targets(), batch)
+    return loss(out.select(batch.labelled_B), Targets(), batch.select(batch.labelled_B))
+
+
+def token_errors(out: ModelOutput, batch: Batch) -> tuple[int, int]:
+    """(errors, reference tokens) of greedy CTC search on the labelled utterances."""
+    found, _ = ctc_greedy(out.logits["ctc"], out.lens_B)
+    errors = length = 0
+    rows = zip(
+        found, batch.tokens_BU.tolist(), batch.token_lens_B.tolist(), batch.labelled_B.tolist(), strict=True
+    )
+    for hypothesis, padded, size, labelled in rows:
+        if labelled:
+            errors += edit_distance(padded[:size], hypothesis)
+            length += size
+    return errors, length
+
+
+def edit_distance(reference: Sequence[int], hypothesis: Sequence[int]) -> int:
+    """Fewest substitutions, insertions and deletions between two sequences."""
+    row = list(range(len(hypothesis) + 1))
+    for i, wanted in enumerate(reference, start=1):
+        diagonal, row[0] = row[0], i
+        for j, got in enumerate(hypothesis, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (wanted != got))
+    return row[-1]

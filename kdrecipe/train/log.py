@@ -1,0 +1,151 @@
+"""What a run says: ``log.jsonl`` for programs, a bar or plain lines for people.
+
+One JSON object per line, ``event`` first: ``step`` (every ``log_every`` steps: step, epoch, loss,
+terms, metrics, lr, grad_norm, audio_s_per_s), ``epoch`` (dev_loss, dev_ter, seconds, audio_s) and
+``end`` (of the averaged weights).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdrecipe.artifacts import disk_errors, write_atomic
+from kdrecipe.interfaces import LossOutput
+
+_LINE_EVERY_S = 10.0  # without a terminal: often enough to see that it lives
+
+
+class TrainLog:
+    """``log.jsonl``, to which lines are appended.
+
+    Args:
+        path: the file.
+        enabled: False on all processes but the first.
+    """
+
+    def __init__(self, path: Path, enabled: bool = True) -> None:
+        self.path = path
+        self.enabled = enabled
+
+    def rewind(self, step: int) -> None:
+        """Drop lines from after ``step``, which a resumed run will write again."""
+        if not self.enabled:
+            return
+        kept = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # cut off by the kill
+                break
+            if entry["step"] <= step and entry["event"] != "end":
+                kept.append(line + "\n")
+        write_atomic(self.path, "".join(kept))
+
+    def write(self, event: str, entry: Mapping[str, Any]) -> None:
+        """Append a line."""
+        if self.enabled:
+            with disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": event, **entry}) + "\n")
+
+
+class Meter:
+    """Sums of losses and metrics since the last log line, kept as tensors to spare the GPU a wait."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, names: Sequence[str], outputs: Sequence[LossOutput]) -> None:
+        """Add a micro-batch's terms."""
+        for name, output in zip(names, outputs, strict=True):
+            self._add(f"{name}|total", output.total)
+            self._add(f"{name}|count", output.count)
+            for metric, value in output.metrics.items():
+                self._add(f"{name}|metric|{metric}", value)
+
+    def _add(self, key: str, value: Tensor | float) -> None:
+        value = torch.as_tensor(value).detach().double()
+        self.sums[key] = self.sums[key] + value if key in self.sums else value
+
+    def numbers(self) -> dict[str, float]:
+        """The sums as plain numbers."""
+        return {key: float(value) for key, value in self.sums.items()}
+
+    def load(self, numbers: Mapping[str, float]) -> None:
+        """Go on from :meth:`numbers`."""
+        self.sums = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.sums = {}
+
+
+def normalised(
+    numbers: Mapping[str, float], weights: Mapping[str, float]
+) -> tuple[float | None, dict[str, float], dict[str, float]]:
+    """(loss, value of each term, metrics) from a meter's sums over all processes.
+
+    Terms that saw nothing have no value; the loss is None if no term has one.
+    """
+    terms, metrics = {}, {}
+    for key, value in numbers.items():
+        name, kind, *rest = key.split("|")
+        count = numbers.get(f"{name}|count", 0.0)
+        if kind == "count" or not count:
+            continue
+        if kind == "total":
+            terms[name] = value / count
+        else:
+            metrics[f"{name}/{rest[0]}"] = value / count
+    loss = sum(weights[name] * value for name, value in terms.items()) if terms else None
+    return loss, terms, metrics
+
+
+class Progress:
+    """A bar where standard error is a terminal, else a line now and then.
+
+    Args:
+        label: what is being trained.
+        num_steps: in all.
+        done: steps done before (resumed).
+        enabled: False says nothing.
+    """
+
+    def __init__(self, label: str, num_steps: int, done: int = 0, enabled: bool = True) -> None:
+        self.label = label
+        self.num_steps = num_steps
+        self.enabled = enabled
+        self._said_at = time.monotonic()
+        self._bar: Any = None
+        if enabled and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=num_steps, initial=done, desc=label, unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, facts: str) -> None:
+        """After optimiser step ``step``; ``facts`` is what the last log line said."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(facts, refresh=False)
+        elif time.monotonic() - self._said_at >= _LINE_EVERY_S:
+            self.say(f"step {step}/{self.num_steps} {facts}")
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self._said_at = time.monotonic()
+        if self._bar is not None:
+            self._bar.write(f"{self.label}: {text}", file=sys.stderr)
+        elif self.enabled:
+            print(f"{self.label}: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """No more to come."""
+        if self._bar is not None:
+            self._bar.close()

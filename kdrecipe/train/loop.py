@@ -1,0 +1,339 @@
+"""The one training loop: teachers, students, and fine-tuning under compression.
+
+What depends on what: an epoch's batches on (seed, epoch), a step's random numbers on (seed, step).
+So a run that was killed goes on where its last checkpoint was as if nothing had happened, on a CPU
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kdrecipe.artifacts import fingerprint
+from kdrecipe.data.batches import CutBatches
+from kdrecipe.errors import TrainingError
+from kdrecipe.train.checkpoints import Checkpoints
+from kdrecipe.train.distribution import Workers
+from kdrecipe.train.evaluation import DevScore, evaluate
+from kdrecipe.train.log import Progress, TrainLog, normalised
+from kdrecipe.train.objective import Objective, TargetSource, Term
+from kdrecipe.train.optimisation import OptimizerHook, lr_factor, make_optimizer, set_lr
+from kdrecipe.train.step import Seen, Stepper
+
+if TYPE_CHECKING:
+    from kdrecipe.sections import Training
+
+__all__ = ["Objective", "TargetSource", "Term", "TrainResult", "train"]
+
+MetricsHook = Callable[..., Iterable[Mapping[str, float]]]
+"""``hook(step=, student=ModelOutput, teacher={name: Targets}, batch=Batch)``, from every plugin."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run was.
+
+    Args:
+        steps: optimiser steps.
+        epochs: passes over the data.
+        seconds: time spent training, interruptions not counted.
+        audio_s: seconds of audio seen.
+        dev_loss: of the averaged weights, supervised terms; None without dev data or such terms.
+        dev_ter: of the averaged weights, token error rate; None without dev data or CTC head.
+        best_epoch: with the lowest dev token error rate before averaging (from 1), or None.
+        best_dev_ter: that rate.
+        precision: type of the matrix products.
+        history: one entry per epoch, as in ``log.jsonl``.
+    """
+
+    steps: int
+    epochs: int
+    seconds: float
+    audio_s: float
+    dev_loss: float | None
+    dev_ter: float | None
+    best_epoch: int | None
+    best_dev_ter: float | None
+    precision: str
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the history, JSON-like."""
+        return {k: v for k, v in asdict(self).items() if k != "history"}
+
+
+def train(
+    model: nn.Module,
+    batches: CutBatches,
+    objective: Objective,
+    teachers: Mapping[str, TargetSource],
+    options: Training,
+    work_dir: Path,
+    *,
+    seed: int,
+    dev: CutBatches | None = None,
+    on_step: Callable[[nn.Module, int, int], None] | None = None,
+    progress: bool = True,
+    build_optimizer: OptimizerHook | None = None,
+    train_metrics: MetricsHook | None = None,
+    device: str | None = None,
+) -> TrainResult:
+    """Train ``model`` in place; on return it holds the mean of the last epochs' weights.
+
+    An unfinished run in ``work_dir`` is taken up where its last checkpoint was, provided that it
+    was started with the same data, options and model; another one's checkpoints are discarded.
+
+    Args:
+        model: a :class:`kdrecipe.model.asr.AsrModel`, initialised.
+        batches: training data.
+        objective: what is minimised.
+        teachers: by the names that the objective's terms use.
+        options: the recipe's ``training``.
+        work_dir: gets ``log.jsonl`` and ``checkpoints/``.
+        seed: of augmentation and dropout (the order of the data has ``batches.seed``).
+        dev: scored every ``dev_every`` epochs.
+        on_step: called with (model, step, num_steps) after every optimiser step, step from 1.
+        progress: whether to say anything on standard error.
+        build_optimizer: see :data:`kdrecipe.train.optimisation.OptimizerHook`.
+        train_metrics: see :data:`MetricsHook`.
+        device: None takes the GPU if there is one.
+
+    Raises:
+        TrainingError: nothing to learn from, not enough memory, or a loss that is not finite.
+    """
+    if objective.supervised_only and batches.num_labelled == 0:
+        raise TrainingError(
+            "nothing to learn from: all losses need labels and no utterance has any",
+            remedy="give the system labelled data, or a loss that learns from a teacher",
+        )
+    workers = Workers.from_environment(device)
+    model.to(workers.device).train()
+    objective.module.to(workers.device).train()
+    workers.share_state([*model.state_dict().values(), *objective.module.state_dict().values()])
+    named = [*model.named_parameters(), *objective.named_parameters()]
+    optimizer = make_optimizer(named, options, build_optimizer)
+    stepper = Stepper(model, objective, teachers, optimizer, options, workers, seed, work_dir)
+    run = _Run(stepper, batches, dev, work_dir, seed)
+    run.on_step, run.train_metrics, run.show_progress = on_step, train_metrics, progress
+    run.resume()
+    if run.epoch < options.epochs:
+        stepper.try_out(batches.load(batches.longest()))
+    try:
+        while run.epoch < options.epochs:
+            run.do_epoch()
+    finally:
+        run.progress.close()
+    return run.finish()
+
+
+def num_averaged(options: Training) -> int:
+    """Epochs whose weights are averaged: ``average``, but at most a quarter of all epochs.
+
+    In a short run, the weights of some epochs ago are no neighbours of the last ones.
+    """
+    return min(options.average, max(1, options.epochs // 4))
+
+
+class _Run:
+    """A run: its position, its counters, what it writes."""
+
+    def __init__(
+        self, stepper: Stepper, batches: CutBatches, dev: CutBatches | None, work_dir: Path, seed: int
+    ) -> None:
+        self.stepper = stepper
+        self.options = stepper.options
+        self.workers = stepper.workers
+        self.batches = batches
+        self.dev = dev
+        self.seed = seed
+        self.on_step: Callable[[nn.Module, int, int], None] | None = None
+        self.train_metrics: MetricsHook | None = None
+        self.show_progress = True
+        self.checkpoints = Checkpoints(work_dir, num_averaged(self.options))
+        self.log = TrainLog(work_dir / "log.jsonl", self.workers.is_first)
+        # A step takes this many batches of the plan, all processes together; the last step of an
+        # epoch what is left.
+        self.group = self.options.accumulate * self.workers.world_size
+        counts = [batches.num_batches(epoch) for epoch in range(self.options.epochs)]
+        self.num_steps = sum(-(-count // self.group) for count in counts)
+        self.epoch = self.index = self.step = 0  # epochs and steps done; steps done in this epoch
+        self.seconds = self.audio_s = self.interval_audio_s = self.interval_s = 0.0
+        self.facts = ""
+        self.history: list[dict[str, Any]] = []
+
+    # ------------------------------------------------------------ going through the data
+
+    def do_epoch(self) -> None:
+        """What is left of the current epoch, then its checkpoint and dev scores."""
+        plan = self.batches.epoch(self.epoch)
+        groups = [plan[i : i + self.group] for i in range(0, len(plan), self.group)]
+        saved_at = time.monotonic()
+        for group in groups[self.index :]:
+            self._do_step(group)
+            due = time.monotonic() - saved_at >= self.options.checkpoint_every_s
+            if self.index < len(groups) and self.workers.agree_on(due):
+                self._save()
+                saved_at = time.monotonic()
+        self.epoch, self.index = self.epoch + 1, 0
+        entry: dict[str, Any] = {"step": self.step, "epoch": self.epoch}
+        if self.dev and (self.epoch % self.options.dev_every == 0 or self.epoch == self.options.epochs):
+            score = evaluate(self.stepper, self.dev)
+            entry |= {"dev_loss": score.loss, "dev_ter": score.ter}
+        entry |= {"seconds": round(self.seconds, 2), "audio_s": round(self.audio_s, 2)}
+        self.history.append(entry)
+        self.log.write("epoch", entry)
+        if self.workers.is_first:
+            self.checkpoints.save_epoch(self.epoch, self.stepper.model)
+        self._save()
+        if self.workers.is_first:
+            self.checkpoints.drop_before(self.epoch)
+        if entry.get("dev_ter") is not None:
+            self.progress.say(f"epoch {self.epoch}/{self.options.epochs} dev_ter {entry['dev_ter']:.2%}")
+
+    def _do_step(self, group: list[list[str]]) -> None:
+        began = time.monotonic()
+        mine = group[self.workers.rank :: self.workers.world_size]
+        step = self.step + 1
+        logs = step % self.options.log_every == 0 or step == self.num_steps
+        lr = set_lr(
+            self.stepper.optimizer,
+            lr_factor(step, self.num_steps, self.options.warmup, self.options.schedule),
+        )
+        loaded = [self.batches.load(ids) for ids in mine]
+        norm, seen = self.stepper.run(loaded, step, keep=logs and self.train_metrics is not None)
+        self.step, self.index = step, self.index + 1
+        if self.on_step:
+            self.on_step(self.stepper.model, step, self.num_steps)
+        audio_s = sum(self.batches.duration_s(ids) for ids in group)
+        self.audio_s += audio_s
+        self.interval_audio_s += audio_s
+        spent_s = time.monotonic() - began
+        self.seconds += spent_s
+        self.interval_s += spent_s
+        if logs:
+            self._write_log(lr, norm, seen)
+        self.progress.step(step, self.facts)
+
+    def _write_log(self, lr: float, norm: float, seen: Seen | None) -> None:
+        numbers = self.workers.sum_numbers(self.stepper.meter.numbers())
+        weights = dict(zip(self.stepper.names, self.stepper.objective.weights, strict=True))
+        loss, terms, metrics = normalised(numbers, weights)
+        if seen is not None and self.train_metrics is not None:
+            with torch.no_grad():
+                found = self.train_metrics(
+                    step=self.step, student=seen.student, teacher=seen.targets, batch=seen.batch
+                )
+            for more in found:
+                metrics |= {name: float(value) for name, value in more.items()}
+        speed = self.interval_audio_s / max(self.interval_s, 1e-9)
+        entry = {"step": self.step, "epoch": self.epoch + 1, "loss": loss, "terms": terms, "metrics": metrics}
+        self.log.write("step", {**entry, "lr": lr, "grad_norm": norm, "audio_s_per_s": round(speed, 1)})
+        shown = "-" if loss is None else f"{loss:.3f}"
+        self.facts = f"epoch {self.epoch + 1} loss {shown} lr {lr:.1e} {speed:.0f} audio-s/s"
+        self.stepper.meter.clear()
+        self.interval_audio_s = self.interval_s = 0.0
+
+    def finish(self) -> TrainResult:
+        """Average, score, and describe the run."""
+        self.workers.wait()  # the last epoch's weights are on disk when all are here
+        self.checkpoints.average_into(self.stepper.model, self.options.epochs)
+        score = evaluate(self.stepper, self.dev) if self.dev else DevScore(None, None)
+        scored = [e for e in self.history if e.get("dev_ter") is not None]
+        best = min(scored, key=lambda e: float(e["dev_ter"]), default=None)
+        result = TrainResult(
+            steps=self.step,
+            epochs=self.epoch,
+            seconds=round(self.seconds, 2),
+            audio_s=round(self.audio_s, 2),
+            dev_loss=score.loss,
+            dev_ter=score.ter,
+            best_epoch=best["epoch"] if best else None,
+            best_dev_ter=best["dev_ter"] if best else None,
+            precision=str(self.stepper.dtype or torch.float32).removeprefix("torch."),
+            history=self.history,
+        )
+        self.log.rewind(self.step)  # a run killed between its end and its bundle says it only once
+        self.log.write("end", result.summary() | {"step": self.step})
+        self.stepper.model.eval()
+        return result
+
+    # ------------------------------------------------------------ checkpoints
+
+    def resume(self) -> None:
+        """Take up an unfinished run of the same kind, if there is one."""
+        state = self.checkpoints.load()
+        signature = self._signature()
+        label = self.checkpoints.directory.parent.as_posix()
+        if state and state["signature"] != signature:
+            changed = sorted(k for k, v in signature.items() if state["signature"].get(k) != v)
+            self.progress = Progress(label, self.num_steps, 0, self._talks)
+            self.progress.say(f"starting anew: the checkpoint's {', '.join(changed)} differ")
+            self.workers.wait()  # all have read it
+            if self.workers.is_first:
+                self.checkpoints.clear()
+            state = None
+        if state:
+            self._restore(state)
+        self.log.rewind(self.step)
+        self.progress = Progress(label, self.num_steps, self.step, self._talks)
+        if state:
+            self.progress.say(f"going on after step {self.step} of {self.num_steps}")
+
+    @property
+    def _talks(self) -> bool:
+        return self.show_progress and self.workers.is_first
+
+    def _signature(self) -> dict[str, str]:
+        """What a checkpoint must agree on to be taken up."""
+        ignored = {"log_every", "checkpoint_every_s", "dev_every"}
+        options = {k: v for k, v in self.options.model_dump(mode="json").items() if k not in ignored}
+        shapes = {name: list(p.shape) for name, p in self.stepper.model.state_dict().items()}
+        terms = [(t.name, t.weight, t.teacher) for t in self.stepper.objective.terms]
+        plan = [self.batches.ids, self.batches.seed, self.batches.num_labelled, self.num_steps]
+        return {
+            "seed": str(self.seed),
+            "options": fingerprint(options),
+            "model": fingerprint(shapes),
+            "losses": fingerprint(terms),
+            "data": fingerprint(plan),
+            "number of processes": str(self.workers.world_size),
+        }
+
+    def _save(self) -> None:
+        if self.workers.world_size > 1:  # a collective operation: before rank 0 goes on alone
+            numbers = self.workers.sum_numbers(self.stepper.meter.numbers())
+        else:
+            numbers = self.stepper.meter.numbers()
+        if not self.workers.is_first:
+            return
+        self.checkpoints.save(
+            {
+                "signature": self._signature(),
+                "position": [self.epoch, self.index, self.step],
+                "clocks": [self.seconds, self.audio_s, self.interval_s, self.interval_audio_s],
+                "model": self.stepper.model.state_dict(),
+                "losses": self.stepper.objective.module.state_dict(),
+                "optimizer": self.stepper.optimizer.state_dict(),
+                "scaler": self.stepper.scaler.state_dict(),
+                "meter": numbers,
+                "history": self.history,
+            }
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.epoch, self.index, self.step = state["position"]
+        self.seconds, self.audio_s, self.interval_s, self.interval_audio_s = state["clocks"]
+        self.stepper.model.load_state_dict(state["model"])
+        self.stepper.objective.module.load_state_dict(state["losses"])
+        self.stepper.optimizer.load_state_dict(state["optimizer"])
+        self.stepper.scaler.load_state_dict(state["scaler"])
+        self.history = state["history"]
+        if self.workers.is_first:  # the sums are those of all processes
+            self.stepper.meter.load(state["meter"])

@@ -1,0 +1,136 @@
+"""What is minimised: weighted loss terms over a batch, each with the targets of its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from kdrecipe.errors import TrainingError
+from kdrecipe.interfaces import Batch, Loss, LossOutput, ModelOutput, Targets
+
+
+class TargetSource(Protocol):
+    """A teacher, cached or live."""
+
+    def targets(self, batch: Batch) -> Targets:
+        """What it says about ``batch`` (before SpecAugment; on any device), row by row."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss of an objective.
+
+    Args:
+        name: in logs, unique within the objective.
+        weight: factor of the normalised loss (its sum over its count).
+        loss: see :class:`kdrecipe.interfaces.Loss`.
+        teacher: whose targets it gets; None for losses that need none.
+    """
+
+    name: str
+    weight: float
+    loss: Loss
+    teacher: str | None = None
+
+    @property
+    def supervised(self) -> bool:
+        """Whether it sees labelled utterances only."""
+        return bool(getattr(self.loss, "supervised", False))
+
+
+class Objective:
+    """Weighted terms.
+
+    Args:
+        terms: at least one, names all different.
+
+    Raises:
+        TrainingError: no term, or two of the same name.
+    """
+
+    def __init__(self, terms: Sequence[Term]) -> None:
+        if not terms:
+            raise TrainingError("there is no loss to minimise", remedy="give the system at least one loss")
+        names = [term.name for term in terms]
+        if len(set(names)) < len(names):
+            raise TrainingError(f"two loss terms have the same name: {', '.join(names)}")
+        self.terms = list(terms)
+        self.num_views: int = max(int(getattr(t.loss, "num_views", 1)) for t in terms)
+        """Differently augmented copies of each batch that some loss asks for."""
+        self.taps: tuple[str, ...] = tuple(
+            dict.fromkeys(t for x in terms for t in getattr(x.loss, "taps", ()))
+        )
+        """Intermediate tensors of the student that some loss reads (its attribute ``taps``)."""
+        self.module = nn.ModuleDict(
+            {str(i): term.loss for i, term in enumerate(terms) if isinstance(term.loss, nn.Module)}
+        )
+        """The losses that own parameters or buffers."""
+
+    @property
+    def weights(self) -> list[float]:
+        """Weight of each term."""
+        return [term.weight for term in self.terms]
+
+    @property
+    def supervised_only(self) -> bool:
+        """Whether unlabelled utterances teach nothing here."""
+        return all(term.supervised for term in self.terms)
+
+    def targets(self, teachers: Mapping[str, TargetSource], batch: Batch) -> dict[str, Targets]:
+        """What every teacher that a term asks for says about the clean ``batch``, on its device."""
+        device = batch.features_BTF.device
+        names = dict.fromkeys(term.teacher for term in self.terms if term.teacher is not None)
+        return {name: teachers[name].targets(batch).map(lambda x: x.to(device)) for name in names}
+
+    def evaluate(self, out: ModelOutput, targets: Mapping[str, Targets], batch: Batch) -> list[LossOutput]:
+        """The terms on a batch, none of them normalised yet.
+
+        Args:
+            out: of the student; with views, one whole copy of the batch after the other.
+            targets: by teacher, one row per utterance of ``batch`` (not repeated for views).
+            batch: one view.
+
+        Returns:
+            One output per term; 0 of 0 where a supervised term has no labelled utterance.
+        """
+        num_views = out.num_views
+        repeated = batch.repeat(num_views)
+        wide = {
+            name: t if num_views == 1 else t.map(lambda x: x.repeat(num_views, *[1] * (x.dim() - 1)))
+            for name, t in targets.items()
+        }
+        num_labelled = int(batch.labelled_B.sum())
+        outputs = []
+        for term in self.terms:
+            given = wide[term.teacher] if term.teacher is not None else Targets()
+            if not term.supervised or num_labelled == len(batch):
+                outputs.append(term.loss(out, given, repeated))
+            elif num_labelled == 0:
+                outputs.append(LossOutput(out.hidden_BTD.new_zeros(()), 0))
+            else:
+                rows_B = repeated.labelled_B
+                chosen = given.map(lambda x, rows_B=rows_B: x[rows_B])  # type: ignore[misc]
+                outputs.append(term.loss(out.select(rows_B), chosen, repeated.select(rows_B)))
+        return outputs
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The losses' own parameters, trained along."""
+        for name, parameter in self.module.named_parameters():
+            yield f"losses.{name}", parameter
+
+
+def count_vector(outputs: Sequence[LossOutput], device: torch.device) -> Tensor:
+    """float64 (terms,) counts."""
+    return torch.stack([torch.as_tensor(o.count, dtype=torch.float64, device=device) for o in outputs])
+
+
+def weighted_sum(outputs: Sequence[LossOutput], scales: Tensor) -> Tensor | None:
+    """``sum_i scales_i * total_i`` over the terms that have a gradient; None if none has."""
+    parts: list[Any] = [
+        o.total * s.to(o.total.dtype) for o, s in zip(outputs, scales, strict=True) if o.total.requires_grad
+    ]
+    return cast(Tensor, sum(parts[1:], parts[0])) if parts else None

@@ -1,0 +1,308 @@
+"""One optimiser step: forward, losses, exact normalisation, backward, clipping, update."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from kdrecipe.artifacts import replacing
+from kdrecipe.errors import TrainingError
+from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Targets
+from kdrecipe.train.augment import spec_augment
+from kdrecipe.train.distribution import Workers
+from kdrecipe.train.log import Meter
+from kdrecipe.train.objective import Objective, TargetSource, count_vector, weighted_sum
+from kdrecipe.train.optimisation import autocast_dtype, clip_gradients, seed_step
+
+if TYPE_CHECKING:
+    from kdrecipe.sections import Training
+
+# fp16's loss scale starts high and is halved after each overflow: that many in a row are no search
+# for the right scale any more.
+_MAX_OVERFLOWS = 20
+
+_PROVISIONAL_COUNT = 1000.0  # about a step's: keeps gradients in fp16's range
+
+
+@dataclass
+class Micro:
+    """A micro-batch, its teachers' targets, and its number among all of the step's."""
+
+    batch: Batch
+    targets: dict[str, Targets]
+    slot: int
+
+
+@dataclass
+class Seen:
+    """The last micro-batch of a step, as the hook ``train_metrics`` gets it."""
+
+    student: ModelOutput
+    targets: Mapping[str, Targets]
+    batch: Batch
+
+
+class Stepper:
+    """Does optimiser steps.
+
+    Args:
+        model: the student, on the workers' device.
+        objective: what is minimised.
+        teachers: by name.
+        optimizer: of the student's and the losses' parameters.
+        options: the recipe's ``training``.
+        workers: this process among all.
+        seed: of the run.
+        work_dir: where a batch with non-finite results is saved.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        teachers: Mapping[str, TargetSource],
+        optimizer: Optimizer,
+        options: Training,
+        workers: Workers,
+        seed: int,
+        work_dir: Path,
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        self.teachers = teachers
+        self.optimizer = optimizer
+        self.options = options
+        self.workers = workers
+        self.seed = seed
+        self.work_dir = work_dir
+        self.meter = Meter()
+        self.names = [term.name for term in objective.terms]
+        self.weights = torch.tensor(objective.weights, dtype=torch.float64, device=workers.device)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.dtype = autocast_dtype(options.precision, workers.device)
+        self.scaler = GradScaler(workers.device.type, enabled=self.dtype == torch.float16)
+        self._overflows = 0
+
+    def run(self, batches: Sequence[Batch], step: int, keep: bool = False) -> tuple[float, Seen | None]:
+        """Do step ``step`` on this process's micro-batches (perhaps none).
+
+        Returns:
+            Norm of the gradient before clipping; if ``keep``, what the last micro-batch gave.
+
+        Raises:
+            TrainingError: loss or gradient is not finite, or memory ran out.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        micros = [self._micro(batch, slot) for slot, batch in enumerate(batches)]
+        with memory_errors(batches, self.options):
+            outputs, seen = self.backward(micros, step, keep)
+        self.workers.sum_gradients(self.parameters)
+        self.scaler.unscale_(self.optimizer)
+        norm = float(clip_gradients(self.parameters, self.options.grad_clip))
+        self._check_finite(norm, outputs, batches, step)
+        if any(p.grad is not None for p in self.parameters):  # else no utterance taught anything
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        for output in outputs:
+            self.meter.add(self.names, output)
+        return norm, seen
+
+    def try_out(self, batch: Batch) -> None:
+        """Do all of a step but the update, to see whether memory suffices; nothing is changed."""
+        modules = (self.model, self.objective.module)
+        kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+        with memory_errors([batch], self.options):
+            # Not through `backward`: each process has this batch, and none may wait for another.
+            outputs, _ = self._forward(self._micro(batch, 0), step=0)
+            loss = weighted_sum(outputs, torch.zeros_like(self.weights))
+            if loss is not None:
+                loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+    def backward(
+        self, micros: Sequence[Micro], step: int, keep: bool = False
+    ) -> tuple[list[list[LossOutput]], Seen | None]:
+        """Gradients of ``sum_i weight_i * total_i / count_i``, totals and counts over the whole step.
+
+        The counts of *all* micro-batches on *all* processes must be known before the first backward
+        pass, or each micro-batch would be normalised by itself, and a mean of means weighs a token
+        in a short batch more than one in a long batch. Three cases, all exact:
+
+        - one micro-batch per process: forward, sum the counts over processes, backward;
+        - several, but a single term: normalise by a provisional count and set the gradient right
+          afterwards, since it is proportional to 1 / count;
+        - several, and several terms with counts of their own: a forward pass without gradients
+          over all micro-batches finds the counts first. It draws the same random numbers, and costs
+          about a quarter of the step. Keeping every graph until the counts are known would cost the
+          memory that accumulation is there to save; a gradient per term would cost more time.
+        """
+        if self.options.accumulate == 1:
+            return self._backward_at_once(micros, step, keep)
+        if len(self.names) > 1:
+            with torch.no_grad():
+                passes = [self._forward(micro, step)[0] for micro in micros]
+            scales = self._scales(self._sum_counts(passes))
+        else:
+            scales = self.weights / _PROVISIONAL_COUNT
+        outputs, seen = [], None
+        for micro in micros:
+            found, out = self._forward(micro, step)
+            self._backward(found, scales)
+            if keep:
+                seen = Seen(out.map(Tensor.detach), micro.targets, micro.batch)
+            outputs.append([_detached(o) for o in found])
+            del found, out  # the graph, before the next one is built
+        if len(self.names) == 1:
+            factor = _PROVISIONAL_COUNT / max(float(self._sum_counts(outputs)), 1e-9)
+            for p in self.parameters:
+                if p.grad is not None:
+                    p.grad *= factor
+        return outputs, seen
+
+    def _backward_at_once(
+        self, micros: Sequence[Micro], step: int, keep: bool
+    ) -> tuple[list[list[LossOutput]], Seen | None]:
+        passes = [self._forward(micro, step) for micro in micros]
+        scales = self._scales(self._sum_counts([found for found, _ in passes]))
+        seen = None
+        for micro, (found, out) in zip(micros, passes, strict=True):
+            self._backward(found, scales)
+            if keep:
+                seen = Seen(out.map(Tensor.detach), micro.targets, micro.batch)
+        return [[_detached(o) for o in found] for found, _ in passes], seen
+
+    def _backward(self, outputs: Sequence[LossOutput], scales: Tensor) -> None:
+        loss = weighted_sum(outputs, scales)
+        if loss is not None:
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def _sum_counts(self, passes: Sequence[Sequence[LossOutput]]) -> Tensor:
+        counts = torch.zeros_like(self.weights)
+        for outputs in passes:
+            counts += count_vector(outputs, self.workers.device)
+        return self.workers.sum(counts)
+
+    def _scales(self, counts: Tensor) -> Tensor:
+        """weight / count, 0 where a term saw nothing in the whole step."""
+        return torch.where(counts > 0, self.weights / counts.clamp(min=1e-9), torch.zeros_like(counts))
+
+    def _micro(self, batch: Batch, slot: int) -> Micro:
+        device = self.workers.device
+        moved = batch if device.type == "cpu" else batch.map(lambda x: x.to(device, non_blocking=True))
+        return Micro(
+            moved,
+            self.objective.targets(self.teachers, moved),
+            slot * self.workers.world_size + self.workers.rank,
+        )
+
+    def _forward(self, micro: Micro, step: int) -> tuple[list[LossOutput], ModelOutput]:
+        """The terms of a micro-batch; the same random numbers whenever asked."""
+        number = seed_step(self.seed, step, micro.slot)
+        repeated = micro.batch.repeat(self.objective.num_views)
+        features_BTF = self._augmented(micro.batch, number)
+        with self.autocast():
+            out = self.model(
+                features_BTF,
+                repeated.lens_B,
+                taps=self.objective.taps,
+                batch=replace(repeated, features_BTF=features_BTF),
+            )
+        # Losses compute in float32: sums over frames lose too much in 8 or 11 bits.
+        out = replace(out.map(_full_precision), num_views=self.objective.num_views)
+        return self.objective.evaluate(out, micro.targets, micro.batch), out
+
+    def _augmented(self, batch: Batch, number: int) -> Tensor:
+        """Every view's features, masked on its own, one view after the other."""
+        options, num_views = self.options.spec_augment, self.objective.num_views
+        if options is None:
+            return batch.repeat(num_views).features_BTF
+        norm = getattr(self.model, "norm", None)
+        fill_F = norm.mean_F if norm is not None else batch.features_BTF.new_zeros(())
+        generator = torch.Generator().manual_seed(number)
+        views = [
+            spec_augment(batch.features_BTF, batch.lens_B, options, fill_F, generator)
+            for _ in range(num_views)
+        ]
+        return views[0] if num_views == 1 else torch.cat(views)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The forward pass's precision."""
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.workers.device.type, self.dtype)
+
+    # ------------------------------------------------------------ what can go wrong
+
+    def _check_finite(
+        self, norm: float, outputs: Sequence[Sequence[LossOutput]], batches: Sequence[Batch], step: int
+    ) -> None:
+        # The norm is that of the sum over processes, so all of them stop together.
+        if math.isfinite(norm):
+            self._overflows = 0
+            return
+        self._overflows += 1
+        if self.scaler.is_enabled() and self._overflows < _MAX_OVERFLOWS:
+            return
+        values = [
+            {
+                name: float(o.total) / max(float(o.count), 1.0)
+                for name, o in zip(self.names, found, strict=True)
+            }
+            for found in outputs
+        ]
+        path = self.work_dir / "nonfinite.pt"
+        ids = [i for batch in batches for i in batch.ids]
+        if batches:
+            content = {"step": step, "losses": values, "batches": [vars(batch) for batch in batches]}
+            with replacing(path) as part:
+                torch.save(content, part)
+        bad = sorted({name for v in values for name, x in v.items() if not math.isfinite(x)})
+        what = f"loss {', '.join(bad)}" if bad else "gradient"
+        raise TrainingError(
+            f"the {what} is not finite at step {step}; terms: {values}; utterances: {' '.join(ids[:5])}"
+            + (" ..." if len(ids) > 5 else ""),
+            where=str(path),
+            remedy=f"lower training.lr (now {self.options.lr:g}) or grad_clip (now {self.options.grad_clip}),"
+            f" lengthen warmup, or set precision: fp32 (now {self.options.precision}); if it is always "
+            "this batch, look at its audio and text (torch.load of the file above gives it)",
+        )
+
+
+@contextlib.contextmanager
+def memory_errors(batches: Sequence[Batch], options: Training) -> Iterator[None]:
+    """Turn exhausted memory into an error that says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(
+            error
+        )
+        if not known:
+            raise
+        shapes = ", ".join(f"{len(b)} utterances of up to {int(b.lens_B.max())} frames" for b in batches)
+        raise TrainingError(
+            f"not enough memory for a batch of {shapes}",
+            where="training.batch_duration_s",
+            remedy=f"lower it (now {options.batch_duration_s:g}) and raise training.accumulate (now "
+            f"{options.accumulate}) by the same factor; or leave out the longest utterances",
+        ) from error
+
+
+def _detached(output: LossOutput) -> LossOutput:
+    return replace(output, total=output.total.detach())
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

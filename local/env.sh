@@ -1,0 +1,42 @@
+# Sourced, from the repository's root, by run.sh, tests/run.sh and every recipe's run.sh:
+#
+#   . local/env.sh [extras]
+#
+# Uses the environment at hand if kdrecipe is installed there; otherwise makes .venv once, with the
+# versions that constraints.txt pins. KDRECIPE_TORCH_INDEX=<url> takes torch and torchaudio from
+# another package index (the CPU-only builds are a tenth of the size). KDRECIPE_PYTHON names another
+# Python to make .venv with.
+
+kdrecipe_env() {
+    local extras=$1 python=${KDRECIPE_PYTHON:-python3} wanted="import kdrecipe.cli"
+    if [[ $extras == *test* ]]; then wanted+=", hypothesis, pytest, pytest_timeout"; fi
+    # From /, so that the source tree itself does not pass for an installation.
+    if [[ ! -e .venv/pyvenv.cfg ]] && (cd / && "$python" -c "$wanted") 2>/dev/null; then
+        KDRECIPE_PY=$python
+        return
+    fi
+    KDRECIPE_PY=$PWD/.venv/bin/python
+    local state
+    state=$(cat constraints.txt setup.cfg pyproject.toml | cksum | tr ' ' '-')
+    if [[ -e .venv/.installed-$state-${extras//,/-} ]]; then
+        return
+    fi
+    if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+        echo "kdrecipe needs Python 3.10 to 3.13; '$python' is $("$python" --version 2>&1 || echo 'not found')." >&2
+        echo "  -> install one and name it: KDRECIPE_PYTHON=/path/to/python3.11 $0" >&2
+        return 1
+    fi
+    echo "Setting up .venv (once; torch is most of it: some minutes, 5 GB) ..." >&2
+    [[ -x .venv/bin/python ]] || "$python" -m venv .venv
+    local pip=("$KDRECIPE_PY" -m pip install --quiet --disable-pip-version-check -c constraints.txt)
+    if [[ -n ${KDRECIPE_TORCH_INDEX:-} ]]; then
+        "${pip[@]}" --index-url "$KDRECIPE_TORCH_INDEX" torch torchaudio
+    fi
+    "${pip[@]}" -e ".[$extras]" || {
+        echo "The installation failed (messages above). -> mend the cause (network, disk space) and run again." >&2
+        return 1
+    }
+    touch ".venv/.installed-$state-${extras//,/-}"
+}
+
+kdrecipe_env "${1:-voice_commands}"

@@ -1,0 +1,184 @@
+"""Parts that encoders share. B utterances, T frames, F bins, C channels, D width, H heads, K kernel.
+
+Every pointwise map is an ``nn.Linear``, so that int8 quantisation of matrix products covers it.
+Norms are LayerNorm: no running statistics, and padding can't reach valid frames through them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MASKED = -1e9  # finite, so that an utterance without frames gives no NaN
+
+
+def valid_mask(lens_B: Tensor, num_frames: int) -> Tensor:
+    """(B, T) bool, True on each utterance's valid frames."""
+    return torch.arange(num_frames, device=lens_B.device) < lens_B.unsqueeze(1)
+
+
+class Dropout(nn.Module):
+    """Dropout from random bytes: on a CPU the usual one spends its time on random floats.
+
+    Args:
+        p: share of values set to zero, in [0, 1); rounded to a multiple of 1/256. The others are
+            scaled by what the rounded share asks for, so the expectation is exact.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.threshold = round(p * 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` of any shape; the same shape and dtype."""
+        if not self.training or self.threshold == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        # 8 values from each random integer; the full range, or the top byte would be lopsided
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        # compared in place: the comparison that makes a new bool tensor is 40 times slower
+        keep = words.view(torch.uint8)[: x.numel()].ge_(self.threshold)
+        return x * keep.view(x.shape).to(x.dtype).mul_(256 / (256 - self.threshold))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class ConvFront(nn.Module):
+    """Two 3x3 convolutions with stride 2, then a linear map: a quarter of the frames, width D.
+
+    In time, the convolutions reach forward only, and the first has no bias: zeros beyond an
+    utterance's end stay zeros, so one mask on the features keeps padding away from valid frames.
+
+    Args:
+        num_bins: F.
+        dim: D.
+        channels: of the convolutions; few, since on a CPU they cost more than the layers above.
+        dropout: after the linear map.
+    """
+
+    def __init__(self, num_bins: int, dim: int, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, channels, 3, stride=2, padding=(0, 1), bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=2, padding=(0, 1))
+        self.proj = nn.Linear(channels * ConvFront.output_len(num_bins), dim)
+        self.dropout = Dropout(dropout)
+        # on a CPU half the time of the usual layout, and the bins end up beside their channels
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @staticmethod
+    def output_len(num_frames: int) -> int:
+        """Frames that come out of ``num_frames``: a quarter, rounded up."""
+        return (num_frames + 3) // 4
+
+    def forward(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, F) normalised features to (B, ceil(T/4), D) and the lengths that go with it."""
+        padding_BT = ~valid_mask(lens_B, features_BTF.shape[1])
+        x = features_BTF.masked_fill(padding_BT.unsqueeze(2), 0.0)
+        # 6 zeros after the end: 2 for the first convolution's window, 2 * 2 for the second's
+        x = F.pad(x, (0, 0, 0, 6)).unsqueeze(1).contiguous(memory_format=torch.channels_last)
+        x = F.relu(self.conv1(x), inplace=True)
+        x = F.relu(self.conv2(x), inplace=True)
+        x = self.proj(x.permute(0, 2, 3, 1).flatten(2))
+        return self.dropout(x), torch.div(lens_B + 3, 4, rounding_mode="floor")
+
+
+class RotaryPositions(nn.Module):
+    """Rotary position embeddings (Su et al. 2021, arXiv 2104.09864): the angles.
+
+    Args:
+        dim: D, of all heads together.
+        num_heads: H.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        head_dim = dim // num_heads
+        frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        # once per head of the queries, once per head of the keys
+        self.register_buffer("frequencies_D", frequencies.repeat(2 * num_heads), persistent=False)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, D) cosines and sines for the frames of ``x_BTD``."""
+        positions_T = torch.arange(x_BTD.shape[1], device=x_BTD.device, dtype=torch.float32)
+        angles_TD = positions_T.unsqueeze(1) * self.frequencies_D
+        return angles_TD.cos(), angles_TD.sin()
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with rotary positions.
+
+    Args:
+        dim: D, a multiple of ``2 * num_heads``.
+        num_heads: H.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, T, D) to (B, T, D); ``positions`` from :class:`RotaryPositions`."""
+        # first: the first halves of all heads' queries, then of all keys; second: their second
+        # halves. Rotation turns each value of the one with its partner in the other.
+        first, second, v = self.qkv(x_BTD).chunk(3, dim=-1)
+        cos, sin = (y.to(v.dtype) for y in positions)
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=2)
+        qk = turned.unflatten(-1, (2, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5).flatten(4)
+        v = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        bias = torch.zeros_like(mask_BT, dtype=v.dtype).masked_fill(~mask_BT, MASKED)
+        y = attend(qk[0], qk[1], v, bias[:, None, None, :])
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention of (B, H, T, d) queries, keys and values; ``bias`` (B, 1, 1, T) on the scores."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # torch's fused attention knows no bf16 products on CPUs: plain ones take half the time
+        bias = bias.expand(-1, q.shape[1], -1, -1).flatten(0, 1)
+        scores = torch.baddbmm(
+            bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=q.shape[-1] ** -0.5
+        )
+        y = scores.softmax(-1, dtype=q.dtype) @ v.flatten(0, 1)
+        return y.view(q.shape)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+class FeedForward(nn.Sequential):
+    """Norm, linear, SiLU, linear: (B, T, D) to (B, T, D)."""
+
+    def __init__(self, dim: int, ff_dim: int, dropout: float) -> None:
+        super().__init__(
+            nn.LayerNorm(dim), nn.Linear(dim, ff_dim), nn.SiLU(), Dropout(dropout), nn.Linear(ff_dim, dim)
+        )
+
+
+class ConvModule(nn.Module):
+    """The Conformer's convolution module, with LayerNorm in the place of BatchNorm.
+
+    Args:
+        dim: D.
+        kernel_size: K, odd.
+    """
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__()
+        self.norm_in = nn.LayerNorm(dim)
+        self.expand = nn.Linear(dim, 2 * dim)
+        self.depthwise = nn.Conv2d(dim, dim, (kernel_size, 1), padding=(kernel_size // 2, 0), groups=dim)
+        self.depthwise.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D); frames beyond the mask don't reach valid ones."""
+        x = F.glu(self.expand(self.norm_in(x_BTD)), dim=-1)
+        x = x.masked_fill(~mask_BT.unsqueeze(2), 0.0)
+        # as a 2-d convolution over (T, 1), whose channels-last layout is (B, T, D) itself
+        x = self.depthwise(x.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
+        return self.out(F.silu(self.norm(x)))

@@ -1,0 +1,114 @@
+"""Transformer encoder with norms before the modules and rotary positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from kdrecipe import hookimpl
+from kdrecipe.interfaces import Options
+from kdrecipe_plugins.architectures.layers import (
+    ConvFront,
+    Dropout,
+    FeedForward,
+    RotaryPositions,
+    SelfAttention,
+    valid_mask,
+)
+
+
+class TransformerOptions(Options):
+    """Options of ``name: transformer``.
+
+    Args:
+        num_layers: Transformer blocks.
+        dim: width D; a multiple of ``2 * num_heads``.
+        num_heads: attention heads.
+        ff_dim: width within the feed-forward modules; by default 4 * ``dim``.
+        dropout: share dropped after the front end and in every module.
+        front_channels: channels of the front end's convolutions.
+    """
+
+    num_layers: int = Field(default=12, ge=1)
+    dim: int = Field(default=256, ge=2)
+    num_heads: int = Field(default=4, ge=1)
+    ff_dim: int | None = Field(default=None, ge=1)
+    dropout: float = Field(default=0.1, ge=0.0, lt=0.99)
+    front_channels: int = Field(default=32, ge=1)
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> TransformerOptions:
+        if self.dim % (2 * self.num_heads):
+            raise ValueError(f"dim {self.dim} is not a multiple of 2 * num_heads = {2 * self.num_heads}")
+        return self
+
+
+class TransformerLayer(nn.Module):
+    """Attention, then feed-forward, each with its norm before it and a residual around it."""
+
+    def __init__(self, config: TransformerOptions) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(config.dim)
+        self.attention = SelfAttention(config.dim, config.num_heads)
+        self.ff = FeedForward(config.dim, config.ff_dim or 4 * config.dim, config.dropout)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        x = x_BTD + self.dropout(self.attention(self.norm_attention(x_BTD), mask_BT, positions))
+        return x + self.dropout(self.ff(x))
+
+
+class Transformer(nn.Module):
+    """Transformer encoder; subsamples by 4.
+
+    Taps: ``front`` (the front end's output) and ``encoder.0`` ... ``encoder.<num_layers - 1>``,
+    before the final norm.
+
+    Args:
+        config: its options.
+        input_dim: feature bins.
+    """
+
+    Config: ClassVar[type[Options]] = TransformerOptions
+    contract_options: ClassVar[dict[str, int]] = {
+        "num_layers": 2,
+        "dim": 16,
+        "num_heads": 2,
+        "front_channels": 4,
+    }
+    subsampling = 4
+
+    def __init__(self, config: TransformerOptions, input_dim: int) -> None:
+        super().__init__()
+        self.output_dim = config.dim
+        self.front = ConvFront(input_dim, config.dim, config.front_channels, config.dropout)
+        self.positions = RotaryPositions(config.dim, config.num_heads)
+        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.dim)
+
+    def forward(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, F) normalised features to (B, ceil(T/4), D) and its lengths; padding is arbitrary."""
+        x, lens_B = self.front(features_BTF, lens_B)
+        mask_BT, positions = valid_mask(lens_B, x.shape[1]), self.positions(x)
+        for layer in self.layers:
+            x = layer(x, mask_BT, positions)
+        return self.norm(x), lens_B
+
+    def taps(self) -> dict[str, tuple[nn.Module, int]]:
+        """Declared intermediate tensors: name -> (module whose output it is, D)."""
+        layers = {f"encoder.{i}": (layer, self.output_dim) for i, layer in enumerate(self.layers)}
+        return {"front": (self.front.dropout, self.output_dim), **layers}
+
+    def output_len(self, num_frames: int) -> int:
+        """Output frames for ``num_frames`` feature frames."""
+        return ConvFront.output_len(num_frames)
+
+
+@hookimpl
+def register_architectures(register: Callable[[str, type], None]) -> None:
+    """Offer ``transformer``."""
+    register("transformer", Transformer)

@@ -1,0 +1,108 @@
+"""TorchScript: a traced ``model.pt`` for runtimes built on libtorch, features described within."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kdrecipe_plugins.exporters.ctc import CtcLogProbs, check_head, existing, read_pieces
+from torch import nn
+
+from kdrecipe import hookimpl
+from kdrecipe.data.audio import SAMPLE_RATE, resample
+from kdrecipe.data.features import extract
+from kdrecipe.errors import KdrecipeError
+from kdrecipe.interfaces import BLANK_ID, BundleLike, Hypothesis, Options, Runner, float_copy
+
+FILES = {"fp32": "model.pt", "int8": "model.int8.pt"}
+NOTES = "kdrecipe.json"  # within the file: features and frame shift
+
+
+class TorchScript:
+    """Exporter ``torchscript``; int8 only of int8 bundles, and that for the CPU."""
+
+    variants = ("fp32", "int8")
+
+    class Config(Options):
+        """Nothing to choose."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def export(self, bundle: BundleLike, directory: Path) -> dict[str, list[str]]:
+        """Write ``model.pt``, of an int8 bundle ``model.int8.pt`` as well, and ``tokens.txt``.
+
+        Raises:
+            KdrecipeError: the model has no CTC head.
+        """
+        check_head(bundle, "torchscript")
+        directory.mkdir(parents=True, exist_ok=True)
+        models = {"fp32": float_copy(bundle.model)}
+        if bundle.is_int8:
+            models["int8"] = bundle.model
+        notes = {"features": bundle.meta["features"], "frame_shift_s": bundle.meta["frame_shift_s"]}
+        for variant, model in models.items():
+            traced = _trace(model, int(bundle.meta["features"]["num_mel_bins"]))
+            traced.save(str(directory / FILES[variant]), _extra_files={NOTES: json.dumps(notes)})
+        shutil.copyfile(bundle.path / "tokens.txt", directory / "tokens.txt")
+        return {variant: [FILES[variant], "tokens.txt"] for variant in models}
+
+    def load(self, directory: Path, variant: str, *, num_threads: int = 1) -> Runner:
+        """Load a variant; ``num_threads`` is the process's to set, with ``torch.set_num_threads``.
+
+        Raises:
+            KdrecipeError: there is no such file, or it is damaged.
+        """
+        return TorchScriptRunner(Path(directory) / FILES[variant])
+
+
+class TorchScriptRunner:
+    """``model.pt`` with the ``tokens.txt`` beside it; features by Lhotse, greedy search."""
+
+    def __init__(self, model: Path) -> None:
+        notes = {NOTES: ""}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about TorchScript's age
+                self._model = torch.jit.load(str(existing(model)), map_location="cpu", _extra_files=notes)
+        except RuntimeError as error:
+            raise KdrecipeError(f"torch can't load the model: {error}", where=str(model)) from error
+        self._notes: dict[str, Any] = json.loads(notes[NOTES])
+        self._pieces = read_pieces(model.parent / "tokens.txt")
+
+    @torch.no_grad()
+    def log_probs(self, features_BTF: np.ndarray, lens_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(B, T, V) log-posteriors and (B,) lengths."""
+        log_probs_BTV, out_lens_B = self._model(
+            torch.from_numpy(features_BTF).float(), torch.from_numpy(lens_B).long()
+        )
+        return log_probs_BTV.numpy(), out_lens_B.numpy()
+
+    def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
+        """Recognise one utterance of any sampling rate."""
+        features_TF = extract(resample(samples_S, sample_rate), SAMPLE_RATE, self._notes["features"])
+        log_probs_BTV, lens_B = self.log_probs(features_TF[None], np.array([len(features_TF)]))
+        best_T = log_probs_BTV[0, : lens_B[0]].argmax(-1)
+        previous_T = np.concatenate([[BLANK_ID], best_T[:-1]])
+        frames = np.flatnonzero((best_T != BLANK_ID) & (best_T != previous_T))
+        tokens = best_T[frames].tolist()
+        text = "".join(self._pieces[i] for i in tokens).replace("\u2581", " ").strip()
+        times_s = (frames * self._notes["frame_shift_s"]).tolist()
+        return Hypothesis(text, tokens, times_s, float(log_probs_BTV[0, : lens_B[0]].max(-1).sum()))
+
+
+def _trace(model: nn.Module, num_bins: int) -> torch.jit.ScriptModule:
+    example = torch.zeros(2, 77, num_bins), torch.tensor([77, 50])
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # TorchScript's age; what matters the parity gate finds
+        return torch.jit.trace(CtcLogProbs(model).eval(), example, check_trace=False)
+
+
+@hookimpl
+def register_exporters(register):
+    register("torchscript", TorchScript)

@@ -1,0 +1,37 @@
+"""Character error rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jiwer
+from kdrecipe_plugins.metrics.wer import TextOptions, count_edits
+
+from kdrecipe import hookimpl
+
+
+class Cer:
+    """Substituted, inserted and deleted characters over characters of the reference.
+
+    The single space between words counts as a character, so that joined and split words are
+    errors. The score is a fraction and may exceed 1.
+    """
+
+    Config = TextOptions
+
+    def __init__(self, config: TextOptions) -> None:
+        self.config = config
+
+    def errors(self, reference: str, hypothesis: str) -> tuple[int, int]:
+        """(errors, characters of the reference) of one utterance."""
+        edits = self.details(reference, hypothesis)
+        return edits["sub"] + edits["ins"] + edits["del"], edits["length"]
+
+    def details(self, reference: str, hypothesis: str) -> dict[str, int]:
+        """Substitutions, insertions and deletions (``sub``, ``ins``, ``del``) and the ``length``."""
+        return count_edits(jiwer.process_characters, reference, hypothesis, self.config)
+
+
+@hookimpl
+def register_metrics(register: Callable[[str, type], None]) -> None:
+    register("cer", Cer)

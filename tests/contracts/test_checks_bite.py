@@ -1,0 +1,597 @@
+"""For each check there is a plugin that breaks it, and this check only."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lhotse.audio import RecordingSet
+from lhotse.supervision import SupervisionSet
+from pydantic import ConfigDict
+from torch import nn
+
+from kdrecipe.data.frames import bucket_log_probs, full_precision, valid_frames
+from kdrecipe.interfaces import (
+    Hypothesis,
+    LossOutput,
+    ModelOutput,
+    Options,
+    Prepared,
+    TargetSpec,
+)
+from kdrecipe.testing.contracts import (
+    ARCHITECTURE_CHECKS,
+    COMPRESSOR_CHECKS,
+    CORPUS_CHECKS,
+    DECODER_CHECKS,
+    LOSS_CHECKS,
+    METRIC_CHECKS,
+    architecture_contract,
+    compressor_contract,
+    corpus_contract,
+    decoder_contract,
+    loss_contract,
+    metric_contract,
+)
+from kdrecipe.testing.corpus import make_corpus
+from kdrecipe.testing.models import TinyEncoder
+
+
+def failed(contract):
+    return [r.check_id for r in contract.results() if not r.ok]
+
+
+class Loose(Options):
+    """Takes any option, which breaks config_strict."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def cases(broken, checks):
+    """(check id, plugin) for every check, and (None, plugin) for the sound one."""
+    assert set(broken) - {None} == set(checks)
+    return pytest.mark.parametrize(
+        ("check_id", "cls"), list(broken.items()), ids=[i or "sound" for i in broken]
+    )
+
+
+# ---------------------------------------------------------------- losses
+
+
+class SoundLoss:
+    """KL, written with a seam wherever a check looks."""
+
+    class Config(Options):
+        """No options."""
+
+    def __init__(self, config, setup):
+        self.config = config
+
+    @staticmethod
+    def requires(config):
+        return [TargetSpec("frame_logits", "ctc")]
+
+    def student(self, logits):
+        return full_precision(logits)
+
+    def flatten(self, values, lens):
+        return valid_frames(values, lens)
+
+    def teacher(self, values):
+        return values.detach()
+
+    def with_tail(self, kept, tail):
+        return torch.cat([kept, tail[:, None]], -1)
+
+    def kl(self, log_p, log_q):
+        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+    def reduce(self, kl):
+        return LossOutput(kl.sum(), len(kl))
+
+    def __call__(self, out, targets, batch):
+        item = targets.posteriors("ctc")
+        lens = out.lens_B
+        logits = self.student(self.flatten(out.logits["ctc"], lens))
+        log_p = self.flatten(self.teacher(item.log_probs_BTK), lens)
+        indices = None if item.indices_BTK is None else self.flatten(item.indices_BTK, lens)
+        if item.log_tail_BT is not None:
+            log_p = self.with_tail(log_p, self.flatten(self.teacher(item.log_tail_BT), lens))
+        log_q = bucket_log_probs(logits, indices)[..., : log_p.shape[-1]]
+        kl = self.kl(log_p.to(log_q.dtype), log_q)
+        return self.reduce(kl)
+
+
+class CountsPadding(SoundLoss):
+    """Sums over padding as well; silent where there is no valid frame at all."""
+
+    def flatten(self, values, lens):
+        return values.flatten(0, 1) if int(lens.max()) else values.flatten(0, 1)[:0]
+
+
+class MeanOverBatch(SoundLoss):
+    """Returns the mean over frames as if it were one frame's."""
+
+    def reduce(self, kl):
+        return LossOutput(kl.mean(), 1) if len(kl) else LossOutput(kl.sum(), 0)
+
+
+class TeacherTooSoft(SoundLoss):
+    """Softens the teacher only, so that its minimum is elsewhere."""
+
+    def kl(self, log_p, log_q):
+        return super().kl((log_p / 2).log_softmax(-1), log_q)
+
+
+class TeachesTheTeacher(SoundLoss):
+    def teacher(self, values):
+        return values
+
+
+class WrongGradient(SoundLoss):
+    """Part of the value carries no gradient; at the teacher's, it has none anyway."""
+
+    def kl(self, log_p, log_q):
+        return super().kl(log_p, log_q.detach()) + super().kl(log_p, log_q)
+
+
+class HalfPrecision(SoundLoss):
+    def student(self, logits):
+        return logits
+
+    def kl(self, log_p, log_q):
+        half = log_q.dtype == torch.bfloat16 or getattr(self, "half", False)
+        return super().kl(log_p.bfloat16(), log_q.bfloat16()).float() if half else super().kl(log_p, log_q)
+
+    def __call__(self, out, targets, batch):
+        self.half = out.logits["ctc"].dtype == torch.bfloat16
+        return super().__call__(out, targets, batch)
+
+
+class ForgetsTheTail(SoundLoss):
+    """Scales the kept classes up to 1 and forgets the others."""
+
+    def with_tail(self, kept, tail):
+        return kept.log_softmax(-1)
+
+
+class NanWhenEmpty(SoundLoss):
+    def reduce(self, kl):
+        return LossOutput(kl.mean() * len(kl), len(kl))
+
+
+class LooseLoss(SoundLoss):
+    Config = Loose
+
+
+class AsksTwice(SoundLoss):
+    @staticmethod
+    def requires(config):
+        return [TargetSpec("frame_logits", "ctc"), TargetSpec("frame_logits", "ctc", dtype="float32")]
+
+
+@cases(
+    {
+        None: SoundLoss,
+        "padding_invariance": CountsPadding,
+        "doubling": MeanOverBatch,
+        "minimum_at_teacher": TeacherTooSoft,
+        "no_gradient_into_targets": TeachesTheTeacher,
+        "gradcheck": WrongGradient,
+        "bf16": HalfPrecision,
+        "top_k_limit": ForgetsTheTail,
+        "empty_selection": NanWhenEmpty,
+        "config_strict": LooseLoss,
+        "requires_valid": AsksTwice,
+    },
+    LOSS_CHECKS,
+)
+def test_losses(check_id, cls):
+    assert failed(loss_contract(cls)) == ([check_id] if check_id else [])
+
+
+# ---------------------------------------------------------------- architectures
+
+
+class HearsPadding(TinyEncoder):
+    def forward(self, features_BTF, lens_B):
+        hidden_BTD, out_lens_B = super().forward(features_BTF, lens_B)
+        return hidden_BTD + features_BTF[:, -1].mean(-1)[:, None, None], out_lens_B
+
+
+class WrongRule(TinyEncoder):
+    def output_len(self, num_frames):
+        return super().output_len(num_frames) + 1
+
+
+class WrongWidth(TinyEncoder):
+    def taps(self):
+        return {name: (module, dim + 1) for name, (module, dim) in super().taps().items()}
+
+
+class SecretState(TinyEncoder):
+    def __init__(self, config, input_dim):
+        super().__init__(config, input_dim)
+        self.secret = torch.randn(())
+
+    def forward(self, features_BTF, lens_B):
+        hidden_BTD, out_lens_B = super().forward(features_BTF, lens_B)
+        return hidden_BTD + self.secret, out_lens_B
+
+
+class LooksAtOthers(TinyEncoder):
+    def forward(self, features_BTF, lens_B):
+        hidden_BTD, out_lens_B = super().forward(features_BTF, lens_B)
+        return hidden_BTD + hidden_BTD[:, :1].mean(0), out_lens_B
+
+
+class IdleLayer(TinyEncoder):
+    def __init__(self, config, input_dim):
+        super().__init__(config, input_dim)
+        self.idle = nn.Linear(2, 2)
+
+
+class LooseEncoder(TinyEncoder):
+    class Config(Loose):
+        dim: int = 4
+
+
+class FixedLength(TinyEncoder):
+    """Makes a Python list of positions, which an export freezes."""
+
+    def forward(self, features_BTF, lens_B):
+        hidden_BTD, out_lens_B = super().forward(features_BTF, lens_B)
+        positions = torch.arange(1.0, 200.0)[: int(hidden_BTD.shape[1])].tolist()
+        return hidden_BTD + torch.tensor(positions)[:, None], out_lens_B
+
+
+@cases(
+    {
+        None: TinyEncoder,
+        "padding_invariance": HearsPadding,
+        "lens_rule": WrongRule,
+        "taps_declared": WrongWidth,
+        "state_dict_roundtrip": SecretState,
+        "batch_invariance": LooksAtOthers,
+        "gradients_everywhere": IdleLayer,
+        "onnx_export": FixedLength,
+        "config_strict": LooseEncoder,
+    },
+    ARCHITECTURE_CHECKS,
+)
+def test_architectures(check_id, cls):
+    assert failed(architecture_contract(cls)) == ([check_id] if check_id else [])
+
+
+# ---------------------------------------------------------------- compressors
+
+
+class SoundCompressor:
+    """Halves the CTC layer's weights, trained for one epoch."""
+
+    class Config(Options):
+        """No options."""
+
+    num_epochs = 1
+
+    def __init__(self, config):
+        self.config = config
+
+    def apply(self, model, context):
+        with torch.no_grad():
+            model.heads["ctc"].weight.mul_(0.5)
+        return model
+
+    def on_step(self, model, step, num_steps):
+        pass
+
+    def finish(self, model):
+        return model
+
+    def rebuild(self, model):
+        return model
+
+    def report(self):
+        return {"halved": 1.0}
+
+
+class Lengthens(nn.Module):
+    """Reports one frame fewer."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, features_BTF, lens_B):
+        out = self.inner(features_BTF, lens_B)
+        return ModelOutput(out.hidden_BTD, out.lens_B - 1, out.logits)
+
+
+class ChangesLengths(SoundCompressor):
+    def finish(self, model):
+        return Lengthens(model)
+
+    rebuild = finish
+
+
+class CannotRebuild(SoundCompressor):
+    def finish(self, model):
+        model.heads["ctc"] = nn.Sequential(model.heads["ctc"])
+        return model
+
+
+class ReportsWords(SoundCompressor):
+    def report(self):
+        return {"halved": "yes"}
+
+
+class DrawsFreely(SoundCompressor):
+    def apply(self, model, context):
+        rng = torch.Generator()
+        rng.seed()
+        with torch.no_grad():
+            weight = model.heads["ctc"].weight
+            weight.add_(torch.randn(weight.shape, generator=rng))
+        return model
+
+
+class ChangesItsMind(SoundCompressor):
+    """Prunes only in finish, when nothing can recover any more."""
+
+    def finish(self, model):
+        with torch.no_grad():
+            model.heads["ctc"].weight.zero_()
+        return model
+
+
+class LooseCompressor(SoundCompressor):
+    Config = Loose
+
+
+@cases(
+    {
+        None: SoundCompressor,
+        "keeps_interface": ChangesLengths,
+        "rebuild_roundtrip": CannotRebuild,
+        "report_numbers": ReportsWords,
+        "deterministic": DrawsFreely,
+        "finetune_hooks": ChangesItsMind,
+        "config_strict": LooseCompressor,
+    },
+    COMPRESSOR_CHECKS,
+)
+def test_compressors(check_id, cls):
+    assert failed(compressor_contract(cls)) == ([check_id] if check_id else [])
+
+
+# ---------------------------------------------------------------- corpora
+
+
+class SoundCorpus:
+    """Reads the manifests of the synthetic corpus."""
+
+    class Config(Options):
+        """No options."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def prepare(self, corpus_dir, out_dir):
+        splits = {}
+        for split in ("train", "dev", "test"):
+            recordings = RecordingSet.from_file(corpus_dir / f"{split}_recordings.jsonl.gz").to_eager()
+            supervisions = SupervisionSet.from_file(corpus_dir / f"{split}_supervisions.jsonl.gz").to_eager()
+            splits[split] = (recordings, supervisions)
+        return self.change(Prepared(splits), out_dir)
+
+    def change(self, prepared, out_dir):
+        return prepared
+
+
+def changed(prepared, split, **fields):
+    """``prepared`` with the first supervision of a split changed."""
+    recordings, supervisions = prepared.splits[split]
+    listed = [copy.copy(s) for s in supervisions]
+    for name, value in fields.items():
+        setattr(listed[0], name, value)
+    return Prepared({**prepared.splits, split: (recordings, SupervisionSet.from_segments(listed))})
+
+
+class OnlyTrain(SoundCorpus):
+    def change(self, prepared, out_dir):
+        return Prepared({"train": prepared.splits["train"]})
+
+
+class SharesSpeakers(SoundCorpus):
+    def change(self, prepared, out_dir):
+        speaker = next(iter(prepared.splits["train"][1])).speaker
+        return changed(prepared, "test", speaker=speaker)
+
+
+class DiffersEachTime(SoundCorpus):
+    def change(self, prepared, out_dir):
+        return changed(prepared, "train", text=f"RUN {out_dir.name.upper()}")
+
+
+class OverrunsItsAudio(SoundCorpus):
+    def change(self, prepared, out_dir):
+        return changed(prepared, "dev", duration=99.0)
+
+
+class LeavesMarkup(SoundCorpus):
+    def change(self, prepared, out_dir):
+        return changed(prepared, "train", text="<s> RED  TEA </s>")
+
+
+class LooseCorpus(SoundCorpus):
+    Config = Loose
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("raw"), num_speakers=4, utterances_per_speaker=1)
+
+
+@cases(
+    {
+        None: SoundCorpus,
+        "splits_present": OnlyTrain,
+        "speakers_disjoint": SharesSpeakers,
+        "deterministic": DiffersEachTime,
+        "validates": OverrunsItsAudio,
+        "texts_clean": LeavesMarkup,
+        "config_strict": LooseCorpus,
+    },
+    CORPUS_CHECKS,
+)
+def test_corpora(check_id, cls, raw, tmp_path):
+    contract = corpus_contract(cls, corpus_dir=raw, work_dir=tmp_path)
+    assert failed(contract) == ([check_id] if check_id else [])
+
+
+# ---------------------------------------------------------------- decoders
+
+
+class SoundDecoder:
+    """Greedy search, one utterance at a time."""
+
+    head = "ctc"
+
+    class Config(Options):
+        """No options."""
+
+    def __init__(self, config, tokens, frame_shift_s):
+        self.tokens, self.frame_shift_s = tokens, frame_shift_s
+
+    def decode(self, model, out):
+        best_BT = out.logits["ctc"].argmax(-1)
+        return [self.one(path[:n].tolist()) for path, n in zip(best_BT, out.lens_B.tolist(), strict=True)]
+
+    def one(self, path):
+        starts = [t for t, i in enumerate(path) if i and (t == 0 or path[t - 1] != i)]
+        ids = [path[t] for t in starts]
+        return Hypothesis(self.tokens.decode(ids), ids, [t * self.frame_shift_s for t in starts])
+
+
+class TimesInFrames(SoundDecoder):
+    def one(self, path):
+        found = super().one(path)
+        return Hypothesis(found.text, found.tokens, [t / self.frame_shift_s for t in found.times_s])
+
+
+class DecodesPadding(SoundDecoder):
+    """Drops the last token if the first frame of padding shows another one."""
+
+    def decode(self, model, out):
+        best_BT = out.logits["ctc"].argmax(-1)
+        found = super().decode(model, out)
+        for row, n in enumerate(out.lens_B.tolist()):
+            if n < best_BT.shape[1] and int(best_BT[row, n]) > 2:
+                ids = found[row].tokens[:-1]
+                found[row] = Hypothesis(self.tokens.decode(ids), ids, found[row].times_s[:-1])
+        return found
+
+
+class LoudestWins(SoundDecoder):
+    """Silent about all but the utterances with the most frames of its batch."""
+
+    def decode(self, model, out):
+        longest = int(out.lens_B.max())
+        found = super().decode(model, out)
+        return [h if int(n) == longest else Hypothesis("") for h, n in zip(found, out.lens_B, strict=True)]
+
+
+class KeepsRepeats(SoundDecoder):
+    def one(self, path):
+        starts = [t for t, i in enumerate(path) if i]
+        ids = [path[t] for t in starts]
+        return Hypothesis(self.tokens.decode(ids), ids, [t * self.frame_shift_s for t in starts])
+
+
+class LooseDecoder(SoundDecoder):
+    Config = Loose
+
+
+@cases(
+    {
+        None: SoundDecoder,
+        "well_formed": TimesInFrames,
+        "padding_invariance": DecodesPadding,
+        "batch_invariance": LoudestWins,
+        "certain_output": KeepsRepeats,
+        "config_strict": LooseDecoder,
+    },
+    DECODER_CHECKS,
+)
+def test_decoders(check_id, cls):
+    assert failed(decoder_contract(cls)) == ([check_id] if check_id else [])
+
+
+# ---------------------------------------------------------------- metrics
+
+
+class SoundMetric:
+    """Words that differ at their place, a crude measure."""
+
+    class Config(Options):
+        """No options."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def errors(self, reference, hypothesis):
+        a, b = reference.split(), hypothesis.split()
+        wrong = sum(x != y for x, y in zip(a, b, strict=False)) + abs(len(a) - len(b))
+        return wrong, len(a)
+
+
+class NeverPerfect(SoundMetric):
+    def errors(self, reference, hypothesis):
+        wrong, length = super().errors(reference, hypothesis)
+        return wrong + (reference == hypothesis), length
+
+
+class ForgivesSilence(SoundMetric):
+    def errors(self, reference, hypothesis):
+        wrong, length = super().errors(reference, hypothesis)
+        return (wrong if hypothesis else 0), length
+
+
+class LengthOfBoth(SoundMetric):
+    def errors(self, reference, hypothesis):
+        wrong, length = super().errors(reference, hypothesis)
+        return wrong, (length if not (reference and hypothesis) else max(length, len(hypothesis.split())))
+
+
+class LooseMetric(SoundMetric):
+    Config = Loose
+
+
+@cases(
+    {
+        None: SoundMetric,
+        "perfect_is_zero": NeverPerfect,
+        "empty_texts": ForgivesSilence,
+        "counts": LengthOfBoth,
+        "config_strict": LooseMetric,
+    },
+    METRIC_CHECKS,
+)
+def test_metrics(check_id, cls):
+    assert failed(metric_contract(cls)) == ([check_id] if check_id else [])
+
+
+def test_every_check_has_a_line_of_documentation():
+    kinds = (
+        LOSS_CHECKS,
+        ARCHITECTURE_CHECKS,
+        COMPRESSOR_CHECKS,
+        CORPUS_CHECKS,
+        DECODER_CHECKS,
+        METRIC_CHECKS,
+    )
+    for checks in kinds:
+        for check_id, check in checks.items():
+            assert (check.__doc__ or "").strip().split("\n")[0].endswith("."), check_id

@@ -1,0 +1,116 @@
+"""A tiny recogniser of the tone corpus, trained here, as a bundle on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic
+
+from kdrecipe.bundle import Bundle
+from kdrecipe.data.audio import Utterance
+from kdrecipe.data.features import extract
+from kdrecipe.data.tokens import Tokenizer
+from kdrecipe.interfaces import CompressContext
+from kdrecipe.model.asr import FeatureNorm, build_model
+from kdrecipe.plugins import load_plugins
+from kdrecipe.testing.corpus import WORDS, speak
+
+FEATURES = {"name": "fbank", "num_mel_bins": 80}
+MODEL = {"name": "conformer", "num_layers": 1, "dim": 48, "dropout": 0.0, "heads": {"ctc": {}}}
+
+
+@dataclass
+class Trained:
+    """Bundles, and what to try them on.
+
+    Args:
+        bundle: float weights.
+        int8: the same, quantised.
+        utterances: some that it was not trained on.
+    """
+
+    bundle: Bundle
+    int8: Bundle
+    utterances: list[Utterance]
+
+
+def spoken(num: int, seed: int) -> list[Utterance]:
+    rng = np.random.default_rng(seed)
+    utterances = []
+    for number in range(num):
+        text = " ".join(rng.choice(WORDS.split(), size=rng.integers(1, 5)))
+        samples_S = 0.3 * speak(text, pitch=rng.uniform(0.97, 1.03), tempo=rng.uniform(0.9, 1.1))
+        samples_S = samples_S + 0.01 * rng.standard_normal(len(samples_S))
+        utterances.append(Utterance(f"u{number}", samples_S.astype(np.float32), text))
+    return utterances
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Trained:
+    directory = tmp_path_factory.mktemp("bundles")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    train = spoken(48, seed=1)
+    tokens = Tokenizer.train([u.text for u in train], "bpe", 48, directory / "tokens")
+    features = [torch.from_numpy(extract(u.samples_S, 16000, FEATURES)) for u in train]
+    registry = load_plugins().registry
+    model = build_model(MODEL, input_dim=80, vocab_size=len(tokens), registry=registry)
+    frames = torch.cat(features)
+    model.norm = FeatureNorm.from_stats(frames.mean(0), frames.std(0))
+    _fit(model, features, [tokens.encode(u.text) for u in train])
+    meta = {
+        "name": "tiny", "kind": "trained", "parent": None, "seed": 0, "model": MODEL, "features": FEATURES,
+        "compression": [], "plugin_files": [],
+    }  # fmt: skip
+    Bundle.save(directory / "float", model, tokens, meta)
+    compressor = Int8Dynamic(Int8Dynamic.Config())
+    quantised = compressor.finish(compressor.apply(model, CompressContext(lambda: [])))
+    step = {"name": "int8_dynamic", "options": {}, "report": compressor.report()}
+    Bundle.save(directory / "int8", quantised, tokens, {**meta, "name": "tiny_int8", "compression": [step]})
+    return Trained(
+        Bundle.load(directory / "float", registry),
+        Bundle.load(directory / "int8", registry),
+        spoken(12, seed=2),
+    )
+
+
+def _fit(model, features, tokens, num_epochs: int = 26) -> None:
+    """A few seconds of CTC: enough to read most words."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    num_steps = num_epochs * 6
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, num_steps)
+    for _ in range(num_epochs):
+        for rows in torch.randperm(len(features)).view(-1, 8).tolist():
+            lens_B = torch.tensor([len(features[i]) for i in rows])
+            features_BTF = torch.nn.utils.rnn.pad_sequence([features[i] for i in rows], batch_first=True)
+            labels = [torch.tensor(tokens[i]) for i in rows]
+            out = model(features_BTF, lens_B)
+            loss = torch.nn.functional.ctc_loss(
+                out.logits["ctc"].log_softmax(-1).transpose(0, 1),
+                torch.cat(labels),
+                out.lens_B,
+                torch.tensor([len(x) for x in labels]),
+                zero_infinity=True,
+            )
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimiser.step()
+            schedule.step()
+    model.eval()
+
+
+@pytest.fixture(scope="session")
+def exports(trained, tmp_path_factory) -> Path:
+    """``onnx_ctc`` of both bundles, in ``float`` and ``int8``."""
+    from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc
+
+    directory = tmp_path_factory.mktemp("exports")
+    exporter = OnnxCtc(OnnxCtc.Config())
+    exporter.export(trained.bundle, directory / "float")
+    exporter.export(trained.int8, directory / "int8")
+    return directory

@@ -1,0 +1,148 @@
+"""Measuring, transcribing and benchmarking with real files in real runtimes."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torchaudio
+
+from kdrecipe.data.audio import Utterance, read_audio, resample
+from kdrecipe.errors import DataError, KdrecipeError
+from kdrecipe.pipeline.bench import bench
+from kdrecipe.pipeline.measure import measure_export
+from kdrecipe.pipeline.transcribe import transcribe
+
+
+@pytest.fixture
+def audio(trained, tmp_path):
+    path = tmp_path / "speech.wav"
+    soundfile.write(path, trained.utterances[0].samples_S, 16000)
+    return path
+
+
+def test_measure_gives_speed_memory_and_texts(exports, trained):
+    measured = measure_export(exports / "float", "int8", trained.utterances)
+    assert [u.id for u in measured.utterances] == [u.id for u in trained.utterances]
+    assert 0 < measured.rtf_median <= measured.rtf_p95 < 1
+    assert 0 < measured.rtf_total < 1
+    assert 10 < measured.baseline_rss_mb < measured.peak_rss_mb < 150  # torch alone takes more
+    assert measured.size_mb == (exports / "float" / "model.int8.onnx").stat().st_size / 1e6
+    assert measured.runtime.startswith("sherpa-onnx")
+    assert measured.runtime.endswith("1 thread, int8")
+    assert any(measured.texts.values())
+    for utterance in measured.utterances:
+        assert len(utterance.tokens) == len(utterance.times_s)
+    summary = measured.summary()
+    assert set(summary["rtf"]) == {"median", "p95", "total"}
+    assert summary["measured_on"]["utterances"] == len(trained.utterances)
+
+
+def test_worker_loads_neither_torch_nor_lhotse():
+    code = (
+        "import sys, kdrecipe.pipeline.measure_worker, sherpa_onnx, soundfile, numpy\n"
+        "print([m for m in ('torch', 'lhotse', 'pydantic', 'onnxruntime') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_measure_says_what_is_missing(exports, trained, tmp_path):
+    with pytest.raises(KdrecipeError, match=r"no such file\n.*onnx_ctc"):
+        measure_export(tmp_path, "fp32", trained.utterances)
+    with pytest.raises(KdrecipeError, match="no utterance"):
+        measure_export(exports / "float", "fp32", [])
+    shutil.copytree(exports / "float", tmp_path / "broken")
+    (tmp_path / "broken" / "tokens.txt").write_text("x 0\n")
+    with pytest.raises(KdrecipeError, match="sherpa-onnx could not run the model"):
+        measure_export(tmp_path / "broken", "fp32", trained.utterances)
+    (tmp_path / "broken" / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(KdrecipeError, match="not an ONNX model"):
+        measure_export(tmp_path / "broken", "fp32", trained.utterances)
+
+
+@pytest.mark.parametrize("kind", ["bundle", "int8 bundle", "directory", "file"])
+def test_transcribe_prints_words_with_their_times(trained, exports, audio, capsys, kind):
+    path = {
+        "bundle": trained.bundle.path,
+        "int8 bundle": trained.int8.path,
+        "directory": exports / "float",
+        "file": exports / "float" / "model.onnx",
+    }[kind]
+    (hypothesis,) = transcribe(path, [audio])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(audio)
+    assert lines[1].strip() == hypothesis.text
+    words = hypothesis.text.split()
+    assert words
+    assert [line.split()[2] for line in lines[2:]] == words
+    starts_s = [float(line.split()[0]) for line in lines[2:]]
+    assert starts_s == sorted(starts_s)
+    assert starts_s[-1] < trained.utterances[0].duration_s
+
+
+def test_transcribe_takes_any_sampling_rate_and_channels(trained, tmp_path):
+    samples_S = trained.utterances[0].samples_S
+    soundfile.write(tmp_path / "a.wav", samples_S, 16000, subtype="FLOAT")
+    up = torchaudio.functional.resample(torch.from_numpy(samples_S), 16000, 48000).numpy()
+    soundfile.write(tmp_path / "b.flac", np.stack([up, up], axis=1), 48000, subtype="PCM_24")
+    a, b = transcribe(trained.bundle.path, [tmp_path / "a.wav", tmp_path / "b.flac"])
+    assert a.text == b.text
+
+
+def test_transcribe_names_all_missing_files_before_it_starts(trained, audio, capsys):
+    with pytest.raises(DataError) as error:
+        transcribe(trained.bundle.path, [audio, "no.wav", "none.wav"])
+    assert [p.where for p in error.value.problems] == ["no.wav", "none.wav"]
+    assert capsys.readouterr().out == ""
+
+
+def test_unreadable_and_empty_audio_is_named(tmp_path):
+    (tmp_path / "text.wav").write_text("hello")
+    with pytest.raises(DataError, match=r"text\.wav: can't be read as audio(.|\n)*ffmpeg"):
+        read_audio(tmp_path / "text.wav")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
+    with pytest.raises(DataError, match=r"empty\.wav: there is no sound"):
+        read_audio(tmp_path / "empty.wav")
+
+
+def test_nothing_to_recognise_with_is_explained(tmp_path, audio):
+    for function in (transcribe, bench):
+        with pytest.raises(KdrecipeError, match="neither a bundle"):
+            function(tmp_path, [audio])
+
+
+def test_sphere_files_are_read(tmp_path):
+    samples_S = np.sin(np.arange(1600) / 5).astype(np.float32) / 2
+    soundfile.write(tmp_path / "a.sph", samples_S, 16000, format="NIST", subtype="PCM_16")
+    found_S, sample_rate = read_audio(tmp_path / "a.sph")
+    assert sample_rate == 16000
+    np.testing.assert_allclose(found_S, samples_S, atol=1e-4)
+
+
+def test_resample_keeps_a_tone():
+    tone_S = np.sin(2 * np.pi * 440 * np.arange(44100) / 44100).astype(np.float32)
+    found_S = resample(tone_S, 44100)
+    expected_S = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
+    assert found_S.dtype == np.float32
+    np.testing.assert_allclose(found_S[100:-100], expected_S[100:-100], atol=0.02)
+    assert Utterance("a", found_S).duration_s == pytest.approx(1.0)
+
+
+def test_bench_measures_a_bundle_on_synthetic_audio(trained, capsys):
+    rows = bench(trained.bundle.path)
+    assert [row["model"] for row in rows] == ["model.onnx", "model.int8.onnx"]
+    assert rows[1]["size_mb"] < rows[0]["size_mb"] / 3
+    assert int(rows[0]["params"]) == trained.bundle.meta["params"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "20 utterances, 120 s of audio"
+    assert "RTF median" in lines[1]
+    assert len(lines) == 4
+
+
+def test_bench_measures_a_file_on_given_audio(exports, audio):
+    (row,) = bench(exports / "float" / "model.onnx", [audio])
+    assert 0 < row["rtf_median"] < 1

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The whole test suite, in an environment that it makes if there is none: tests/run.sh [pytest's arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. local/env.sh voice_commands,test
+
+# One thread each: two small test processes on two cores beat one with two threads.
+export OMP_NUM_THREADS=1
+exec "$KDRECIPE_PY" -m pytest "$@"

@@ -1,0 +1,504 @@
+"""The report: what is in its three files, and that they can be trusted and shown to anyone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from kdrecipe_plugins.metrics.cer import Cer
+from kdrecipe_plugins.metrics.wer import TextOptions, Wer
+
+from kdrecipe.errors import KdrecipeError
+from kdrecipe.interfaces import Metric
+from kdrecipe.pipeline import plots
+from kdrecipe.pipeline.report import assemble, write_report
+from kdrecipe.pipeline.report_html import from_markdown, per_epoch, read_log
+from kdrecipe.pipeline.report_listen import Listening, aligned, encode
+from kdrecipe.pipeline.score import Question, score
+
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "small",
+    "boats",
+    "drift",
+    "past",
+    "an",
+    "open",
+    "harbour",
+    "gate",
+]
+METRICS: dict[str, Metric] = {"wer": Wer(TextOptions()), "cer": Cer(TextOptions())}
+EVIL = '<script>alert("x")</script> & </td>'
+
+# name: kind, parent, error rate, parameters, MB, real-time factor
+SYSTEMS: dict[str, tuple[str, str | None, float, int, float, float]] = {
+    "teacher": ("trained", None, 0.06, 11_300_000, 44.8, 0.0312),
+    "scratch": ("trained", None, 0.33, 812_000, 3.41, 0.0051),
+    "cr_ctc": ("trained", None, 0.29, 812_000, 3.41, 0.0052),
+    "kd": ("distilled", "teacher", 0.22, 812_000, 3.41, 0.0051),
+    "kd_unlabelled": ("distilled", "teacher", 0.15, 812_000, 3.41, 0.0050),
+    "kd_int8": ("compressed", "kd", 0.225, 812_000, 1.12, 0.0043),
+}
+Hyps = dict[str, dict[int, dict[str, Path]]]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def say(path: Path, error_rate: float, seed: int, num_utterances: int) -> Path:
+    references, noise = random.Random(0), random.Random(f"{error_rate} {seed}")
+    rows = []
+    for i in range(num_utterances):
+        words = [references.choice(WORDS) for _ in range(references.randint(4, 18))]
+        heard: list[str] = []
+        for word in words:
+            if noise.random() >= error_rate:
+                heard.append(word)
+            else:
+                heard += noise.choice([[], [noise.choice(WORDS)], [noise.choice(WORDS)], [word, "uh"]])
+        rows.append({"id": f"spk{i % 7}-{i:04}", "ref": " ".join(words), "hyp": " ".join(heard)})
+    rows[0]["ref"] += f" {EVIL}"
+    return write_jsonl(path, rows)
+
+
+def make_inputs(
+    directory: Path,
+    *,
+    seeds: tuple[int, ...] = (1, 2, 3),
+    num_utterances: int = 40,
+    splits: tuple[str, ...] = ("test",),
+) -> tuple[dict[str, Any], Hyps, dict[str, dict[int, Path]]]:
+    """What the stages before leave to the report, for six systems."""
+    hyps: Hyps = {}
+    logs: dict[str, dict[int, Path]] = {}
+    for name, (kind, _, rate, *_) in SYSTEMS.items():
+        for seed in seeds[:1] if name == "teacher" else seeds:
+            for i, split in enumerate(splits):
+                path = directory / f"hyps/{name}/seed{seed}/{split}.jsonl"
+                hyps.setdefault(name, {}).setdefault(seed, {})[split] = say(
+                    path, rate * (1 + 0.6 * i), seed, num_utterances
+                )
+            if kind != "compressed":
+                rows: list[dict[str, Any]] = []
+                for epoch in range(1, 31):
+                    wobble = random.Random(f"{name}{seed}{epoch}").gauss(0, 0.01)
+                    loss = 3.5 * np.exp(-epoch / 8) + rate + wobble
+                    rows.append({"event": "step", "step": 10 * epoch, "epoch": epoch, "loss": loss})
+                    dev = {"dev_loss": loss + 0.1, "dev_ter": min(1.0, rate + np.exp(-epoch / 6) + wobble)}
+                    rows.append({"event": "epoch", "step": 10 * epoch, "epoch": epoch, **dev})
+                rows.append({"event": "end", "step": 300, "epoch": 0, "dev_ter": 9.0})
+                logs.setdefault(name, {})[seed] = write_jsonl(
+                    directory / f"systems/{name}/seed{seed}/log.jsonl", rows
+                )
+    question = Question(
+        teachers={"kd": "teacher", "kd_unlabelled": "teacher", "kd_int8": "teacher"},
+        baselines={"kd": "scratch", "kd_unlabelled": "scratch"},
+        compare=[("kd", "scratch"), ("kd", "cr_ctc"), ("kd_unlabelled", "kd"), ("kd_int8", "kd")],
+    )
+    speakers = {f"spk{i % 7}-{i:04}": f"spk{i % 7}" for i in range(num_utterances)}
+    systems = [
+        {
+            "name": name,
+            "kind": kind,
+            "parent": parent,
+            "seeds": list(hyps[name]),
+            "params": params,
+            "size_mb": size_mb,
+            "rtf": {"median": rtf, "p95": 1.7 * rtf},
+            "peak_rss_mb": 60 + size_mb,
+            "runtime": "sherpa-onnx 1.12.1, 1 thread, " + ("int8" if kind == "compressed" else "fp32"),
+            "parity": {
+                "onnx_ctc": {
+                    "num_utterances": 50,
+                    "fp32": {"max_log_prob_diff": 2.1e-5, "token_error": 0.0, "wer": 0.2},
+                }
+            },
+            "compression": [{"name": "int8_dynamic", "options": {}, "report": {"int8_share": 0.97}}]
+            if kind == "compressed"
+            else [],
+            "train": {}
+            if kind == "compressed"
+            else {"epochs": 30, "steps": 300, "seconds": 412.0, "audio_s_per_s": 187.3},
+        }
+        for name, (kind, parent, _, params, size_mb, rtf) in SYSTEMS.items()
+    ]
+    data = {
+        "recipe": {
+            "name": "an4/kd",
+            "path": "recipes/an4/kd",
+            "corpus": "an4",
+            "command": "./run.sh recipes/an4/kd --set corpus.root=/data/corpora/an4",
+            "seeds": list(seeds),
+            "profile": None,
+            "git": "0123abcd4567",
+            "date": "2026-01-15",
+            "machine": {"cpu": "Some CPU @ 2.5 GHz", "cores": 2, "memory_gb": 16, "hostname": "anna-laptop"},
+            "versions": {"kdrecipe": "0.1.0", "torch": "2.11.0", "python": "3.11.7"},
+        },
+        "corpus_summary": {
+            "splits": {
+                "train": {"utterances": 843, "speakers": 66, "hours": 0.6543},
+                "test": {"utterances": num_utterances, "speakers": 7, "hours": 0.05},
+            },
+            "left_out": [
+                {"id": "a", "reason": "empty text"},
+                {"id": "b", "reason": "empty text"},
+                {"id": "c", "reason": "no audio"},
+            ],
+            "notes": ["25 of 99 test sentences occur in train"],
+        },
+        "systems": systems,
+        "scores": score(hyps, METRICS, question, speakers=speakers, resamples=500),
+        "sections": [
+            {
+                "title": "From a plugin",
+                "markdown": f"Some **bold** words.\n\n| a | b |\n|---|--:|\n| x | 1 |\n\n- {EVIL}",
+            }
+        ],
+        "claims": [
+            {"text": "Distillation helps", "holds": True, "evidence": "kd against scratch"},
+            "A sentence.",
+        ],
+    }
+    return data, hyps, logs
+
+
+def tone(split: str, utterance: str) -> tuple[np.ndarray, int]:
+    """A second of sound that differs between utterances."""
+    pitch = 200 + 7 * sum(map(ord, utterance)) % 600
+    return 0.3 * np.sin(2 * np.pi * pitch * np.arange(16000) / 16000), 16000
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    directory = tmp_path_factory.mktemp("report")
+    inputs = make_inputs(directory)
+    write_report(*inputs, directory / "out", audio=tone, listening=Listening(per_pair=6))
+    return directory / "out", inputs
+
+
+def test_results_schema(made: tuple[Path, Any]) -> None:
+    results = json.loads((made[0] / "results.json").read_text())
+    assert [s["name"] for s in results["systems"]] == list(SYSTEMS)
+    for system in results["systems"]:
+        assert {
+            "kind",
+            "parent",
+            "seeds",
+            "params",
+            "size_mb",
+            "rtf",
+            "peak_rss_mb",
+            "splits",
+        } <= system.keys()
+        for metric in ("wer", "cer"):
+            found = system["splits"]["test"][metric]
+            assert found["ci95"][0] <= found["mean"] <= found["ci95"][1]
+            assert (found["std"] is None) == (len(system["seeds"]) == 1)
+        assert ("gap_recovered" in system) == (system["kind"] == "distilled")
+    kd = results["systems"][3]
+    assert 0 < kd["gap_recovered"] < 1
+    assert kd["splits"]["test"]["gap_recovered"]["baseline"] == "scratch"
+    assert kd["fidelity"]["teacher"] == "teacher"
+    assert len(results["comparisons"]) == 4
+    assert "fractions" in str(results["units"])
+
+
+def test_reading_follows_the_figures(made: tuple[Path, Any]) -> None:
+    results = json.loads((made[0] / "results.json").read_text())
+    said = {item["text"]: item["verdict"] for item in results["reading"]}
+    better = next(text for text in said if text.startswith("**kd is better than scratch**"))
+    assert said[better] == "better"
+    wer = {s["name"]: s["splits"]["test"]["wer"]["mean"] for s in results["systems"]}
+    assert f"{100 * wer['scratch']:.2f} → {100 * wer['kd']:.2f} % WER" in better
+    assert "p < 0.001" in better or "p = 0.00" in better
+    assert any(text.startswith("kd recovers") for text in said)
+    assert any(
+        text.startswith("kd_int8 takes 1.12 MB where kd takes 3.41 MB and is 1.2 times as fast")
+        for text in said
+    )
+    assert any("One seed only for teacher:" in text for text in said)
+    assert any("7 speakers only" in text for text in said)
+
+
+def test_reading_turns_with_the_figures(made: tuple[Path, Any]) -> None:
+    data = dict(made[1][0])
+
+    def verdicts(**changes: Any) -> tuple[str, str]:
+        found = {"split": "test", "metric": "wer", "a": "kd", "b": "scratch", "a_mean": 0.2, "b_mean": 0.3}
+        found |= {"difference": -0.1, "ci95": [-0.12, -0.08], "p": 0.0001, "seed_pairs": [9, 9]} | changes
+        item = assemble(data | {"comparisons": [found]})["reading"][0]
+        return item["verdict"], item["text"]
+
+    assert verdicts()[0] == "better"
+    assert "33 % fewer errors" in verdicts()[1]
+    assert "Every seed agrees (9 of 9 pairs)" in verdicts()[1]
+    assert verdicts(p=0.06)[0] == "same"
+    assert verdicts(p=0.01, p_adjusted=0.06)[0] == "same"
+    verdict, text = verdicts(a_mean=0.3, b_mean=0.2, difference=0.1, seed_pairs=[3, 9])
+    assert verdict == "worse"
+    assert "kd is worse than scratch" in text
+    assert "it holds in 6 of 9 pairs" in text
+
+
+def test_reading_warns_of_what_is_missing() -> None:
+    split = {"wer": {"mean": 0.2, "std": None, "ci95": [0.1, 0.3]}, "gap_recovered": None}
+    systems: list[dict[str, Any]] = [
+        {
+            "name": "kd",
+            "kind": "distilled",
+            "parent": "t",
+            "seeds": [1],
+            "splits": {"test": split},
+            "size_mb": 4,
+            "rtf": 0.01,
+        },
+        {
+            "name": "kd2",
+            "kind": "distilled",
+            "parent": "t",
+            "seeds": [1, 2],
+            "splits": {"test": {"wer": split["wer"]}},
+        },
+        {
+            "name": "small",
+            "kind": "compressed",
+            "parent": "kd",
+            "seeds": [1, 2],
+            "size_mb": 2,
+            "rtf": {"median": 0.02},
+        },
+    ]
+    said = [item["text"] for item in assemble({"recipe": {"name": "x"}, "systems": systems})["reading"]]
+    assert said == [
+        "kd has no gap to recover on test: its teacher is no better than its baseline.",
+        "small takes 2 MB where kd takes 4 MB, and is slower: 0.50 times the speed.",
+        "One seed only for kd: how far another would move these figures is not known.",
+        "Not tested against any other system: kd and kd2.",
+        "No baseline of the same model and data, without a teacher, beside kd2.",
+    ]
+
+
+def test_markdown(made: tuple[Path, Any]) -> None:
+    text = (made[0] / "RESULTS.md").read_text()
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    for name, (kind, *_) in SYSTEMS.items():
+        assert any(re.match(rf"\| {name} +\| {kind} ", line) for line in table)
+    assert "25 of 99 test sentences occur in train" in text
+    assert "2 × empty text" in text
+    assert "Nothing was left out" not in text
+    assert "run.sh recipes/an4/kd --set corpus.root=…/an4" in text
+    assert "torch 2.11.0" in text
+    assert "0123abcd4567" in text
+    widths: dict[int, set[int]] = {}
+    for number, line in enumerate(text.splitlines()):
+        if line.startswith("|") and "From a plugin" not in text[: text.index(line)]:
+            start = max(
+                i for i, other in enumerate(text.splitlines()[: number + 1]) if not other.startswith("|")
+            )
+            widths.setdefault(start, set()).add(len(line))
+    assert widths
+    assert all(len(found) == 1 for found in widths.values()), "columns line up on a terminal"
+
+
+def test_nothing_local_leaks(made: tuple[Path, Any]) -> None:
+    for file in ("results.json", "RESULTS.md", "report.html"):
+        text = (made[0] / file).read_text()
+        assert "anna-laptop" not in text
+        assert "/data/corpora" not in text
+        assert str(made[0].parent) not in text
+
+
+class _Page(HTMLParser):
+    """Counts tags, keeps addresses and ids, and checks nesting."""
+
+    void = {"meta", "input", "br", "link", "img"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in self.void:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "srcset", "action"):
+                self.addresses.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.void:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_stands_alone(made: tuple[Path, Any]) -> None:
+    text = (made[0] / "report.html").read_text()
+    page = _Page(text)
+    assert page.open == []
+    assert all(address.startswith(("#", "data:audio/")) for address in page.addresses)
+    assert not re.search(r"https?:|//cdn|@import|url\((?!#)", text)
+    assert page.tags.count("svg") == 4  # size, bars, two curves
+    assert page.tags.count("audio") >= 6
+    assert len(page.ids) == len(set(page.ids))
+    links = {address[1:] for address in page.addresses if address.startswith("#")}
+    assert links <= set(page.ids)
+
+
+def test_page_escapes_what_people_said(made: tuple[Path, Any]) -> None:
+    text = (made[0] / "report.html").read_text()
+    assert EVIL not in text
+    assert "<script>alert" not in text
+    assert _Page(text).tags.count("script") == 1
+    marked, errors = aligned("one <b> three", "one <i> three four")
+    assert errors == 2
+    assert "&lt;i&gt;" in marked
+    assert "<ins>four</ins>" in marked
+    assert "instead of &lt;b&gt;" in marked
+    assert aligned("one two", "one")[0] == "one <del>two</del>"
+
+
+def test_every_system_is_on_the_page(made: tuple[Path, Any]) -> None:
+    text = (made[0] / "report.html").read_text()
+    for name in SYSTEMS:
+        assert f'<th scope="row">{name}</th>' in text
+        assert f'data-system="{name}"' in text
+
+
+def test_deterministic(made: tuple[Path, Any], tmp_path: Path) -> None:
+    data, hyps, logs = made[1]
+    write_report(data, hyps, logs, tmp_path, audio=tone, listening=Listening(per_pair=6))
+    for file in ("results.json", "RESULTS.md", "report.html"):
+        assert (tmp_path / file).read_bytes() == (made[0] / file).read_bytes()
+
+
+def test_audio_budget(made: tuple[Path, Any], tmp_path: Path) -> None:
+    size = len(encode(*tone("test", "spk0-0000")))
+    data, hyps, logs = made[1]
+    write_report(
+        data, hyps, logs, tmp_path, audio=tone, listening=Listening(per_pair=6, max_audio_mb=2.5 * size / 1e6)
+    )
+    page = _Page((tmp_path / "report.html").read_text())
+    assert page.tags.count("audio") == 2
+    assert "have no audio in this page" in (tmp_path / "report.html").read_text()
+
+
+def test_audio_survives_encoding() -> None:
+    samples = np.stack([tone("test", "x")[0]] * 2, axis=1)
+    for rate in (16000, 12345):  # MP3 has no such rate
+        head, packed = encode(samples, rate).split(",")
+        heard, read_rate = soundfile.read(io.BytesIO(base64.b64decode(packed)))
+        assert head == ("data:audio/mpeg;base64" if rate == 16000 else "data:audio/flac;base64")
+        assert read_rate == rate
+        assert heard.ndim == 1
+        assert abs(len(heard) - len(samples)) < 4000
+        assert 0.1 < np.abs(heard).max() < 0.5
+
+
+def test_little_is_enough(tmp_path: Path) -> None:
+    """One system that was only trained: no hypotheses, logs, sizes or comparisons."""
+    data = {"recipe": {"name": "x"}, "systems": [{"name": "only"}]}
+    write_report(data, {}, {}, tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["systems"][0]["size_mb"] is None
+    assert "# Results of x" in (tmp_path / "RESULTS.md").read_text()
+    assert "No system here was made from another" in (tmp_path / "report.html").read_text()
+
+
+def test_two_splits_and_several_teachers(tmp_path: Path) -> None:
+    data, hyps, logs = make_inputs(
+        tmp_path, seeds=(1,), num_utterances=12, splits=("test_clean", "test_other")
+    )
+    data["systems"][3]["parent"] = ["teacher", "cr_ctc"]
+    write_report(data, hyps, logs, tmp_path / "out")
+    text = (tmp_path / "out/RESULTS.md").read_text()
+    assert "## Systems on test_clean" in text
+    assert "## Systems on test_other" in text
+    assert "teacher, cr_ctc" in text
+    assert "<option>test_other</option>" in (tmp_path / "out/report.html").read_text()
+
+
+def test_numbers_json_has_not() -> None:
+    data = {
+        "recipe": {"name": "x"},
+        "systems": [{"name": "a", "size_mb": float("nan"), "params": np.int64(3)}],
+    }
+    system = assemble(data)["systems"][0]
+    assert system["size_mb"] is None
+    assert json.dumps(system["params"]) == "3"
+
+
+def test_names_must_be_given_and_differ() -> None:
+    with pytest.raises(KdrecipeError, match="same name: a"):
+        assemble({"recipe": {"name": "x"}, "systems": [{"name": "a"}, {"name": "a"}]})
+    with pytest.raises(KdrecipeError, match="no name"):
+        assemble({"recipe": {"name": "x"}, "systems": [{"kind": "trained"}]})
+
+
+def test_training_logs(tmp_path: Path) -> None:
+    path = write_jsonl(
+        tmp_path / "log.jsonl",
+        [{"event": "step", "epoch": 1, "loss": 2.0}, {"event": "step", "epoch": 1, "loss": 4.0}],
+    )
+    with open(path, "a") as file:
+        file.write('{"event": "step", "epo')  # killed while writing
+    log = read_log(path)
+    log.append({"event": "step", "epoch": 2, "loss": float("nan")})
+    log.append({"event": "end", "epoch": 3, "loss": 1.0})
+    assert per_epoch(log, "loss") == [(1, 3)]
+    assert read_log(tmp_path / "absent") == []
+
+
+def test_markdown_of_plugins() -> None:
+    html = from_markdown(
+        "# Title\ntext `a < b`\n\n- one\n- two\n\n```\nx <= y\n```\n\n| a | b |\n|---|--:|\n| 1 | 2 |"
+    )
+    assert "<h3>Title</h3><p>text <code>a &lt; b</code></p>" in html
+    assert "<ul><li>one</li><li>two</li></ul>" in html
+    assert "<pre><code>x &lt;= y</code></pre>" in html
+    assert '<td class="number">2</td>' in html
+
+
+def test_plots_bear_odd_input() -> None:
+    one = plots.Point("only & one", "odd", 0.0, [0.0, 0.0], 1.0)
+    for drawing in (
+        plots.size_plot([one], "MB", "a"),
+        plots.rate_bars([one], "b"),
+        plots.curves({"x": [[(1, 2.0)]]}, "loss", "c"),
+    ):
+        assert drawing.startswith("<svg role=")
+        assert "#fd000" not in drawing
+        assert "only & one" not in drawing
+    same = [plots.Point(f"system{i}", "trained", 0.2, [0.1, 0.3], 5.0) for i in range(12)]
+    assert all(p.name in plots.size_plot(same, "MB", "d") for p in same)

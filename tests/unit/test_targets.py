@@ -1,0 +1,277 @@
+"""Cached and live targets."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from lhotse.audio import Recording
+from lhotse.cut import CutSet
+
+from kdrecipe.data.targets import LiveTargets, TargetCache, merge_specs, write_targets
+from kdrecipe.errors import DataError
+from kdrecipe.interfaces import Batch, TargetSpec
+from kdrecipe.testing.models import INPUT_DIM, VOCAB_SIZE, TinyModel, random_batch, tiny_model
+
+KEY = {"teacher": "weights-1", "tokens": "tokens-1", "features": {"num_mel_bins": 80}}
+FULL = TargetSpec("frame_logits", "ctc")
+TOP_3 = TargetSpec("frame_logits", "ctc", top_k=3)
+HIDDEN = TargetSpec("hidden", "encoder.1")
+LENS = {"a": 30, "b": 22, "c": 17, "d": 9}  # feature frames
+
+
+class Batches:
+    """The cuts in two batches, with noise for features."""
+
+    plan = (["a", "c"], ["b", "d"])
+
+    def epoch(self, number):
+        return [list(ids) for ids in self.plan]
+
+    def load(self, ids) -> Batch:
+        batch = random_batch([LENS[i] for i in ids], seed=sum(map(ord, ids)))
+        return replace(batch, ids=list(ids))
+
+
+@pytest.fixture
+def cuts(tmp_path):
+    import soundfile
+
+    made = []
+    for name, frames in LENS.items():
+        path = tmp_path / f"{name}.wav"
+        noise = np.random.default_rng(frames).standard_normal(160 * frames)
+        soundfile.write(path, 0.1 * noise, 16000)
+        made.append(Recording.from_file(path, recording_id=name).to_cut())
+    return CutSet.from_cuts([cut.with_id(cut.recording_id) for cut in made])
+
+
+def write(cuts, directory, specs=(FULL,), model=None, **options):
+    model = model or tiny_model()
+    return write_targets(cuts, Batches(), model, specs, directory, key_parts=KEY, **options)
+
+
+def assert_equal(got, want):
+    assert got.items.keys() == want.items.keys()
+    for key, item in want.items.items():
+        for name, value in vars(item).items():
+            other = getattr(got.items[key], name)
+            if value is None:
+                assert other is None, (key, name)
+            else:
+                assert other.dtype == value.dtype, (key, name)
+                assert torch.equal(other, value), (key, name)
+
+
+@pytest.mark.parametrize("specs", [(FULL,), (TOP_3,), (HIDDEN,), (TOP_3, HIDDEN)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_cached_targets_are_the_live_ones_bit_for_bit(cuts, tmp_path, specs, dtype):
+    specs = [replace(spec, dtype=dtype) for spec in specs]
+    write(cuts, tmp_path / "t", specs)
+    cache = TargetCache.open(tmp_path / "t", KEY, cuts=cuts)
+    live = LiveTargets(tiny_model(), specs)
+    for _ in range(2):  # from disk, then from memory
+        for ids in Batches().epoch(0):
+            batch = Batches().load(ids)
+            assert_equal(cache.targets(batch), live.targets(batch))
+
+
+def test_memory_limit_changes_nothing_but_speed(cuts, tmp_path):
+    write(cuts, tmp_path / "t")
+    batch = Batches().load(["a", "c"])
+    small = TargetCache.open(tmp_path / "t", KEY, max_memory_bytes=400)
+    want = TargetCache.open(tmp_path / "t", KEY).targets(batch)
+    assert_equal(small.targets(batch), want)
+    assert_equal(small.targets(batch), want)
+
+
+def test_targets_are_rounded_to_the_stored_type_and_padded_with_0(cuts, tmp_path):
+    target = LiveTargets(tiny_model(), [TOP_3]).targets(Batches().load(["a", "c"])).posteriors()
+    assert target.log_probs_BTK.shape == (2, 8, 3)
+    assert target.lens_B.tolist() == [8, 5]
+    assert torch.equal(target.log_probs_BTK, target.log_probs_BTK.half().float())
+    assert not target.log_probs_BTK[1, 5:].any()
+    assert not target.indices_BTK[1, 5:].any()
+    mass = target.log_probs_BTK.exp().sum(-1) + target.log_tail_BT.exp()
+    torch.testing.assert_close(mass[0], torch.ones(8), rtol=0, atol=5e-3)
+
+
+def test_top_k_of_all_classes_is_full(cuts):
+    spec = replace(FULL, top_k=VOCAB_SIZE)
+    batch = Batches().load(["a"])
+    wide, full = (LiveTargets(tiny_model(), [s]).targets(batch).posteriors() for s in (spec, FULL))
+    assert wide.indices_BTK is None
+    assert torch.equal(wide.log_probs_BTK, full.log_probs_BTK)
+
+
+def test_the_teacher_is_frozen_and_in_evaluation_mode():
+    class Dropping(TinyModel):
+        def forward(self, features_BTF, lens_B, **more):
+            return super().forward(torch.dropout(features_BTF, 0.5, self.training), lens_B, **more)
+
+    model = Dropping().train()
+    live = LiveTargets(model, [FULL])
+    model.train()
+    batch = Batches().load(["a", "c"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first, second = live.targets(batch).posteriors(), live.targets(batch).posteriors()
+    assert torch.equal(first.log_probs_BTK, second.log_probs_BTK)
+    assert not first.log_probs_BTK.requires_grad
+    assert not any(p.requires_grad for p in model.parameters())
+    model.eval()
+    exact = model(batch.features_BTF, batch.lens_B).logits["ctc"].log_softmax(-1)
+    torch.testing.assert_close(first.log_probs_BTK[0], exact[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("part", list(KEY))
+def test_stale_targets_are_refused_naming_the_part(cuts, tmp_path, part):
+    write(cuts, tmp_path / "t")
+    with pytest.raises(DataError, match=f"stale: {part} was") as caught:
+        TargetCache.open(tmp_path / "t", {**KEY, part: "something else"})
+    assert len(caught.value.problems) == 1
+    TargetCache.open(tmp_path / "t", {part: KEY[part]})
+
+
+def test_all_stale_parts_are_named_at_once(cuts, tmp_path):
+    write(cuts, tmp_path / "t")
+    with pytest.raises(DataError) as caught:
+        TargetCache.open(tmp_path / "t", {"teacher": "2", "tokens": "2", "features": {}, "new": 1})
+    assert [p.what.split(": ")[1].split(" ")[0] for p in caught.value.problems] == [
+        "teacher",
+        "tokens",
+        "features",
+        "new",
+    ]
+
+
+def test_needs_that_the_cache_does_not_meet_are_refused(cuts, tmp_path):
+    write(cuts, tmp_path / "t", [TOP_3])
+    TargetCache.open(tmp_path / "t", KEY, specs=[replace(TOP_3, top_k=2)])
+    for need, text in [
+        (HIDDEN, "holds no hidden:encoder.1"),
+        (FULL, "best 3 classes of frame_logits:ctc, all are needed"),
+        (replace(TOP_3, top_k=4), "4 are needed"),
+    ]:
+        with pytest.raises(DataError, match=text):
+            TargetCache.open(tmp_path / "t", KEY, specs=[need])
+
+
+def test_batches_that_do_not_fit_are_refused(cuts, tmp_path):
+    cache = write(cuts, tmp_path / "t")
+    batch = Batches().load(["a", "c"])
+    with pytest.raises(DataError, match="no cached targets") as caught:
+        cache.targets(replace(batch, ids=["a", "a_sp0.9"]))
+    assert caught.value.problems[0].where == "a_sp0.9"
+    with pytest.raises(DataError, match="16 feature frames, its cached targets were computed from 17"):
+        cache.targets(replace(batch, lens_B=batch.lens_B - torch.tensor([0, 1])))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cut: cut.perturb_speed(0.9, affix_id=False),
+        lambda cut: cut.perturb_volume(2.0, affix_id=False),
+        lambda cut: cut.truncate(duration=0.05).with_id(cut.id),
+    ],
+    ids=["speed", "volume", "truncated"],
+)
+def test_cuts_perturbed_after_caching_are_refused(cuts, tmp_path, change):
+    cache = write(cuts, tmp_path / "t")
+    changed = CutSet.from_cuts([change(cut) if cut.id == "b" else cut for cut in cuts])
+    with pytest.raises(DataError, match=r"changed \(speed, volume, cropping\) after") as caught:
+        TargetCache.open(tmp_path / "t", KEY, cuts=changed)
+    assert [p.where for p in caught.value.problems] == ["b"]
+    # and so are cuts that carry the arrays themselves: Lhotse keeps them as they were
+    stored = CutSet.from_file(tmp_path / "t" / "cuts.jsonl.gz")
+    carrying = CutSet.from_cuts([change(cut) for cut in stored])
+    with pytest.raises(DataError) as caught:
+        TargetCache(tmp_path / "t", cache.specs, carrying)
+    assert len(caught.value.problems) == len(LENS)
+
+
+def test_speed_perturbed_cuts_of_their_own_are_fine(cuts, tmp_path):
+    slow = CutSet.from_cuts([cut.perturb_speed(0.9, affix_id=False) for cut in cuts])
+    write(slow, tmp_path / "t")
+    TargetCache.open(tmp_path / "t", KEY, cuts=slow)
+    with pytest.raises(DataError, match="was changed"):
+        TargetCache.open(tmp_path / "t", KEY, cuts=cuts)
+
+
+def test_changed_audio_is_refused_and_a_mere_touch_is_not(cuts, tmp_path):
+    write(cuts, tmp_path / "t")
+    os.utime(tmp_path / "a.wav", ns=(1, 1))
+    TargetCache.open(tmp_path / "t", KEY, cuts=cuts)
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "a.wav").write_bytes(bytes(data))
+    with pytest.raises(DataError, match="audio has changed") as caught:
+        TargetCache.open(tmp_path / "t", KEY, cuts=cuts)
+    assert [p.where for p in caught.value.problems] == ["a"]
+
+
+def test_a_directory_can_be_moved(cuts, tmp_path):
+    write(cuts, tmp_path / "part")
+    os.replace(tmp_path / "part", tmp_path / "t")
+    TargetCache.open(tmp_path / "t", KEY).targets(Batches().load(["a", "c"]))
+
+
+def test_an_unfinished_cache_is_not_opened(cuts, tmp_path):
+    class Dying(Batches):
+        def load(self, ids):
+            if "b" in ids:
+                raise KeyboardInterrupt
+            return super().load(ids)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_targets(cuts, Dying(), tiny_model(), [FULL], tmp_path / "t", key_parts=KEY)
+    with pytest.raises(ValueError, match="missing file"):
+        TargetCache.open(tmp_path / "t", KEY)
+
+
+def test_writing_covers_every_cut_and_reports_progress(cuts, tmp_path):
+    done = []
+    write(cuts, tmp_path / "t", progress=done.append)
+    assert done == [2, 2]
+
+    class Half(Batches):
+        plan = (["a", "c"],)
+
+    with pytest.raises(DataError, match="no batch holds this cut") as caught:
+        write_targets(cuts, Half(), tiny_model(), [FULL], tmp_path / "u", key_parts=KEY)
+    assert [p.where for p in caught.value.problems] == ["b", "d"]
+
+
+def test_hidden_states_beyond_float16_are_refused(cuts, tmp_path):
+    model = tiny_model()
+    model.encoder.layers[1] = torch.nn.Linear(4, 4)
+    with torch.no_grad():
+        model.encoder.layers[1].weight.mul_(1e7)
+    with pytest.raises(DataError, match="not finite as float16"):
+        write(cuts, tmp_path / "t", [HIDDEN], model)
+    write(cuts, tmp_path / "u", [replace(HIDDEN, dtype="float32")], model)
+
+
+def test_unknown_kinds_are_refused():
+    with pytest.raises(DataError, match="codebooks"):
+        LiveTargets(tiny_model(), [TargetSpec("codebooks", "encoder.0")])
+
+
+def test_merged_specs_serve_everybody():
+    merged = merge_specs([TOP_3, HIDDEN, replace(TOP_3, top_k=5, dim=6), replace(HIDDEN, dtype="float32")])
+    assert merged == [replace(TOP_3, top_k=5, dim=6), replace(HIDDEN, dtype="float32")]
+    assert merge_specs([TOP_3, FULL]) == merge_specs([FULL, TOP_3]) == [FULL]
+
+
+def test_arrays_are_lhotse_fields_in_half_precision(cuts, tmp_path):
+    write(cuts, tmp_path / "t", [TOP_3])
+    stored = {cut.id: cut for cut in CutSet.from_file(tmp_path / "t" / "cuts.jsonl.gz")}
+    field = stored["a"].target_frame_logits_ctc__log_probs.with_path_prefix(tmp_path / "t")
+    assert (field.shape, field.frame_shift, field.load().dtype) == ([8, 3], 0.04, np.float16)
+    ids = stored["a"].target_frame_logits_ctc__indices.with_path_prefix(tmp_path / "t").load()
+    assert ids.dtype == np.int16
+    assert json.loads((tmp_path / "t" / "key.json").read_text())["parts"] == KEY
+    assert INPUT_DIM == 8

@@ -1,0 +1,571 @@
+"""The training loop: exact resuming, exact normalisation, and what happens when things go wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train_toys as toys
+from torch import nn
+from train_toys import Calm, Imitate, ToyTeacher, toy_batches, toy_model, toy_objective, toy_options, toy_run
+
+from kdrecipe.errors import KdrecipeError, TrainingError
+from kdrecipe.interfaces import LossOutput
+from kdrecipe.train.checkpoints import Checkpoints
+from kdrecipe.train.distribution import Workers
+from kdrecipe.train.evaluation import edit_distance
+from kdrecipe.train.loop import Objective, Term, num_averaged
+from kdrecipe.train.optimisation import autocast_dtype, cpu_has_bf16, lr_factor, make_optimizer, seed_step
+from kdrecipe.train.step import Stepper
+
+SCRIPT = Path(toys.__file__)
+
+
+class Stop(Exception):
+    """Injected instead of a kill."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: (weights, result, log lines)."""
+    directory = tmp_path_factory.mktemp("whole")
+    model, result = toy_run(directory)
+    return model.state_dict(), result, lines(directory)
+
+
+def lines(directory, *events):
+    found = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return [entry for entry in found if not events or entry["event"] in events]
+
+
+def assert_same_weights(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def deterministic(entry):
+    return {k: v for k, v in entry.items() if k not in ("seconds", "audio_s_per_s")}
+
+
+# ---------------------------------------------------------------- learning
+
+
+def test_a_toy_is_learnt(tmp_path):
+    batches = toy_batches(40)
+    options = toy_options(epochs=25, lr=1e-2, spec_augment=None, checkpoint_every_s=600)
+    objective = Objective([Term("ctc", 1.0, toys.ctc())])
+    _, result = toy_run(
+        tmp_path, model=toy_model(0.0), batches=batches, objective=objective, options=options, teachers={},
+        dev=toy_batches(10, seed=1),
+    )  # fmt: skip
+    losses = [entry["terms"]["ctc"] for entry in lines(tmp_path, "step")]
+    assert losses[-1] < 0.1 * losses[0]
+    assert result.dev_ter < 0.2
+    assert result.best_dev_ter <= result.history[0]["dev_ter"]
+    assert result.epochs == 25
+    assert result.audio_s == pytest.approx(25 * batches.duration_s(batches.ids), abs=0.1)
+
+
+def test_the_log_tells_what_was_done(whole):
+    _, result, log = whole
+    steps = [entry for entry in log if entry["event"] == "step"]
+    assert [e["step"] for e in steps] == [*range(2, result.steps + 1, 2)] + [result.steps] * (
+        result.steps % 2
+    )
+    for entry in steps:
+        assert set(entry["terms"]) == {"ctc", "calm", "imitate"}
+        weighted = (
+            0.7 * entry["terms"]["ctc"] + 0.1 * entry["terms"]["calm"] + 0.3 * entry["terms"]["imitate"]
+        )
+        assert entry["loss"] == pytest.approx(weighted)
+        assert entry["metrics"]["calm/frames"] == 1.0  # a sum over the count
+        assert entry["lr"] > 0
+        assert entry["grad_norm"] > 0
+        assert entry["audio_s_per_s"] > 0
+    assert [e["epoch"] for e in log if e["event"] == "epoch"] == [1, 2, 3]
+    assert log[-1]["event"] == "end"
+    json.dumps(result.summary())
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def test_the_same_run_twice_is_the_same(whole, tmp_path):
+    model, _ = toy_run(tmp_path)
+    assert_same_weights(model.state_dict(), whole[0])
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 6, 9, 15])
+def test_an_interrupted_run_goes_on_bit_for_bit(step, whole, tmp_path):
+    def stop(model, done, num_steps):
+        if done == step:
+            raise Stop
+
+    with pytest.raises(Stop):
+        toy_run(tmp_path, on_step=stop)
+    done = []
+    # Another initialisation, other states of the random generators: all must come from the checkpoint.
+    model, result = toy_run(tmp_path, model=toy_model(seed=3), on_step=lambda m, s, n: done.append(s))
+    if step > 1:
+        assert_same_weights(model.state_dict(), whole[0])
+        assert done[0] == step  # the step that was cut off, not the epoch, is done again
+        assert [deterministic(e) for e in lines(tmp_path)] == [deterministic(e) for e in whole[2]]
+    assert result.steps == whole[1].steps
+    assert result.audio_s == whole[1].audio_s
+
+
+def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT, "kill", tmp_path, "8"], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert torch.load(tmp_path / "checkpoints" / "last.pt")["position"][2] == 7
+    model, _ = toy_run(tmp_path, model=toy_model(seed=3))
+    assert_same_weights(model.state_dict(), whole[0])
+
+
+def test_a_finished_run_is_not_done_again(whole, tmp_path):
+    toy_run(tmp_path)
+    steps = []
+    model, result = toy_run(tmp_path, model=toy_model(seed=3), on_step=lambda m, s, n: steps.append(s))
+    assert steps == []
+    assert_same_weights(model.state_dict(), whole[0])
+    assert result.steps == whole[1].steps
+    assert len(lines(tmp_path, "end")) == 1
+
+
+def test_a_checkpoint_of_another_run_is_not_taken_up(tmp_path, capfd):
+    toy_run(tmp_path)
+    steps = []
+    toy_run(tmp_path, options=toy_options(lr=1e-3), on_step=lambda m, s, n: steps.append(s), progress=True)
+    assert steps[0] == 1
+    assert "starting anew: the checkpoint's options differ" in capfd.readouterr().err
+    assert [e["epoch"] for e in lines(tmp_path, "epoch")] == [1, 2, 3]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, whole, monkeypatch):
+    write, calls = Path.write_bytes, []
+
+    def fill(path, data):
+        if "last.pt" in path.name:
+            calls.append(path)
+            if len(calls) == 4:
+                write(path, data[: len(data) // 2])
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(KdrecipeError, match="no space left"):
+        toy_run(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if "last" in p.name) == ["last.pt"]
+    model, _ = toy_run(tmp_path)
+    assert_same_weights(model.state_dict(), whole[0])
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.pt").write_bytes(b"x")
+    with pytest.raises(TrainingError, match="damaged checkpoint"):
+        toy_run(tmp_path)
+
+
+# ---------------------------------------------------------------- normalisation
+
+
+def gradients(loaded, accumulate, objective, tmp_path):
+    """Gradients of one step on micro-batches that are already loaded."""
+    options = toy_options(accumulate=accumulate, spec_augment=None, grad_clip=None)
+    model = toy_model(dropout=0.0)
+    named = [*model.named_parameters(), *objective.named_parameters()]
+    optimizer = make_optimizer(named, options)
+    workers = Workers(0, 1, torch.device("cpu"))
+    stepper = Stepper(model, objective, {"t": ToyTeacher()}, optimizer, options, workers, 0, tmp_path)
+    objective.module.zero_grad()
+    stepper.backward([stepper._micro(batch, slot) for slot, batch in enumerate(loaded)], step=1)
+    return torch.cat([p.grad.flatten().clone() for _, p in named if p.grad is not None])
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        [Term("ctc", 0.7, toys.ctc())],
+        [Term("calm", 0.1, Calm())],
+        [Term("ctc", 0.7, toys.ctc()), Term("calm", 0.1, Calm()), Term("imitate", 0.3, Imitate(), "t")],
+    ],
+    ids=["one supervised", "one unsupervised", "three"],
+)
+def test_accumulating_equals_one_large_batch(terms, tmp_path):
+    batches = toy_batches(labelled=[0, 1, 2, 3, 4])
+    ids = sorted(batches.ids, key=lambda i: batches.duration_s([i]))
+    # Unequal parts, labels in two of them only: the mean of their means is far from the mean.
+    parts = [ids[:9], ids[9:11], ids[11:]]
+    objective = Objective(terms)
+    at_once = gradients([batches.load(ids)], 1, objective, tmp_path)
+    in_parts = gradients([batches.load(part) for part in parts], 3, objective, tmp_path)
+    torch.testing.assert_close(in_parts, at_once, rtol=1e-4, atol=1e-5)
+    means = sum(gradients([batches.load(part)], 1, objective, tmp_path) for part in parts) / 3
+    assert (means - at_once).norm() > 0.02 * at_once.norm()
+
+
+def test_two_processes_equal_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = []
+    for rank in range(2):
+        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, SCRIPT, "rank", tmp_path / "two", tmp_path / "two.pt"]
+        running.append(subprocess.Popen(command, env=env))
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    # The same pairs of batches in one process; the plan's groups are of accumulate * processes.
+    model, result = toy_run(tmp_path / "one", **toys.distributed_settings(accumulate=2))
+    two = torch.load(tmp_path / "two.pt")
+    start = toy_model(dropout=0.0).state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert any((two[name] - start[name]).abs().max() > 1e-3 for name in start)
+    one_log, two_log = (
+        [deterministic(e) for e in lines(tmp_path / d, "step", "epoch")] for d in ("one", "two")
+    )
+    assert len(one_log) == len(two_log)
+    for a, b in zip(one_log, two_log, strict=True):
+        for key in ("loss", "grad_norm", "dev_loss", "dev_ter"):
+            assert a.get(key) == pytest.approx(b.get(key), rel=1e-3)
+
+
+# ---------------------------------------------------------------- what losses see
+
+
+class Spy:
+    """A loss that keeps what it is given."""
+
+    def __init__(self, supervised=False, num_views=1):
+        self.supervised = supervised
+        self.num_views = num_views
+        self.seen = []
+
+    def __call__(self, out, targets, batch):
+        self.seen.append((out, targets, batch))
+        return LossOutput(out.logits["ctc"].sum(), len(batch))
+
+
+def spied(terms, tmp_path, **more):
+    settings = {
+        "batches": toy_batches(6, labelled=[0, 1], duration_s=100.0),
+        "options": toy_options(epochs=1),
+    }
+    toy_run(tmp_path, objective=Objective(terms), **{**settings, **more})
+    return [term.loss.seen[-1] for term in terms]
+
+
+def test_supervised_losses_see_labelled_utterances_only(tmp_path):
+    terms = [Term("s", 1.0, Spy(supervised=True), "t"), Term("u", 1.0, Spy(), "t")]
+    (s_out, s_targets, s_batch), (_, _, u_batch) = spied(terms, tmp_path)
+    assert sorted(s_batch.ids) == ["c0", "c1"]
+    assert len(u_batch) == 6
+    rows = [u_batch.ids.index(i) for i in s_batch.ids]
+    assert torch.equal(s_batch.lens_B, u_batch.lens_B[rows])
+    assert len(s_out.lens_B) == len(s_targets.posteriors().lens_B) == 2
+
+
+def test_a_supervised_loss_is_not_asked_about_an_unlabelled_batch(tmp_path):
+    spy = Spy(supervised=True)
+    terms = [Term("s", 1.0, spy), Term("u", 1.0, Calm())]
+    batches = toy_batches(6, labelled=[0], duration_s=0.1)  # an utterance per batch
+    toy_run(tmp_path, batches=batches, objective=Objective(terms), options=toy_options(epochs=1))
+    assert {i for _, _, batch in spy.seen for i in batch.ids} == {"c0"}
+    assert any("s" not in entry["terms"] for entry in lines(tmp_path, "step"))
+
+
+def test_views_are_masked_differently_and_everything_is_repeated(tmp_path):
+    inputs = []
+    model = toy_model(0.0)
+    model.encoder.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    terms = [
+        Term("two", 1.0, Spy(num_views=2)),
+        Term("kd", 1.0, Spy(), "t"),
+        Term("s", 1.0, Spy(supervised=True)),
+    ]
+    two, kd, supervised = spied(terms, tmp_path, model=model)
+    assert [o.num_views for o, _, _ in (two, kd, supervised)] == [2, 2, 2]
+    assert two[2].ids == two[2].ids[:6] * 2
+    assert kd[1].posteriors().log_probs_BTK.shape[0] == 12
+    first, second = kd[1].posteriors().log_probs_BTK.chunk(2)
+    assert torch.equal(first, second)
+    assert sorted(supervised[2].ids) == ["c0", "c0", "c1", "c1"]
+    views = inputs[-1].chunk(2)
+    assert not torch.equal(*views)
+    assert (views[0] == views[1]).float().mean() > 0.3
+
+
+def test_teachers_see_clean_features(tmp_path):
+    teacher, batches = ToyTeacher(), toy_batches(6)
+    toy_run(tmp_path, batches=batches, teachers={"t": teacher}, options=toy_options(epochs=1))
+    for batch in teacher.seen:
+        assert torch.equal(batch.features_BTF, batches.load(batch.ids).features_BTF)
+
+
+def test_losses_get_float32_whatever_the_model_computes_in(tmp_path):
+    inside = []
+    model = toy_model(0.0)
+    model.heads["ctc"].register_forward_hook(lambda m, a, out: inside.append(out.dtype))
+    ((out, _, _),) = spied(
+        [Term("u", 1.0, Spy())], tmp_path, model=model, options=toy_options(precision="bf16")
+    )
+    assert inside[0] == torch.bfloat16
+    assert out.logits["ctc"].dtype == torch.float32
+
+
+def test_taps_that_losses_name_are_there(tmp_path):
+    spy = Spy()
+    spy.taps = ("encoder.0",)
+    ((out, _, _),) = spied([Term("u", 1.0, spy)], tmp_path)
+    assert set(out.taps) == {"encoder.0"}
+
+
+def test_a_losss_own_parameters_are_trained_and_not_kept(tmp_path):
+    loss = Imitate()
+    model, _ = toy_run(tmp_path, objective=Objective([Term("i", 1.0, loss, "t")]))
+    assert loss.scale != 1.0
+    assert not any("scale" in name for name in model.state_dict())
+
+
+# ---------------------------------------------------------------- averaging, schedule, hooks
+
+
+def test_the_result_is_the_mean_of_the_last_epochs(tmp_path):
+    options = toy_options(epochs=9, average=2)
+    model = toy_model()
+    model.register_buffer("mask", torch.zeros(1))
+    ends = []
+
+    def note(model, step, num_steps):
+        model.mask.fill_(step)
+        if step % (num_steps // 9) == 0:
+            ends.append({k: v.clone() for k, v in model.state_dict().items()})
+
+    model, result = toy_run(tmp_path, model=model, options=options, on_step=note)
+    assert result.steps == 9 * (result.steps // 9)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value.detach(), (ends[-1][name] + ends[-2][name]) / 2)
+    assert model.mask == result.steps  # buffers are the last epoch's
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").glob("epoch-*.pt"))
+    assert kept == ["epoch-8.pt", "epoch-9.pt"]
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("epochs", "average", "expected"), [(1, 5, 1), (6, 5, 1), (12, 5, 3), (30, 5, 5), (30, 1, 1)]
+)
+def test_short_runs_average_less(epochs, average, expected):
+    assert num_averaged(toy_options(epochs=epochs, average=average)) == expected
+
+
+def test_learning_rate_rises_and_falls():
+    for schedule in ("cosine", "linear", "noam", "constant"):
+        factors = [lr_factor(step, 100, 0.1, schedule) for step in range(1, 101)]
+        assert factors[9] == max(factors) == 1.0
+        assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+        assert min(factors) > 0
+        assert sorted(factors[9:], reverse=True) == factors[9:]
+    assert lr_factor(100, 100, 0.1, "cosine") < 0.001
+    assert lr_factor(1, 1, 0.0, "cosine") == 1.0
+
+
+def test_weight_decay_leaves_biases_and_norms_alone():
+    groups = make_optimizer(toy_model().named_parameters(), toy_options()).param_groups
+    assert {p.dim() > 1 for p in groups[0]["params"]} == {True}
+    assert groups[1]["weight_decay"] == 0
+
+
+def test_plugins_may_bring_optimiser_and_metrics(tmp_path):
+    asked, shown = [], []
+
+    def build_optimizer(params, config):
+        asked.append(config)
+        return torch.optim.SGD(params, lr=0.1)
+
+    def train_metrics(step, student, teacher, batch):
+        shown.append((step, set(teacher), student.logits["ctc"].requires_grad))
+        return [{"double": 2.0 * step}, {}]
+
+    toy_run(tmp_path, build_optimizer=build_optimizer, train_metrics=train_metrics)
+    assert len(asked) == 1
+    log = lines(tmp_path, "step")
+    assert [entry["metrics"]["double"] for entry in log] == [2.0 * entry["step"] for entry in log]
+    assert shown == [(entry["step"], {"t"}, False) for entry in log]
+    assert max(entry["lr"] for entry in log) <= 0.1
+    toy_run(tmp_path / "own", build_optimizer=lambda params, config: None)  # nobody has one
+
+
+def test_random_numbers_hang_on_seed_step_and_slot_alone():
+    def draw(*where):
+        seed_step(*where)
+        return torch.rand(3).tolist()
+
+    first = draw(1, 2, 3)
+    torch.rand(100)
+    assert draw(1, 2, 3) == first
+    assert len({tuple(draw(*where)) for where in [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4)]}) == 4
+
+
+def test_auto_precision_is_what_the_machine_has(tmp_path):
+    with_it, without = tmp_path / "with", tmp_path / "without"
+    with_it.write_text("flags : fpu avx512_bf16 sse")
+    without.write_text("flags : fpu avx512f sse")
+    assert cpu_has_bf16(with_it)
+    assert not cpu_has_bf16(without)
+    assert not cpu_has_bf16(tmp_path / "absent")
+    cpu = torch.device("cpu")
+    assert autocast_dtype("auto", cpu) == (torch.bfloat16 if cpu_has_bf16() else None)
+    assert autocast_dtype("fp32", cpu) is None
+    assert autocast_dtype("bf16", cpu) == torch.bfloat16
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+class Breaking(Spy):
+    """Fails from its ``after``-th call on (the first is the trial of the longest batch)."""
+
+    def __init__(self, after, error=None):
+        super().__init__()
+        self.after, self.error = after, error
+
+    def __call__(self, out, targets, batch):
+        result = super().__call__(out, targets, batch)
+        if len(self.seen) > self.after:
+            if self.error:
+                raise self.error
+            result.total = result.total * float("nan")
+        return result
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path):
+    spy = Breaking(after=4)
+    before = []
+    with pytest.raises(TrainingError) as caught:
+        toy_run(
+            tmp_path, objective=Objective([Term("bad", 1.0, spy), Term("calm", 1.0, Calm())]),
+            on_step=lambda m, s, n: before.append({k: v.clone() for k, v in m.state_dict().items()}),
+        )  # fmt: skip
+    (problem,) = caught.value.problems
+    assert "loss bad is not finite at step 4" in problem.what
+    assert all(word in problem.remedy for word in ("training.lr", "grad_clip", "precision"))
+    saved = torch.load(problem.where, weights_only=True)
+    assert saved["step"] == 4
+    assert saved["batches"][0]["ids"] == spy.seen[-1][2].ids
+    assert torch.equal(saved["batches"][0]["features_BTF"], spy.seen[-1][2].features_BTF)
+    state = torch.load(tmp_path / "checkpoints" / "last.pt")
+    assert state["position"][2] == 3
+    assert_same_weights(state["model"], before[-1])
+
+
+def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
+    class Root(nn.Module):
+        def forward(self, out, targets, batch):
+            return LossOutput((out.logits["ctc"] * 0).sum().sqrt(), 1)  # 0, with an infinite slope
+
+    with pytest.raises(TrainingError, match="the gradient is not finite at step 1"):
+        toy_run(tmp_path, objective=Objective([Term("root", 1.0, Root())]))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_long_a_batch_is_found_before_the_first_step(tmp_path, error):
+    spy, steps, batches = Breaking(after=0, error=error), [], toy_batches()
+    with pytest.raises(TrainingError, match="not enough memory") as caught:
+        toy_run(
+            tmp_path, batches=batches, objective=Objective([Term("big", 1.0, spy)]),
+            on_step=lambda m, s, n: steps.append(s),
+        )  # fmt: skip
+    assert steps == []
+    assert spy.seen[0][2].ids == batches.longest()
+    assert "training.batch_duration_s" in str(caught.value)
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        toy_run(tmp_path, objective=Objective([Term("x", 1.0, Breaking(1, RuntimeError("shapes differ")))]))
+
+
+def test_nothing_to_learn_from_is_said_at_once(tmp_path):
+    with pytest.raises(TrainingError, match="nothing to learn from"):
+        toy_run(
+            tmp_path, batches=toy_batches(labelled=[]), objective=Objective([Term("ctc", 1.0, toys.ctc())])
+        )
+    with pytest.raises(TrainingError, match="no loss"):
+        Objective([])
+    with pytest.raises(TrainingError, match="same name"):
+        Objective([Term("a", 1.0, Calm()), Term("a", 1.0, Calm())])
+
+
+def test_steps_without_labels_teach_nothing_and_do_no_harm(tmp_path):
+    batches = toy_batches(6, labelled=[0], duration_s=0.1)
+    model, _ = toy_run(tmp_path, batches=batches, objective=Objective([Term("ctc", 1.0, toys.ctc())]))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+# ---------------------------------------------------------------- small parts
+
+
+def test_progress_is_plain_lines_without_a_terminal(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("kdrecipe.train.log._LINE_EVERY_S", 0.0)
+    toy_run(tmp_path, progress=True, dev=toy_batches(4, seed=1))
+    shown = capfd.readouterr().err
+    assert "\r" not in shown
+    assert "step 2/" in shown
+    assert "dev_ter" in shown
+    toy_run(tmp_path / "quiet", progress=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_checkpoints_of_old_epochs_go(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for number in (1, 2, 3, 11):
+        checkpoints.save_epoch(number, nn.Linear(1, 1))
+    checkpoints.drop_before(11)
+    assert [p.name for p in checkpoints.directory.iterdir()] == ["epoch-11.pt"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "errors"),
+    [
+        ([], [], 0),
+        ([1, 2], [], 2),
+        ([], [1], 1),
+        ([1, 2, 3], [1, 3], 1),
+        ([1, 2, 3], [3, 2, 1], 2),
+        ([5], [5], 0),
+    ],
+)
+def test_edit_distance(reference, hypothesis, errors):
+    assert edit_distance(reference, hypothesis) == errors
+
+
+def test_the_objective_is_that_of_the_terms():
+    objective = toy_objective()
+    assert objective.weights == [0.7, 0.1, 0.3]
+    assert not objective.supervised_only
+    assert [name for name, _ in objective.named_parameters()] == ["losses.2.scale"]
