@@ -1,6 +1,6 @@
 """How fast a small Conformer trains on this machine's CPU, and how near that is to its matrix rate.
 
-    python benchmarks/train_speed.py [--threads 1 2] [--rounds 9] [--dropout 0 0.1] [--no-peer]
+    python benchmarks/train_speed.py [--threads 1 2] [--rounds 9] [--dropout 0 0.1]
     python benchmarks/train_speed.py --check-loss
 
 A step is forward, CTC loss, backward and a fused AdamW update. The peer is torchaudio's Conformer
@@ -29,6 +29,7 @@ from kdrecipe_plugins.architectures.layers import ConvFront
 
 LAYERS, DIM, HEADS, FF, KERNEL, BINS, VOCAB, CHANNELS = 6, 144, 4, 576, 15, 80, 64, 32
 BATCHES = ((20, 3), (10, 12))  # utterances, seconds each
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # bf16: autocast, weights stay fp32
 FORMULA = (
     "FLOPs of a step = 3 x forward (1 forward, 2 backward); forward, per output frame of 0.04 s:\n"
     "  layers * (8*D*FF + 8*D^2 + 4*T*D + 6*D^2 + 2*K*D)   feed-forwards, attention, convolution\n"
@@ -114,56 +115,67 @@ def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
     return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(8))
 
 
-def measure(num_threads: int, rounds: int, dropout: float, peer: bool) -> None:
+def step_times(
+    runs: dict[tuple[str, str], Trainer], batch: Batch, rounds: int
+) -> dict[tuple[str, str], list[float]]:
+    """Seconds of each run's steps, taken in turn, so that what else the machine does hits all alike."""
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    for round_ in range(rounds + 1):  # the first warms up
+        for key, run in runs.items():
+            took = seconds(partial(run.step, batch))
+            if round_:
+                times[key].append(took)
+    return times
+
+
+def measure(num_threads: int, rounds: int, dropout: float) -> None:
     """Print one block of rows: both batches, both precisions, ours and the peer in turn."""
     torch.set_num_threads(num_threads)
-    rates = {bf16: matrix_rate(torch.bfloat16 if bf16 else torch.float32) for bf16 in (False, True)}
+    rates = {name: matrix_rate(dtype) for name, dtype in PRECISIONS.items()}
     print(
         f"\n{num_threads} thread(s), dropout {dropout}; matrix product "
-        f"{rates[False] / 1e9:.0f} GFLOP/s fp32, {rates[True] / 1e9:.0f} bf16\n"
-        f"{'model':12s}{'precision':11s}{'batch':>11s}{'audio s/s: median':>19s}{'best':>7s}"
-        f"{'of matrix rate':>16s}"
+        + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in rates.items())
+        + f"\n{'':23s}{'':>11s}{'audio s per s':>16s}{'of matrix':>11s}{'faster than the peer, by round':>33s}"
+        f"\n{'model':12s}{'precision':11s}{'batch':>11s}{'median':>9s}{'best':>7s}{'rate':>11s}"
+        f"{'in fp32':>22s}{'in bf16':>11s}"
     )
     builders = {"ours": our_encoder, "torchaudio": TorchaudioEncoder}
-    names = [name for name in builders if peer or name == "ours"]
     for num_utterances, duration_s in BATCHES:
         torch.manual_seed(0)
         batch = random_batch(num_utterances, duration_s)
-        runs = {(n, p): Trainer(builders[n](dropout), bf16=p) for n in names for p in (False, True)}
-        times: dict[tuple[str, bool], list[float]] = {key: [] for key in runs}
-        for round_ in range(rounds + 1):  # the first warms up; in turn, so that noise hits all alike
-            for key, run in runs.items():
-                took = seconds(partial(run.step, batch))
-                if round_:
-                    times[key].append(took)
-        audio_s = num_utterances * duration_s
-        flops = 3 * forward_flops(num_utterances, duration_s)
-        for (name, bf16), took in times.items():
-            share = flops / statistics.median(took) / rates[bf16]
+        runs = {(n, p): Trainer(builders[n](dropout), p == "bf16") for n in builders for p in PRECISIONS}
+        times = step_times(runs, batch, rounds)
+        audio_s, flops = num_utterances * duration_s, 3 * forward_flops(num_utterances, duration_s)
+        for (name, precision), took in times.items():
+            ratios = [
+                statistics.median(b / a for a, b in zip(took, times["torchaudio", p], strict=True))
+                for p in PRECISIONS
+            ]
             print(
-                f"{name:12s}{'bf16' if bf16 else 'fp32':11s}{f'{num_utterances} x {duration_s} s':>11s}"
-                f"{audio_s / statistics.median(took):19.0f}{audio_s / min(took):7.0f}{share:16.0%}",
+                f"{name:12s}{precision:11s}{f'{num_utterances} x {duration_s} s':>11s}"
+                f"{audio_s / statistics.median(took):9.0f}{audio_s / min(took):7.0f}"
+                f"{flops / min(took) / rates[precision]:11.0%}{ratios[0]:22.2f}{ratios[1]:11.2f}",
                 flush=True,
             )
 
 
-def synthetic_batch(patterns_VF: Tensor, generator: torch.Generator, num_utterances: int = 16) -> Batch:
-    """Utterances of 8 tokens, each a spectral pattern of 16 frames under noise."""
-    tokens = torch.randint(1, VOCAB, (num_utterances, 8), generator=generator)
-    clean = patterns_VF[tokens].repeat_interleave(16, dim=1)
-    batch = random_batch(num_utterances, 1)
-    batch.features_BTF = clean + torch.randn(clean.shape, generator=generator)
-    batch.lens_B = torch.full((num_utterances,), clean.shape[1])
-    batch.tokens_BU, batch.token_lens_B = tokens, torch.full((num_utterances,), 8)
+def synthetic_batch(patterns_VF: Tensor, generator: torch.Generator) -> Batch:
+    """8 utterances of 4 tokens, each token a spectral pattern of 8 frames under noise."""
+    batch = random_batch(num_utterances=8, duration_s=1)
+    batch.tokens_BU = torch.randint(1, len(patterns_VF), (8, 4), generator=generator)
+    batch.token_lens_B = torch.full((8,), 4)
+    clean = patterns_VF[batch.tokens_BU].repeat_interleave(8, dim=1)
+    batch.features_BTF = clean + 0.5 * torch.randn(clean.shape, generator=generator)
+    batch.lens_B = torch.full((8,), clean.shape[1])
     return batch
 
 
-def learn(bf16: bool, seed: int, num_steps: int) -> list[float]:
+def learn(precision: str, seed: int, num_steps: int) -> list[float]:
     """Losses of a short training; the same seed gives the same weights and data in any precision."""
     torch.manual_seed(seed)
-    run = Trainer(our_encoder(0.0), bf16)
+    run = Trainer(our_encoder(0.0), precision == "bf16")
     generator = torch.Generator().manual_seed(seed)
-    patterns_VF = torch.randn(VOCAB, BINS, generator=generator)
+    patterns_VF = torch.randn(9, BINS, generator=generator)
     losses = []
     for step in range(num_steps):
         run.optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 20)
@@ -174,13 +186,17 @@ def learn(bf16: bool, seed: int, num_steps: int) -> list[float]:
 def check_loss(num_steps: int, num_seeds: int) -> None:
     """Print the loss of both precisions along the way, and the mean of the last tenth."""
     tail = max(1, num_steps // 10)
-    print(f"CTC loss per token; means over {tail} steps, the last column over seeds too")
-    for name, bf16 in (("fp32", False), ("bf16", True)):
-        runs = [learn(bf16, seed, num_steps) for seed in range(num_seeds)]
-        for seed, losses in enumerate(runs):
+    print(f"CTC loss per token on new synthetic data at each step; means over {tail} steps")
+    ends: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
+    for seed in range(num_seeds):
+        for precision in PRECISIONS:
+            losses = learn(precision, seed, num_steps)
             means = [statistics.fmean(losses[i : i + tail]) for i in range(0, num_steps, tail)]
-            print(f"{name} seed {seed}: " + " ".join(f"{x:.3f}" for x in means))
-        print(f"{name} end: {statistics.fmean(statistics.fmean(r[-tail:]) for r in runs):.4f}", flush=True)
+            ends[precision].append(means[-1])
+            print(f"{precision} seed {seed}: " + " ".join(f"{x:.3f}" for x in means), flush=True)
+    for precision, values in ends.items():
+        spread = f" (seeds {min(values):.3f} to {max(values):.3f})"
+        print(f"{precision} at the end: {statistics.fmean(values):.3f}{spread}")
 
 
 def main() -> None:
@@ -188,9 +204,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each row")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0])
-    parser.add_argument("--no-peer", action="store_true", help="leave torchaudio's Conformer out")
     parser.add_argument("--check-loss", action="store_true", help="compare the precisions' losses instead")
-    parser.add_argument("--steps", type=int, default=150, help="of --check-loss")
+    parser.add_argument("--steps", type=int, default=200, help="of --check-loss")
     parser.add_argument("--seeds", type=int, default=3, help="of --check-loss")
     options = parser.parse_args()
     if options.check_loss:
@@ -200,7 +215,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, torchaudio {torchaudio.__version__}\n{FORMULA}")
     for dropout in options.dropout:
         for num_threads in options.threads:
-            measure(num_threads, options.rounds, dropout, not options.no_peer)
+            measure(num_threads, options.rounds, dropout)
 
 
 if __name__ == "__main__":

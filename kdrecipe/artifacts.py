@@ -69,7 +69,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into an error with a remedy."""
+    """Turn a full disk, a missing permission or a file in the way into an error with a remedy."""
     try:
         yield
     except OSError as error:
@@ -78,11 +78,13 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise KdrecipeError(
                 f"no space left on the disk ({free:.0f} MB free)",
                 where=str(path),
-                remedy="free some space or choose another place with --work DIR; the same command goes on from here",
+                remedy="free some space, or choose another place with --work DIR; then give the same command",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise KdrecipeError(
-                "can't write here", where=str(path), remedy="choose another place with --work DIR"
+                str(error.strerror).lower(),
+                where=str(error.filename or path),
+                remedy="see to its permissions, or choose another place with --work DIR",
             ) from error
         raise
 
@@ -102,7 +104,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise KdrecipeError("missing file", where=str(path), remedy="run the stage that writes it") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or not even UTF-8
         raise KdrecipeError(
             f"not valid JSON ({error})", where=str(path), remedy="delete it and rerun its stage"
         ) from None

@@ -13,6 +13,9 @@ model must be loadable; the error says which one is not.
 
 from __future__ import annotations
 
+import datetime
+import io
+import os
 import platform
 import subprocess
 from functools import cached_property
@@ -20,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe import __version__
-from kdrecipe.artifacts import read_json, replacing, sha256_file, write_json
+from kdrecipe.artifacts import read_json, sha256_file, write_atomic, write_json
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import ModelInfo, Options
 
@@ -75,16 +78,20 @@ class Bundle:
         """Write a bundle; ``meta`` holds what :class:`Bundle` documents, without the derived fields."""
         import torch
 
+        from kdrecipe.model.asr import model_info
+
         path.mkdir(parents=True, exist_ok=True)
         tokens.save(path)
-        with replacing(path / "weights.pt") as part:
-            torch.save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part)
+        # Through memory: torch's own writer reports a full disk as an internal error of its archive.
+        buffer = io.BytesIO()
+        torch.save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, buffer)
+        write_atomic(path / "weights.pt", buffer.getvalue())
         full = {
             "format": FORMAT,
             **meta,
             "vocab_id": tokens.vocab_id,
             "params": count_params(model),
-            "frame_shift_s": model_frame_shift(model, meta["features"]),
+            "frame_shift_s": model_info(model, tokens.vocab_id).frame_shift_s,
             "weights_sha256": sha256_file(path / "weights.pt"),
         }
         write_json(path / "bundle.json", full)
@@ -142,16 +149,19 @@ class Bundle:
         for step in self.meta.get("compression", []):
             model = build_compressor(self.registry, step).rebuild(model)
         weights = self.path / "weights.pt"
+        # Looked at first: torch loads a file without a murmur in which only numbers are damaged.
+        if not weights.is_file() or sha256_file(weights) != self.meta["weights_sha256"]:
+            raise KdrecipeError(
+                "the weights are damaged (their hash differs from bundle.json)"
+                if weights.is_file()
+                else "the weights are missing",
+                where=str(weights),
+                remedy="rerun the stage that wrote this bundle with --force",
+            )
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
             model.load_state_dict(state)
-        except Exception as error:  # torch raises a different type for every kind of damage
-            if sha256_file(weights) != self.meta["weights_sha256"]:
-                raise KdrecipeError(
-                    "the weights are damaged (their hash differs from bundle.json)",
-                    where=str(weights),
-                    remedy="rerun the stage that wrote this bundle with --force",
-                ) from error
+        except Exception as error:  # torch raises a different type for everything that does not fit
             raise KdrecipeError(f"the weights do not fit the model: {error}", where=str(weights)) from error
         return model.eval()
 
@@ -178,11 +188,6 @@ def count_params(model: AsrModel) -> int:
     return count + sum(b.numel() for b in model.buffers() if b.dtype in (torch.int8, torch.uint8))
 
 
-def model_frame_shift(model: AsrModel, features: dict[str, Any]) -> float:
-    """Seconds per output frame."""
-    return float(features.get("frame_shift_s", 0.01)) * int(model.encoder.subsampling)
-
-
 def provenance(command: str, **more: Any) -> dict[str, Any]:
     """Versions and machine, for ``bundle.json`` and the report; no host name, no local path."""
     import importlib.metadata as md
@@ -194,24 +199,50 @@ def provenance(command: str, **more: Any) -> dict[str, Any]:
             versions[name] = md.version(name)
         except md.PackageNotFoundError:
             versions[name] = "absent"
-    return {"command": command, "versions": versions, "git": git_commit(), **more}
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "git": git_commit(),
+        "machine": machine(),
+        "versions": versions,
+        **more,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The machine in words, nothing that names it."""
+    cpu = platform.processor() or platform.machine()
+    gpu = _gpu()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        cpu = models[0] if models else cpu
+    return {"cpu": cpu, "cores": os.cpu_count(), **({"gpu": gpu} if gpu else {})}
+
+
+def _gpu() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def git_commit() -> str | None:
     """Commit of the source tree that this code runs from, ``+`` if it has changes; None if unknown."""
-    here = Path(__file__).resolve().parent
-    git = ["git", "-C", str(here)]
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    # Only code counts: results written into a recipe must not change the name of what made them.
+    code = ["--", "*.py", "*.yaml", "*.cfg", "*.toml"]
     try:
         head = subprocess.run(
             [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10
         )
         if head.returncode:
             return None
-        # Only tracked code counts: results written into a recipe must not change the name of the code.
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.yaml", "*.cfg", "*.toml"],
-            capture_output=True, text=True, timeout=30,
-        )  # fmt: skip
-        return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+        status = [*git, "status", "--porcelain", "--untracked-files=no", *code]
+        changed = subprocess.run(status, capture_output=True, text=True, timeout=30).stdout.strip()
+        return head.stdout.strip() + ("+" if changed else "")
     except (OSError, subprocess.TimeoutExpired):
         return None

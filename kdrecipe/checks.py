@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from kdrecipe.config import KeyPath
-from kdrecipe.errors import KdrecipeError, Problem
+from kdrecipe.errors import KdrecipeError, PluginError, Problem
 from kdrecipe.interfaces import LossSetup, ModelInfo, TargetSpec
 from kdrecipe.parsing import SECTION_OF, Parser
+from kdrecipe.plugins import reason
 from kdrecipe.registry import Registry, did_you_mean
 from kdrecipe.sections import Corpus, Decode, Features, System, Term, Tokens, depth_first
 
@@ -153,7 +154,12 @@ class Checker:
         """What a term asks of a teacher."""
         cls = self._registry.get("losses", term.name)
         config = cls.Config.model_validate(term.options)
-        return list(cls.requires(config)) if hasattr(cls, "requires") else []
+        try:
+            return list(cls.requires(config)) if hasattr(cls, "requires") else []
+        except KdrecipeError:
+            raise
+        except Exception as error:
+            raise PluginError(f"loss {term.name!r}: its requires() fails: {reason(error)}") from error
 
     def _can_distill(self, name: str) -> bool:
         try:
@@ -217,6 +223,8 @@ class FitChecker:
                 cls(cls.Config.model_validate(term.options), LossSetup(student, teacher))
         except KdrecipeError as error:
             return Problem(error.problems[0].what, "", error.problems[0].remedy)
+        except Exception as error:
+            return Problem(f"{term.name!r} can't be built: {reason(error)}")
         return None
 
     def _info(self, system: System) -> ModelInfo | None:
@@ -226,19 +234,21 @@ class FitChecker:
             return None
         key = json.dumps(model, sort_keys=True)
         if key not in self._infos:
-            self._infos[key] = self._build(model)
+            self._infos[key] = None
+            try:
+                self._infos[key] = self._build(model)
+            except Exception as error:
+                what = f"a model of architecture {model['name']!r} can't be built: {reason(error)}"
+                self.checker._problem(system, () if system.model is None else ("model",), what)
         return self._infos[key]
 
-    def _build(self, model: Mapping[str, Any]) -> ModelInfo | None:
+    def _build(self, model: Mapping[str, Any]) -> ModelInfo:
         options = {k: v for k, v in model.items() if k not in ("name", "heads")}
-        try:
-            cls = self.checker._registry.get("architectures", model["name"])
-            with _uninitialised():
-                encoder = cls(cls.Config.model_validate(options), self.features.num_mel_bins)
-            taps = {tap: dim for tap, (_, dim) in encoder.taps().items()}
-            shift_s = FEATURE_FRAME_SHIFT_S * encoder.subsampling
-        except Exception:  # a plugin's own mistake: training tells it, with its traceback
-            return None
+        cls = self.checker._registry.get("architectures", model["name"])
+        with _uninitialised():
+            encoder = cls(cls.Config.model_validate(options), self.features.num_mel_bins)
+        taps = {tap: dim for tap, (_, dim) in encoder.taps().items()}
+        shift_s = FEATURE_FRAME_SHIFT_S * encoder.subsampling
         return ModelInfo("the recipe's", self.vocab_size, shift_s, tuple(model["heads"]), taps)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -64,9 +63,9 @@ def show(name: str, kind: str | None, files: tuple[Path, ...]) -> None:
     loaded = _load(files)
     registry = loaded.registry
     for plural in _kinds_of(loaded, name, kind):
-        cls: Any = registry.get(plural, name)
+        cls = registry.get(plural, name)
         click.echo(f"{KINDS[plural]} {name}: {registry.source(plural, name)}")
-        if not isinstance(cls, type):
+        if plural == "commands":
             continue
         click.echo(f"\n{inspect.getdoc(cls) or 'not documented'}\n")
         config: Any = cls.Config
@@ -98,7 +97,7 @@ def doctor(files: tuple[Path, ...]) -> None:
         click.echo(str(conflict))
     click.echo(f"{len(loaded.sources)} plugins loaded, {len(loaded.broken)} not")
     if loaded.broken or loaded.registry.conflicts():
-        sys.exit(1)
+        click.get_current_context().exit(1)
 
 
 @plugins.command("test")
@@ -125,7 +124,7 @@ def test_plugin(name: str, kind: str | None, files: tuple[Path, ...], verbose: b
         num_failed += len(failed)
         click.echo(f"  {len(results)} checks, {len(failed)} failed")
     if num_failed:
-        sys.exit(1)
+        click.get_current_context().exit(1)
 
 
 def _load(files: tuple[Path, ...]) -> Plugins:

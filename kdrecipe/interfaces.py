@@ -348,8 +348,8 @@ class Compressor(Protocol):
 
     ``apply`` may change the model in place. If ``num_epochs`` is above 0, training goes on
     for that long with the parent's own losses and teachers, ``on_step`` being called after
-    every optimiser step, then ``finish``. ``rebuild`` gives an untrained model the structure of a compressed one,
-    so that its weights can be loaded from a bundle.
+    every optimiser step, then ``finish``. ``rebuild`` gives an untrained model the structure of a
+    compressed one, so that its weights can be loaded from a bundle.
     """
 
     Config: ClassVar[type[Options]]

@@ -50,6 +50,8 @@ TOP_KEYS = (
     "export", "parity", "profiles",
 )  # fmt: skip
 
+DEFAULT_EXPORTS = ("onnx_ctc", "torchscript")
+
 EXAMPLES: Mapping[str, str] = {
     "corpus": '{name: an4, root: "${AN4_ROOT}"}',
     "tokens": "{name: bpe, vocab_size: 64}",
@@ -180,8 +182,8 @@ class Parser(Validator):
         )
 
     def exports(self) -> tuple[Named, ...]:
-        """``export``: a list of exporters, each named once."""
-        data = self.document.data.get("export") or []
+        """``export``: a list of exporters, each named once; by default all that are shipped."""
+        data = self.document.data.get("export", [{"name": name} for name in DEFAULT_EXPORTS])
         if not isinstance(data, list):
             self.problem(("export",), f"is {short(data)}, it must be a list", "write [{name: onnx_ctc}]")
             return ()

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -92,7 +93,7 @@ class Plugins:
             if self.pm.has_plugin(name):
                 self.pm.unregister(name=name)
             self.registry.remove_source(source)
-            self.broken[name] = _reason(error)
+            self.broken[name] = reason(error)
         else:
             self.sources[name] = source
 
@@ -214,17 +215,19 @@ def _check_arguments(plugin: Any) -> None:
                 )
 
 
-def _reason(error: BaseException) -> str:
-    """One line: what failed and where in the plugin."""
+def reason(error: BaseException) -> str:
+    """One line on what a plugin's code raised: what, and where in the plugin."""
     if isinstance(error, KdrecipeError):
         return "; ".join(str(p).replace("\n    -> ", ": ") for p in error.problems)
     text = " ".join(str(error).split())
-    if isinstance(error, pluggy.PluginValidationError) and "unknown hook" in text:
-        known = [name for name, thing in vars(hookspecs).items() if hasattr(thing, f"{GROUP}_spec")]
-        word = text.split("unknown hook '")[-1].split("'")[0]
-        return f"unknown hook {word!r}: {did_you_mean(word, known)}"
+    if isinstance(error, pluggy.PluginValidationError):
+        found = re.search(r"unknown hook '(\w+)'", text)
+        if found:
+            known = [name for name, thing in vars(hookspecs).items() if hasattr(thing, f"{GROUP}_spec")]
+            return f"unknown hook {found.group(1)!r}: {did_you_mean(found.group(1), known)}"
+        return text
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
-    foreign = [f for f in frames if f.filename != __file__]
+    foreign = [f for f in frames if Path(f.filename).parent != Path(__file__).parent]
     place = f" (at {foreign[-1].filename}:{foreign[-1].lineno})" if foreign else ""
     return f"{type(error).__name__}: {text}{place}"
 

@@ -41,7 +41,7 @@ RESERVED: Mapping[str, frozenset[str]] = {
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A remedy for an unknown ``word``: the closest known one, or all of them."""
     known = sorted(set(known))
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
     return f"known: {', '.join(known)}" if known else "there are none"

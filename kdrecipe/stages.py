@@ -18,7 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdrecipe.artifacts import content_digest, fingerprint, list_files, read_json, write_json
+from kdrecipe.artifacts import (
+    content_digest,
+    disk_errors,
+    fingerprint,
+    list_files,
+    read_json,
+    write_json,
+)
 from kdrecipe.errors import KdrecipeError
 
 STAGES: tuple[tuple[str, str], ...] = (
@@ -160,22 +167,31 @@ class Plan:
 def why_run(job: Job, jobs: Mapping[str, Job]) -> str | None:
     """Why the job's output is missing or stale, or None if it is up to date."""
     if not job.stamp.exists():
-        return "interrupted before, goes on" if _resumable(job) else "no finished output"
-    try:
-        stamp = read_json(job.stamp)
-    except KdrecipeError:
+        return "interrupted before, goes on" if _resumable(job, jobs) else "no finished output"
+    stamp = _read_stamp(job)
+    if stamp is None:
         return "its stamp is damaged"
-    if stamp.get("inputs") != _plain(job.inputs):
-        return "changed: " + describe_change(stamp.get("inputs"), _plain(job.inputs))
+    if stamp["inputs"] != _plain(job.inputs):
+        return "changed: " + describe_change(stamp["inputs"], _plain(job.inputs))
     for need in job.needs:
-        path = jobs[need].stamp
-        if path.exists() and stamp["needs"].get(need) != read_json(path).get("content"):
+        upstream = _read_stamp(jobs[need])
+        if upstream is not None and stamp["needs"].get(need) != upstream["content"]:
             return f"{need} has changed since"
     for name, size in stamp["files"].items():
         path = job.out / name
         if not path.exists() or path.stat().st_size != size:
             return f"{name} is missing or damaged"
     return None
+
+
+def _read_stamp(job: Job) -> dict[str, Any] | None:
+    """The stamp, None if it is absent or damaged."""
+    try:
+        stamp = read_json(job.stamp)
+    except KdrecipeError:
+        return None
+    keys = {"inputs", "needs", "content", "files"}
+    return stamp if isinstance(stamp, dict) and keys <= stamp.keys() else None
 
 
 def _plain(value: Any) -> Any:
@@ -216,13 +232,17 @@ def _partial(job: Job) -> Path:
     return job.out if job.in_place else job.out.with_name(job.out.name + ".partial")
 
 
-def _resumable(job: Job) -> bool:
-    started = _partial(job) / "started.json"
-    return job.resumable and started.exists() and read_json(started) == _started(job)
+def _resumable(job: Job, jobs: Mapping[str, Job]) -> bool:
+    try:
+        return job.resumable and read_json(_partial(job) / "started.json") == _started(job, jobs)
+    except KdrecipeError:
+        return False
 
 
-def _started(job: Job) -> dict[str, str]:
-    return {"inputs": fingerprint(_plain(job.inputs))}
+def _started(job: Job, jobs: Mapping[str, Job]) -> dict[str, str]:
+    """What an interrupted run was begun with: its inputs, and the content of what it reads."""
+    needs = {name: (_read_stamp(jobs[name]) or {}).get("content") for name in job.needs}
+    return {"inputs": fingerprint(_plain(job.inputs)), "needs": fingerprint(needs)}
 
 
 def run_job(job: Job, jobs: Mapping[str, Job]) -> float:
@@ -236,12 +256,14 @@ def run_job(job: Job, jobs: Mapping[str, Job]) -> float:
     with locked(job.out.with_name(f".{job.out.name}.lock"), f"job {job.name}"):
         if job.in_place:
             job.stamp.unlink(missing_ok=True)  # what lies there is not complete from here on
-        if not _resumable(job) and partial.exists():
+        if not _resumable(job, jobs) and partial.exists():
             shutil.rmtree(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-        write_json(partial / "started.json", _started(job))
+        for half_written in partial.rglob(".*.part"):  # by the run that was killed
+            half_written.unlink()
+        write_json(partial / "started.json", _started(job, jobs))
         needs = {n: read_json(jobs[n].stamp)["content"] for n in job.needs}
-        job.run(partial)
+        with disk_errors(job.out):
+            job.run(partial)
         (partial / "started.json").unlink()
         files = list_files(partial)
         stamp = {
@@ -275,8 +297,10 @@ def locked(path: Path, what: str) -> Iterator[None]:
     Raises:
         KdrecipeError: another process holds it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115  (closed below)
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

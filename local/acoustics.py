@@ -47,7 +47,8 @@ def add_noise(speech_S: np.ndarray, noise_S: np.ndarray, snr_db: float) -> np.nd
     speech_power, noise_power = np.mean(speech_S**2), np.mean(noise_S**2)
     if noise_power <= 0:
         return speech_S
-    return speech_S + noise_S * np.sqrt(speech_power / noise_power * 10 ** (-snr_db / 10))
+    gain = float(np.sqrt(speech_power / noise_power * 10 ** (-snr_db / 10)))
+    return np.asarray(speech_S + noise_S * gain)
 
 
 def _coloured(num_samples: int, rng: np.random.Generator, slope: float) -> np.ndarray:

@@ -79,7 +79,7 @@ class An4:
             splits[split] = (recordings, supervisions)
             problems += found
         notes = [f"dev is made of {len(dev)} speakers of train: {', '.join(sorted(dev))}"]
-        notes += _unlisted(corpus_dir, train + test) + overlap_notes(splits)
+        notes += _unlisted(corpus_dir) + overlap_notes(splits)
         return Prepared(splits, list(problems), notes)
 
 
@@ -117,9 +117,10 @@ def _read_part(corpus_dir: Path, part: str, problems: list[DataProblem]) -> list
     return sorted(utterances, key=lambda utt: utt.id)
 
 
-def _unlisted(corpus_dir: Path, utterances: list[Utterance]) -> list[str]:
+def _unlisted(corpus_dir: Path) -> list[str]:
     """A note about audio that no list in ``etc/`` mentions, if there is any."""
-    listed = {utt.audio for utt in utterances}
+    lists = [read_lines(corpus_dir / "etc" / f"an4_{part}.fileids")[0] for part in ("train", "test")]
+    listed = {corpus_dir / "wav" / f"{line}.sph" for lines in lists for _, line in lines}
     others = sorted(path for path in (corpus_dir / "wav").rglob("*.sph") if path not in listed)
     if not others:
         return []

@@ -139,11 +139,12 @@ def _scan(part_dir: Path) -> tuple[list[Utterance], list[DataProblem]]:
     """Utterances that the ``*.trans.txt`` files name, and what is wrong with these files."""
     utterances: list[Utterance] = []
     problems: list[DataProblem] = []
-    complete = True
+    garbled: set[Path] = set()  # there, a missing transcript is most likely a line that can't be read
     for text_file in sorted(part_dir.rglob("*.trans.txt")):
         lines, found = read_lines(text_file)
         problems += found
-        complete = complete and not found
+        if found:
+            garbled.add(text_file.parent)
         for number, line in lines:
             utterance_id, _, text = line.partition(" ")
             audio = text_file.parent / f"{utterance_id}.flac"
@@ -152,10 +153,10 @@ def _scan(part_dir: Path) -> tuple[list[Utterance], list[DataProblem]]:
                 problems.append(DataProblem(utterance_id, where, kind="empty_text", id=utterance_id))
             speaker = utterance_id.partition("-")[0]
             utterances.append(Utterance(utterance_id, audio, text.strip(), speaker))
-    if complete:  # else the missing transcripts are most likely the lines that can't be read
-        named = {utt.audio for utt in utterances}
-        audio_files = sorted(path for path in part_dir.rglob("*.flac") if path not in named)
-        problems += [DataProblem("", str(path), kind="missing_text") for path in audio_files]
+    named = {utt.audio for utt in utterances}
+    for audio in sorted(part_dir.rglob("*.flac")):
+        if audio not in named and audio.parent not in garbled:
+            problems.append(DataProblem("", str(audio), kind="missing_text"))
     return utterances, problems
 
 

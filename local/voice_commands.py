@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from kdrecipe_local.command_grammar import sentences
-from kdrecipe_local.espeak import Voice, synthesise
 from pydantic import Field, field_validator
 
 from kdrecipe import hookimpl
@@ -27,6 +25,8 @@ from kdrecipe.data.gather import Utterance, gather
 from kdrecipe.data.manifests import overlap_notes
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import Options, Prepared
+from kdrecipe_local.command_grammar import sentences
+from kdrecipe_local.espeak import Voice, synthesise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -206,6 +206,7 @@ class VoiceCommands:
         """Have a speaker say texts in noise and rooms; writes the files."""
         import numpy as np
         import soundfile
+
         from kdrecipe_local.acoustics import SAMPLE_RATE
 
         name = f"{speaker.split}{speaker.index:03d}-{speaker.variant.lower()}"
@@ -224,6 +225,7 @@ class VoiceCommands:
     def _place(self, spoken_S: np.ndarray, speaker: _Speaker, rng: np.random.Generator) -> np.ndarray:
         """Clean speech at 22.05 kHz to int16 at 16 kHz in a room, with noise, at some level."""
         import numpy as np
+
         from kdrecipe_local import acoustics
 
         config = self.config

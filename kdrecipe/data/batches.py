@@ -6,14 +6,17 @@ B utterances, T feature frames, F bins, U tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from lhotse.cut import Cut
 from torch import Tensor
 
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import BLANK_ID, Batch, TokenTable
+
+if TYPE_CHECKING:  # Lhotse is slow to import, and only its cuts' attributes are used here
+    from lhotse.cut import Cut
 
 # Durations are multiplied by a random factor of up to this much before sorting: batches then hold
 # utterances of about equal length (little padding), yet other ones in every epoch.

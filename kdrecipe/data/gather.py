@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,5 +133,5 @@ def reason(error: BaseException) -> str:
     """The telling end of an audio library's message, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if "libsndfile" in line.lower() or "sph2pipe" in line]
-    text = (named or lines or [type(error).__name__])[0]
-    return text.rsplit("opening ", 1)[-1].split(": ", 1)[-1][:120] if "opening " in text else text[-120:]
+    text = re.sub(r"^.*(>|opening [^:]*): ", "", (named or lines or [type(error).__name__])[0])
+    return text.removeprefix("Error : ").rstrip(".")[:120]

@@ -98,7 +98,7 @@ def settle(problems: Sequence[Problem], on_error: OnError, list_file: Path | Non
         DataError: with ``stop``, if there is any problem; with ``skip``, for what leaving out
             utterances does not mend (a plugin's problem that has no kind, an empty split).
     """
-    problems = list(dict.fromkeys(problems))
+    problems = _distinct(problems)
     if on_error == "skip":
         stays = [p for p in problems if not isinstance(p, DataProblem) or p.kind == "empty_split"]
         if stays:
@@ -107,6 +107,15 @@ def settle(problems: Sequence[Problem], on_error: OnError, list_file: Path | Non
     if problems:
         raise DataError(_by_kind(problems, list_file))
     return set()
+
+
+def _distinct(problems: Sequence[Problem]) -> list[Problem]:
+    """Without what was found twice, by a plugin and by validation: the plugin knows the line."""
+    first: dict[object, Problem] = {}
+    for problem in problems:
+        known = isinstance(problem, DataProblem) and problem.id
+        first.setdefault((problem.kind, problem.id) if known else problem, problem)  # type: ignore[attr-defined]
+    return list(first.values())
 
 
 def _by_kind(problems: Sequence[Problem], list_file: Path | None) -> list[Problem]:
@@ -144,7 +153,7 @@ def _by_kind(problems: Sequence[Problem], list_file: Path | None) -> list[Proble
 def as_left_out(problems: Sequence[Problem]) -> list[dict[str, str]]:
     """Problems as entries of ``left_out`` in a summary: what the report prints after ``skip``."""
     entries = []
-    for problem in dict.fromkeys(problems):
+    for problem in _distinct(problems):
         if isinstance(problem, DataProblem):
             reason = KINDS[problem.kind].singular + (f": {problem.what}" if problem.what else "")
             entries.append({"id": problem.id or problem.where, "where": problem.where, "reason": reason})

@@ -54,7 +54,7 @@ def table(rows: Sequence[dict[str, object]]) -> str:
 
 def _models(path: Path, scratch: Path) -> list[Path]:
     """The ONNX files that ``path`` means; a bundle is exported to ``scratch``."""
-    from kdrecipe.pipeline.measure import MODEL_FILES
+    from kdrecipe.measure.runtime import MODEL_FILES
 
     if path.is_file() and path.suffix == ".onnx":
         return [path]
@@ -80,7 +80,7 @@ def _export(bundle: BundleLike, directory: Path) -> None:
 
 
 def _row(model: Path, utterances: Sequence[Utterance]) -> dict[str, object]:
-    from kdrecipe.pipeline.measure import measure_model
+    from kdrecipe.measure.runtime import measure_model
 
     measured = measure_model(model, utterances)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from kdrecipe.schema import Recipe, System
@@ -40,16 +41,12 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                     f"{name}/seed{seed}",
                     layout.system(name, seed),
                     inputs,
-                    _runner(recipe, layout, system, seed),
+                    partial(run, recipe, layout, system, seed),
                     (parent, "features", "tokens", *targets),
                     resumable=True,
                     alone=False,
                 )
             )
-
-
-def _runner(recipe: Recipe, layout: Layout, system: System, seed: int):  # type: ignore[no-untyped-def]
-    return lambda out: run(recipe, layout, system, seed, out)
 
 
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
@@ -73,9 +70,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         model = compressor.apply(model, context)
         if compressor.num_epochs:
             training = system.training.model_copy(update={"epochs": compressor.num_epochs})
-            result = session.run(
-                model, out / "train" / f"step{number}", training, on_step=compressor.on_step
-            )
+            result = session.run(model, out / "train" / f"step{number}", training, on_step=compressor.on_step)
         model = compressor.finish(model).eval()
         done.append({**spec, "report": compressor.report()})
     meta = {

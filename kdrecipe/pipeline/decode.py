@@ -7,7 +7,8 @@ the exported model in its runtime, one thread, in a process that has loaded noth
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ from kdrecipe.schema import Recipe, System
 from kdrecipe.stages import Job, Layout, Plan
 
 if TYPE_CHECKING:
-    from lhotse import CutSet
     from lhotse.cut import Cut
 
     from kdrecipe.bundle import Bundle
@@ -42,32 +42,27 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                     f"decode/{name}/seed{seed}",
                     layout.hyps(name, seed),
                     inputs,
-                    _runner(recipe, layout, system, seed),
+                    partial(run, recipe, layout, system, seed),
                     (f"{name}/seed{seed}", f"export/{name}/seed{seed}", "features"),
                 )
             )
 
 
-def _runner(recipe: Recipe, layout: Layout, system: System, seed: int):  # type: ignore[no-untyped-def]
-    return lambda out: run(recipe, layout, system, seed, out)
-
-
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
     """Decode every split that the recipe names, then measure the shipped file on the first."""
-    from lhotse import CutSet
-
     from kdrecipe.bundle import Bundle
     from kdrecipe.data.audio import utterances_from_cuts
-    from kdrecipe.pipeline.measure import measure_export
+    from kdrecipe.data.features import load_cuts
+    from kdrecipe.measure.runtime import measure_export
 
     bundle = Bundle.load(layout.system(system.name, seed), recipe.plugins.registry)
     first: list[dict[str, Any]] = []
     for split in recipe.decode.splits:
-        cuts = CutSet.from_file(layout.features / f"{split}.jsonl.gz").to_eager()
-        rows = [_row(cut, hyp) for cut, hyp in decode_cuts(recipe, bundle, cuts)]
+        cuts = load_cuts(layout.features, split)
+        rows = [_row(cut, hyp) for cut, hyp in decode_cuts(recipe, bundle, list(cuts))]
         first = first or rows
         write_atomic(out / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    cuts = CutSet.from_file(layout.features / f"{recipe.decode.splits[0]}.jsonl.gz").to_eager()
+    cuts = load_cuts(layout.features, recipe.decode.splits[0])
     directory = layout.export(system.name, seed) / MEASURED_EXPORT
     variant = "int8" if bundle.is_int8 else "fp32"
     measured = measure_export(directory, variant, utterances_from_cuts(cuts, recipe.decode.measure_max))
@@ -79,7 +74,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     )
 
 
-def decode_cuts(recipe: Recipe, bundle: Bundle, cuts: CutSet) -> Iterator[tuple[Cut, Hypothesis]]:
+def decode_cuts(recipe: Recipe, bundle: Bundle, cuts: Iterable[Cut]) -> Iterator[tuple[Cut, Hypothesis]]:
     """Every cut with its best hypothesis, by the recipe's decoder."""
     import torch
 
@@ -90,6 +85,7 @@ def decode_cuts(recipe: Recipe, bundle: Bundle, cuts: CutSet) -> Iterator[tuple[
     decoder = cls(config, bundle.tokens, bundle.meta["frame_shift_s"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = bundle.model.to(device)
+    cuts = list(cuts)
     by_id = {cut.id: cut for cut in cuts}
     batches = CutBatches(
         cuts, bundle.tokens, batch_duration_s=BATCH_DURATION_S, seed=0, labelled_ids=None, shuffle=False

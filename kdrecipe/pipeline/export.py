@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from kdrecipe.artifacts import write_json
@@ -27,7 +28,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                     f"export/{name}/seed{seed}",
                     layout.export(name, seed),
                     inputs,
-                    _runner(recipe, layout, system, seed),
+                    partial(run, recipe, layout, system, seed),
                     (f"{name}/seed{seed}", "features"),
                     alone=False,
                 )
@@ -39,24 +40,19 @@ def parity_split(recipe: Recipe) -> str:
     return recipe.decode.splits[0]
 
 
-def _runner(recipe: Recipe, layout: Layout, system: System, seed: int):  # type: ignore[no-untyped-def]
-    return lambda out: run(recipe, layout, system, seed, out)
-
-
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
     """Export, then compare.
 
     Raises:
         ParityError: an export strays from its bundle by more than ``parity`` allows.
     """
-    from lhotse import CutSet
-
     from kdrecipe.bundle import Bundle
     from kdrecipe.data.audio import utterances_from_cuts
-    from kdrecipe.pipeline.parity import check_parity
+    from kdrecipe.data.features import load_cuts
+    from kdrecipe.measure.parity import check_parity
 
     bundle = Bundle.load(layout.system(system.name, seed), recipe.plugins.registry)
-    cuts = CutSet.from_file(layout.features / f"{parity_split(recipe)}.jsonl.gz").to_eager()
+    cuts = load_cuts(layout.features, parity_split(recipe))
     sample = utterances_from_cuts(cuts, recipe.parity.num_utterances)
     found = {}
     for wanted in recipe.export:
@@ -65,6 +61,8 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         files = exporter.export(bundle, out / wanted.name)
         found[wanted.name] = {
             "files": files,
-            "parity": check_parity(bundle, exporter, out / wanted.name, sample, recipe.parity, variants=list(files)),
+            "parity": check_parity(
+                bundle, exporter, out / wanted.name, sample, recipe.parity, variants=list(files)
+            ),
         }
     write_json(out / "parity.json", found)

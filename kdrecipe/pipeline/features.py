@@ -13,7 +13,13 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     inputs = {"features": recipe.features.model_dump(mode="json"), "subsets": recipe.corpus.subsets}
     plan.add(
         Job(
-            1, "features", layout.features, inputs, lambda out: run(recipe, layout, out), ("prepare",), in_place=True
+            1,
+            "features",
+            layout.features,
+            inputs,
+            lambda out: run(recipe, layout, out),
+            ("prepare",),
+            in_place=True,
         )
     )
 

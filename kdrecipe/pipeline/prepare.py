@@ -44,7 +44,8 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
     prepared.problems += validate_corpus(prepared)
     summary = finish(prepared, out, corpus.on_error)
     for split, facts in summary.splits.items():
-        print(f"  {split}: {facts['utterances']} utterances, {facts['speakers']} speakers, {facts['hours']:.2f} h")
+        speakers, hours = facts["speakers"], facts["hours"]
+        print(f"  {split}: {facts['utterances']} utterances, {speakers} speakers, {hours:.2f} h")
     if summary.left_out:
         print(f"  left out: {len(summary.left_out)} (listed in {out / 'summary.json'})")
     for note in summary.notes:

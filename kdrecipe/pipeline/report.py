@@ -1,169 +1,129 @@
-"""Stage 10: ``results.json``, ``RESULTS.md`` and ``report.html`` from everything measured."""
+"""Stage 10: everything measured -> ``results.json``, ``RESULTS.md``, ``report.html``."""
 
 from __future__ import annotations
 
-import json
-import math
-import numbers
-import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kdrecipe.artifacts import write_atomic
-from kdrecipe.errors import KdrecipeError
-from kdrecipe.pipeline import report_html, report_reading, report_text
-from kdrecipe.pipeline.report_listen import Audio, Listening
+from kdrecipe.artifacts import read_json
+from kdrecipe.pipeline.score import hypotheses
+from kdrecipe.schema import Recipe, System
+from kdrecipe.stages import Job, Layout, Plan
 
-FORMAT = 1
-UNITS = {
-    "wer, cer, sub, ins, del, fidelity, agreement, gap_recovered": "fractions (0.05 is 5 %)",
-    "rtf": "seconds of computing per second of audio, one thread",
-    "size_mb, peak_rss_mb": "10^6 bytes",
-    "std": "over seeds; null for a single one",
-    "ci95": "[low, high], 95 % interval; null where it is undefined",
-}
-_OPTIONAL = (
-    "parent",
-    "params",
-    "size_mb",
-    "rtf",
-    "peak_rss_mb",
-    "fidelity",
-    "runtime",
-    "parity",
-    "compression",
-    "train",
-)
-_PERSONAL = re.compile(r"host|user|home|path|dir|^(node|name|ip|mac)(_|$)", re.IGNORECASE)
-_LOCAL_PATH = re.compile(r"(?<![\w.:/~$}-])(?:~|/)(?:[\w.+@-]*/)+(?=[\w.+@-])")
+if TYPE_CHECKING:
+    import numpy as np
 
 
-def write_report(
-    data: Mapping[str, Any],
-    hyps: Mapping[str, Mapping[int, Mapping[str, Path]]],
-    logs: Mapping[str, Mapping[int, Path]],
-    out_dir: Path,
-    *,
-    audio: Audio | None = None,
-    listening: Listening | None = None,
-) -> None:
-    """Write the three files into ``out_dir``; the same input gives the same bytes.
-
-    Args:
-        data: ``recipe``, ``corpus_summary``, ``systems``, and optionally ``scores`` (what
-            :func:`kdrecipe.pipeline.score.score` returned: fills ``splits`` of each system,
-            ``comparisons``, ``method``), ``comparisons``, ``sections`` (``{title, markdown}``)
-            and ``claims`` (``{text, holds, evidence}`` or sentences).
-        hyps: system -> seed -> split -> hypotheses file, for the page to listen to.
-        logs: system -> seed -> the training's ``log.jsonl``.
-        out_dir: created if need be.
-        audio: (split, utterance id) -> (samples in [-1, 1], sampling rate) or None.
-        listening: how many utterances to embed, and how much of their audio; None: the defaults.
-
-    Raises:
-        KdrecipeError: a system has no name or one that another has.
-    """
-    results = assemble(data)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(
-        out_dir / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
-    write_atomic(out_dir / "RESULTS.md", report_text.markdown(results))
-    page = report_html.page(results, hyps, logs, audio=audio, listening=listening or Listening())
-    write_atomic(out_dir / "report.html", page)
+def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
+    """The stage's one job."""
+    each = [f"{name}/seed{seed}" for name in recipe.build_order() for seed in recipe.systems[name].seeds]
+    needs = ("score", *each, *(f"{verb}/{e}" for verb in ("export", "decode") for e in each))
+    inputs = {"systems": list(recipe.systems), "profile": recipe.profile}
+    plan.add(Job(10, "report", layout.report, inputs, lambda out: run(recipe, layout, out), needs))
 
 
-def assemble(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of ``results.json``: ``data`` checked, completed and freed of local names.
+def run(recipe: Recipe, layout: Layout, out: Path) -> None:
+    """Write the report; a whole run of the recipe as it stands also renews the recipe's own tables."""
+    from kdrecipe.results.report import write_report
 
-    Every system has the same keys; what was not measured is None. ``reading`` holds the
-    sentences that follow from the figures.
-    """
-    scores = data.get("scores") or {}
-    by_split = scores.get("splits") or {}
-    comparisons = data.get("comparisons")
-    if comparisons is None:
-        comparisons = [c for facts in by_split.values() for c in facts["comparisons"]]
-    recipe = dict(data["recipe"])
-    machine = recipe.get("machine") or {}
-    recipe["machine"] = {key: value for key, value in machine.items() if not _PERSONAL.search(str(key))}
-    results: dict[str, Any] = {
-        "format": FORMAT,
-        "recipe": recipe,
-        "units": UNITS,
-        "corpus_summary": dict(data.get("corpus_summary") or {}),
-        "systems": [_system(system, by_split) for system in data["systems"]],
-        "comparisons": list(comparisons),
-        "method": scores.get("method"),
-        "splits": {
-            split: {key: facts.get(key) for key in ("utterances", "words", "speakers", "notes")}
-            for split, facts in by_split.items()
-        },
-        "claims": list(data.get("claims") or []),
-        "sections": [dict(section) for section in data.get("sections") or []],
+    data = {
+        "recipe": _facts(recipe, layout),
+        "corpus_summary": read_json(layout.manifests / "summary.json"),
+        "systems": [_row(system, recipe, layout) for system in recipe.systems.values()],
+        "scores": read_json(layout.scores / "scores.json"),
     }
-    names = [system["name"] for system in results["systems"]]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise KdrecipeError(f"systems of the same name: {', '.join(twice)}", remedy="give each its own name")
-    cleaned: dict[str, Any] = _clean(results)
-    cleaned["subtitle"] = _subtitle(cleaned["recipe"])
-    cleaned["reading"] = report_reading.reading(cleaned)
-    return cleaned
+    found = recipe.plugins.pm.hook.report_sections(recipe=recipe, results=data)
+    data["sections"] = [section for part in found for section in part or ()]
+    write_report(data, hypotheses(recipe, layout), _logs(recipe, layout), out, audio=_audio(layout))
+    if recipe.profile is None and not recipe.overrides:
+        for name in ("RESULTS.md", "results.json"):
+            shutil.copyfile(out / name, recipe.dir / name)
+    print((out / "RESULTS.md").read_text().split("\n## ")[0].rstrip(), flush=True)
 
 
-def _system(given: Mapping[str, Any], by_split: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the table with all its keys."""
-    if not given.get("name"):
-        raise KdrecipeError(
-            "a system has no name", where=str(dict(given))[:80], remedy="name it in the recipe"
-        )
-    name = given["name"]
-    splits = given.get("splits")
-    if splits is None:
-        splits = {s: facts["systems"][name] for s, facts in by_split.items() if name in facts["systems"]}
-    system: dict[str, Any] = {
-        "name": name,
-        "kind": given.get("kind") or "trained",
-        "seeds": list(given.get("seeds") or []),
-        **{key: given.get(key) for key in _OPTIONAL},
-        "splits": dict(splits),
+def _facts(recipe: Recipe, layout: Layout) -> dict[str, Any]:
+    """Where the figures come from."""
+    first = next(iter(recipe.systems.values()))
+    provenance = read_json(layout.system(first.name, first.seeds[0]) / "bundle.json")["provenance"]
+    return {
+        "name": recipe.name,
+        "path": f"recipes/{recipe.name}",
+        "corpus": recipe.corpus.name,
+        "command": recipe.command,
+        "seeds": list(recipe.seeds),
+        "profile": recipe.profile,
+        "git": provenance.get("git"),
+        "date": provenance.get("date"),
+        "machine": provenance.get("machine"),
+        "versions": provenance.get("versions"),
     }
-    main: Mapping[str, Any] = next(iter(splits.values()), {})
-    if system["fidelity"] is None:
-        system["fidelity"] = main.get("fidelity")
-    if system["kind"] == "distilled" or "gap_recovered" in given or "gap_recovered" in main:
-        gap = given.get("gap_recovered", main.get("gap_recovered"))
-        system["gap_recovered"] = gap.get("mean") if isinstance(gap, Mapping) else gap
-    known = {*_OPTIONAL, "name", "kind", "seeds", "splits", "gap_recovered"}
-    return system | {key: value for key, value in given.items() if key not in known}
 
 
-def _clean(value: Any) -> Any:
-    """JSON without local paths and without numbers that JSON has not."""
-    if isinstance(value, Mapping):
-        return {str(key): _clean(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_clean(item) for item in (value if isinstance(value, Sequence) else sorted(value))]
-    if isinstance(value, str | Path):
-        return _LOCAL_PATH.sub("…/", str(value))
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)  # numpy's too
-    number = float(value)
-    return number if math.isfinite(number) else None
+def _row(system: System, recipe: Recipe, layout: Layout) -> dict[str, Any]:
+    """One system's row: figures that vary with the seed are averaged over seeds."""
+    bundles = [read_json(layout.system(system.name, seed) / "bundle.json") for seed in system.seeds]
+    decoded = [read_json(layout.hyps(system.name, seed) / "decode.json") for seed in system.seeds]
+    parity = read_json(layout.export(system.name, system.seeds[0]) / "parity.json")
+    first = bundles[0]
+    return {
+        "name": system.name,
+        "kind": system.kind,
+        "parent": list(system.teachers) or system.parent or system.init_from,
+        "seeds": list(system.seeds),
+        "params": first["params"],
+        "size_mb": decoded[0]["size_mb"],
+        "rtf": {key: _mean(d["rtf"][key] for d in decoded) for key in ("median", "p95", "total")},
+        "peak_rss_mb": max(d["peak_rss_mb"] for d in decoded),
+        "runtime": decoded[0]["runtime"],
+        "same_text_as_bundle": _mean(d["same_text_as_bundle"] for d in decoded),
+        "parity": {name: found["parity"] for name, found in parity.items()},
+        "compression": first["compression"],
+        "train": _effort([b["training"] for b in bundles]) if first.get("training") else None,
+        "losses": [{"name": t.name, "weight": t.weight} for t in system.terms],
+        "data": system.data,
+        "unlabelled": system.unlabelled,
+    }
 
 
-def _subtitle(recipe: Mapping[str, Any]) -> str:
-    """Corpus, profile, seeds and date in one line."""
-    seeds = [str(seed) for seed in recipe.get("seeds") or []]
-    corpus = recipe.get("corpus")
-    corpus = corpus.get("name") if isinstance(corpus, Mapping) else corpus
-    facts = [
-        f"corpus {corpus}" if corpus else "",
-        f"profile {recipe['profile']}" if recipe.get("profile") else "",
-        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else "",
-        str(recipe.get("date") or ""),
-    ]
-    return " · ".join(fact for fact in facts if fact)
+def _effort(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What training took, averaged over seeds, and each seed's own figures."""
+    return {
+        "epochs": _mean(run["epochs"] for run in runs),
+        "steps": _mean(run["steps"] for run in runs),
+        "seconds": _mean(run["seconds"] for run in runs),
+        "audio_s_per_s": sum(run["audio_s"] for run in runs) / max(sum(run["seconds"] for run in runs), 1e-9),
+        "by_seed": runs,
+    }
+
+
+def _mean(values: Any) -> float:
+    listed = list(values)
+    return float(sum(listed) / len(listed))
+
+
+def _logs(recipe: Recipe, layout: Layout) -> dict[str, dict[int, Path]]:
+    """Training logs of the systems that were trained."""
+    return {
+        name: {seed: layout.system(name, seed) / "train" / "log.jsonl" for seed in system.seeds}
+        for name, system in recipe.systems.items()
+        if system.kind in ("trained", "distilled")
+    }
+
+
+def _audio(layout: Layout) -> Callable[[str, str], tuple[np.ndarray, int] | None]:
+    """Audio of an utterance, for the page to play."""
+    from kdrecipe.data.features import load_cuts
+
+    @cache
+    def cuts(split: str) -> dict[str, Any]:
+        listed: Any = load_cuts(layout.features, split)
+        return {cut.id: cut for cut in listed}
+
+    def load(split: str, utterance: str) -> tuple[np.ndarray, int] | None:
+        cut = cuts(split).get(utterance)
+        return None if cut is None else (cut.load_audio()[0], cut.sampling_rate)
+
+    return load

@@ -16,10 +16,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.stages import STAGES, Job, Layout, Plan, locked, run_job
+from kdrecipe.stages import STAGES, Job, Layout, Plan, locked, run_job, why_run
 
 if TYPE_CHECKING:
     from kdrecipe.schema import Recipe
@@ -29,7 +29,18 @@ MAX_JOBS = 8  # more processes than this want a machine and a thought of their o
 
 def build_plan(recipe: Recipe, layout: Layout) -> Plan:
     """All jobs of a recipe, in order."""
-    from kdrecipe.pipeline import compress, decode, export, features, prepare, report, score, targets, tokens, train
+    from kdrecipe.pipeline import (
+        compress,
+        decode,
+        export,
+        features,
+        prepare,
+        report,
+        score,
+        targets,
+        tokens,
+        train,
+    )
 
     plan = Plan()
     prepare.add_jobs(plan, recipe, layout)
@@ -41,8 +52,8 @@ def build_plan(recipe: Recipe, layout: Layout) -> Plan:
     compress.add_jobs(plan, recipe, layout)
     export.add_jobs(plan, recipe, layout)
     decode.add_jobs(plan, recipe, layout)
-    #score.add_jobs(plan, recipe, layout)
-    #report.add_jobs(plan, recipe, layout)
+    score.add_jobs(plan, recipe, layout)
+    report.add_jobs(plan, recipe, layout)
     return plan
 
 
@@ -87,7 +98,7 @@ def run_recipe(
     if selected:
         plan.check_available([j for j in selected if j.name in reasons])
     with locked(layout.root / ".lock", "this recipe"):
-        _Run(plan, selected, reasons, recipe, layout, _num_jobs(jobs) if reasons else 1).run()
+        _Run(plan, selected, reasons, recipe, layout, _num_jobs(jobs) if reasons else 1, force).run()
     if last == len(STAGES) - 1:
         print(f"report: {_shown(layout.report / 'report.html')}")
 
@@ -99,15 +110,21 @@ def _print_dry_run(selected: Sequence[Job], reasons: dict[str, str]) -> None:
             continue
         print(f"stage {number:2d} {verb}")
         for j in stage:
-            print(f"    {j.name:34s} {'would run: ' + reasons[j.name] if j.name in reasons else 'up to date'}")
+            print(
+                f"    {j.name:34s} {'would run: ' + reasons[j.name] if j.name in reasons else 'up to date'}"
+            )
 
 
 def _num_jobs(jobs: int | None) -> int:
     if jobs is not None:
         return max(1, jobs)
+    return _num_gpus() or min(os.cpu_count() or 1, MAX_JOBS)
+
+
+def _num_gpus() -> int:
     import torch
 
-    return torch.cuda.device_count() or min(os.cpu_count() or 1, MAX_JOBS)
+    return torch.cuda.device_count()
 
 
 def _set_threads() -> None:
@@ -138,6 +155,16 @@ def _shown(path: Path) -> str:
 
 
 @dataclass
+class _Process:
+    """A job in a process of its own."""
+
+    process: subprocess.Popen[str]
+    reader: threading.Thread
+    gpu: int
+    start: float = field(default_factory=time.monotonic)
+
+
+@dataclass
 class _Run:
     """One invocation: the queue, and the processes at work."""
 
@@ -147,7 +174,9 @@ class _Run:
     recipe: Recipe
     layout: Layout
     num_jobs: int
-    running: dict[str, tuple[subprocess.Popen[str], threading.Thread, float]] = field(default_factory=dict)
+    force: bool
+    bar: Any = None
+    running: dict[str, _Process] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
     def run(self) -> None:
@@ -162,6 +191,10 @@ class _Run:
             shown = names[0] if len(names) == 1 else f"{len(names)} jobs"
             print(f"stage {stage} {STAGES[stage][0]}: {shown} up to date, skipped")
         queue = [j for j in self.selected if j.name in self.reasons]
+        if sys.stdout.isatty() and self.num_jobs > 1 and queue:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=len(queue), unit="job", dynamic_ncols=True, file=sys.stdout)
         try:
             while queue or self.running:
                 self._reap()
@@ -171,11 +204,13 @@ class _Run:
                 if not started and self.running:
                     time.sleep(0.1)
         finally:
-            for process, _, _ in self.running.values():
-                process.terminate()
-            for process, reader, _ in self.running.values():
-                process.wait()
-                reader.join()
+            for one in self.running.values():
+                one.process.terminate()
+            for one in self.running.values():
+                one.process.wait()
+                one.reader.join()
+            if self.bar is not None:
+                self.bar.close()
         if self.failed:
             raise KdrecipeError(
                 f"failed: {', '.join(self.failed)} (messages above)",
@@ -187,6 +222,11 @@ class _Run:
         for job in queue:
             if any(need in waiting for need in job.needs):
                 continue
+            if not self.force and why_run(job, self.plan.jobs) is None:
+                # What it needs was made again and came out the same.
+                queue.remove(job)
+                self._say(job, "up to date after all, skipped")
+                return True
             if job.alone or self.num_jobs == 1:
                 if self.running:
                     return False
@@ -201,7 +241,24 @@ class _Run:
         return False
 
     def _say(self, job: Job, text: str) -> None:
-        print(f"stage {job.stage} {STAGES[job.stage][0]}: {job.name} {text}", flush=True)
+        self._print(f"stage {job.stage} {STAGES[job.stage][0]}: {job.name} {text}")
+        if self.bar is not None and not text.startswith("..."):
+            self.bar.update()
+
+    def _print(self, line: str) -> None:
+        if self.bar is None:
+            print(line, flush=True)
+        else:
+            self.bar.write(line)
+
+    def _relay(self, process: subprocess.Popen[str], name: str) -> None:
+        """Pass on what a process says; on a terminal its progress is the bar's."""
+        assert process.stdout is not None
+        for line in process.stdout:
+            if self.bar is not None and line.startswith(("step ", "epoch ")):
+                self.bar.set_postfix_str(f"{name} {line.rstrip()}")
+            else:
+                self._print(f"  [{name}] {line.rstrip()}")
 
     def _run_here(self, job: Job) -> None:
         self._say(job, f"... ({self.reasons[job.name]})")
@@ -223,38 +280,34 @@ class _Run:
             "OMP_NUM_THREADS": threads,
             "KDRECIPE_PARENT": str(os.getpid()),
         }
-        if gpus := self._num_gpus():
-            env["CUDA_VISIBLE_DEVICES"] = str(len(self.running) % gpus)
+        taken = [one.gpu for one in self.running.values()]
+        gpu = min(range(self.num_jobs), key=taken.count)
+        if _num_gpus() > 1:
+            env["CUDA_VISIBLE_DEVICES"] = str(gpu)
         process = subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL
+            command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            stdin=subprocess.DEVNULL,
         )
-        reader = threading.Thread(target=_relay, args=(process, job.name), daemon=True)
+        reader = threading.Thread(target=self._relay, args=(process, job.name), daemon=True)
         reader.start()
-        self.running[job.name] = (process, reader, time.monotonic())
-
-    def _num_gpus(self) -> int:
-        import torch
-
-        return torch.cuda.device_count() if self.num_jobs > 1 else 0
+        self.running[job.name] = _Process(process, reader, gpu)
 
     def _reap(self) -> None:
-        for name, (process, reader, start) in list(self.running.items()):
-            if process.poll() is None:
+        for name, one in list(self.running.items()):
+            if one.process.poll() is None:
                 continue
-            reader.join()
+            one.reader.join()
             del self.running[name]
             job = self.plan.jobs[name]
-            if process.returncode:
+            if one.process.returncode:
                 self.failed.append(name)
-                self._say(job, f"FAILED (exit {process.returncode})")
+                self._say(job, f"FAILED (exit {one.process.returncode})")
             else:
-                self._say(job, f"done in {_duration(time.monotonic() - start)}")
-
-
-def _relay(process: subprocess.Popen[str], name: str) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(f"  [{name}] {line.rstrip()}", flush=True)
+                self._say(job, f"done in {_duration(time.monotonic() - one.start)}")
 
 
 def _duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from kdrecipe.schema import Recipe
@@ -25,30 +26,27 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                     f"targets/{name}",
                     layout.targets(teacher, seed),
                     inputs,
-                    _writer(recipe, layout, teacher, seed),
+                    partial(run, recipe, layout, teacher, seed),
                     ("features", "tokens", name),
                     in_place=True,
                 )
             )
 
 
-def _writer(recipe: Recipe, layout: Layout, teacher: str, seed: int):  # type: ignore[no-untyped-def]
-    return lambda out: run(recipe, layout, teacher, seed, out)
-
-
 def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> None:
     """Run the teacher over all training cuts that some student learns from."""
     import torch
-    from lhotse import CutSet
 
     from kdrecipe.bundle import Bundle
     from kdrecipe.data.batches import CutBatches
+    from kdrecipe.data.features import load_cuts
     from kdrecipe.data.targets import write_targets
     from kdrecipe.train.inputs import all_needs
+    from kdrecipe.train.session import target_key
 
     bundle = Bundle.load(layout.system(teacher, seed), recipe.plugins.registry)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cuts = CutSet.from_file(layout.features / "train.jsonl.gz").to_eager()
+    cuts = load_cuts(layout.features, "train")
     batches = CutBatches(
         cuts, bundle.tokens, batch_duration_s=120.0, seed=0, labelled_ids=None, shuffle=False
     )
@@ -58,9 +56,5 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
         bundle.model.to(device),
         all_needs(recipe, teacher),
         out,
-        key_parts={
-            "teacher": bundle.hash,
-            "tokens": bundle.meta["vocab_id"],
-            "features": recipe.features.model_dump(mode="json"),
-        },
+        key_parts=target_key(bundle, recipe),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from kdrecipe.artifacts import write_json
 from kdrecipe.schema import Recipe
@@ -23,13 +24,12 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     Raises:
         DataError: utterances too short for their text, and ``corpus.on_error`` is ``stop``.
     """
-    from lhotse import CutSet
-
+    from kdrecipe.data.features import load_cuts
     from kdrecipe.data.manifests import check_lengths
     from kdrecipe.data.problems import settle
     from kdrecipe.data.tokens import Tokenizer
 
-    cuts = CutSet.from_file(layout.features / "train.jsonl.gz").to_eager()
+    cuts: Any = load_cuts(layout.features, "train")  # Lhotse's annotations do not let it be iterated
     texts = sorted({s.text for c in cuts for s in c.supervisions if s.text})
     tokenizer = Tokenizer.train(texts, recipe.tokens.name, recipe.tokens.vocab_size, out)
     problems = check_lengths(cuts, tokenizer, SUBSAMPLING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 from kdrecipe.artifacts import write_json
@@ -38,7 +39,7 @@ def _add(plan: Plan, recipe: Recipe, layout: Layout, system: System, stage: int)
                 name,
                 out,
                 {"system": _inputs(recipe, system), "seed": seed},
-                _trainer(recipe, layout, system, seed),
+                partial(run, recipe, layout, system, seed),
                 needs=_needs(plan, recipe, system, seed),
                 resumable=True,
                 alone=False,
@@ -64,10 +65,6 @@ def _needs(plan: Plan, recipe: Recipe, system: System, seed: int) -> tuple[str, 
     return tuple(needs)
 
 
-def _trainer(recipe: Recipe, layout: Layout, system: System, seed: int):  # type: ignore[no-untyped-def]
-    return lambda out: run(recipe, layout, system, seed, out)
-
-
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
     """Train one system with one seed and write its bundle; ``out/train`` keeps log and checkpoints."""
     import numpy as np
@@ -77,6 +74,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     from kdrecipe.model.asr import FeatureNorm, build_model
     from kdrecipe.train.session import Session
 
+    assert system.model is not None  # pretrained ones are imported
     torch.manual_seed(seed)
     session = Session(recipe, layout, system, seed)
     model = build_model(
@@ -128,7 +126,11 @@ def _importer(recipe: Recipe, system: System, seed: int):  # type: ignore[no-unt
 
         bundle = Bundle.load(Path(str(system.bundle)), recipe.plugins.registry)
         _ = bundle.model  # refuse a damaged one now, not after an hour
-        shutil.copytree(bundle.path, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("train", "stamp.json"))
-        write_json(out / "bundle.json", {**bundle.meta, "name": system.name, "kind": "pretrained", "seed": seed})
+        shutil.copytree(
+            bundle.path, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("train", "stamp.json")
+        )
+        write_json(
+            out / "bundle.json", {**bundle.meta, "name": system.name, "kind": "pretrained", "seed": seed}
+        )
 
     return run_import

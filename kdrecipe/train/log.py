@@ -112,14 +112,14 @@ class Progress:
     """A bar where standard error is a terminal, else a line now and then.
 
     Args:
-        label: what is being trained.
+        label: what is being trained; may be empty.
         num_steps: in all.
         done: steps done before (resumed).
         enabled: False says nothing.
     """
 
     def __init__(self, label: str, num_steps: int, done: int = 0, enabled: bool = True) -> None:
-        self.label = label
+        self.label = f"{label}: " if label else ""
         self.num_steps = num_steps
         self.enabled = enabled
         self._said_at = time.monotonic()
@@ -134,16 +134,21 @@ class Progress:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(facts, refresh=False)
-        elif time.monotonic() - self._said_at >= _LINE_EVERY_S:
-            self.say(f"step {step}/{self.num_steps} {facts}")
+        else:
+            self.note(f"step {step}/{self.num_steps} {facts}")
+
+    def note(self, text: str) -> None:
+        """A line of its own, unless there was one a moment ago."""
+        if self._bar is not None or time.monotonic() - self._said_at >= _LINE_EVERY_S:
+            self.say(text)
 
     def say(self, text: str) -> None:
         """A line of its own."""
         self._said_at = time.monotonic()
         if self._bar is not None:
-            self._bar.write(f"{self.label}: {text}", file=sys.stderr)
+            self._bar.write(f"{self.label}{text}", file=sys.stderr)
         elif self.enabled:
-            print(f"{self.label}: {text}", file=sys.stderr, flush=True)
+            print(f"{self.label}{text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """No more to come."""

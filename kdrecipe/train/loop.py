@@ -81,6 +81,7 @@ def train(
     dev: CutBatches | None = None,
     on_step: Callable[[nn.Module, int, int], None] | None = None,
     progress: bool = True,
+    label: str = "",
     build_optimizer: OptimizerHook | None = None,
     train_metrics: MetricsHook | None = None,
     device: str | None = None,
@@ -101,6 +102,7 @@ def train(
         dev: scored every ``dev_every`` epochs.
         on_step: called with (model, step, num_steps) after every optimiser step, step from 1.
         progress: whether to say anything on standard error.
+        label: what is being trained, for those lines.
         build_optimizer: see :data:`kdrecipe.train.optimisation.OptimizerHook`.
         train_metrics: see :data:`MetricsHook`.
         device: None takes the GPU if there is one.
@@ -121,7 +123,7 @@ def train(
     optimizer = make_optimizer(named, options, build_optimizer)
     stepper = Stepper(model, objective, teachers, optimizer, options, workers, seed, work_dir)
     run = _Run(stepper, batches, dev, work_dir, seed)
-    run.on_step, run.train_metrics, run.show_progress = on_step, train_metrics, progress
+    run.on_step, run.train_metrics, run.show_progress, run.label = on_step, train_metrics, progress, label
     run.resume()
     if run.epoch < options.epochs:
         stepper.try_out(batches.load(batches.longest()))
@@ -156,6 +158,7 @@ class _Run:
         self.on_step: Callable[[nn.Module, int, int], None] | None = None
         self.train_metrics: MetricsHook | None = None
         self.show_progress = True
+        self.label = ""
         self.checkpoints = Checkpoints(work_dir, num_averaged(self.options))
         self.log = TrainLog(work_dir / "log.jsonl", self.workers.is_first)
         # A step takes this many batches of the plan, all processes together; the last step of an
@@ -195,7 +198,7 @@ class _Run:
         if self.workers.is_first:
             self.checkpoints.drop_before(self.epoch)
         if entry.get("dev_ter") is not None:
-            self.progress.say(f"epoch {self.epoch}/{self.options.epochs} dev_ter {entry['dev_ter']:.2%}")
+            self.progress.note(f"epoch {self.epoch}/{self.options.epochs} dev_ter {entry['dev_ter']:.2%}")
 
     def _do_step(self, group: list[list[str]]) -> None:
         began = time.monotonic()
@@ -270,10 +273,9 @@ class _Run:
         """Take up an unfinished run of the same kind, if there is one."""
         state = self.checkpoints.load()
         signature = self._signature()
-        label = self.checkpoints.directory.parent.as_posix()
         if state and state["signature"] != signature:
             changed = sorted(k for k, v in signature.items() if state["signature"].get(k) != v)
-            self.progress = Progress(label, self.num_steps, 0, self._talks)
+            self.progress = Progress(self.label, self.num_steps, 0, self._talks)
             self.progress.say(f"starting anew: the checkpoint's {', '.join(changed)} differ")
             self.workers.wait()  # all have read it
             if self.workers.is_first:
@@ -282,7 +284,7 @@ class _Run:
         if state:
             self._restore(state)
         self.log.rewind(self.step)
-        self.progress = Progress(label, self.num_steps, self.step, self._talks)
+        self.progress = Progress(self.label, self.num_steps, self.step, self._talks)
         if state:
             self.progress.say(f"going on after step {self.step} of {self.num_steps}")
 

@@ -6,6 +6,7 @@ Teachers, students and fine-tuning under compression all train through :class:`S
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from torch import nn
 
 from kdrecipe.bundle import Bundle
 from kdrecipe.data.batches import CutBatches
+from kdrecipe.data.features import load_cuts
 from kdrecipe.data.targets import LiveTargets, TargetCache
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import RecipeError
@@ -25,6 +27,8 @@ from kdrecipe.train.inputs import needs_of
 from kdrecipe.train.loop import Objective, TargetSource, Term, TrainResult, train
 
 if TYPE_CHECKING:
+    from lhotse.cut import CutSet
+
     from kdrecipe.model.asr import AsrModel
     from kdrecipe.schema import Recipe, System, Training
     from kdrecipe.stages import Layout
@@ -57,11 +61,13 @@ class Session:
         found: dict[str, list[str]] = json.loads((self.layout.features / "subsets.json").read_text())
         return found
 
+    @cached_property
+    def cuts(self) -> CutSet:
+        """The training split with its perturbed copies."""
+        return load_cuts(self.layout.features, "train")
+
     def batches(self, training: Training) -> CutBatches:
         """The training data; where only a part is labelled, both parts, the labels withheld."""
-        from lhotse import CutSet
-
-        cuts = CutSet.from_file(self.layout.features / "train.jsonl.gz").to_eager()
         left_out = set(json.loads((self.layout.tokens / "left_out.json").read_text()))
         labelled = set(self.subsets[self.system.data]) if self.system.data else None
         unlabelled = set(self.subsets[self.system.unlabelled]) if self.system.unlabelled else set()
@@ -72,7 +78,7 @@ class Session:
             return labelled is None or cut.id in labelled or cut.id in unlabelled
 
         return CutBatches(
-            cuts.filter(wanted).to_eager(),
+            self.cuts.filter(wanted).to_eager(),
             self.tokens,
             batch_duration_s=training.batch_duration_s,
             seed=self.seed,
@@ -83,12 +89,9 @@ class Session:
     @cached_property
     def dev(self) -> CutBatches | None:
         """The development data, if the corpus has any."""
-        from lhotse import CutSet
-
-        path = self.layout.features / "dev.jsonl.gz"
-        if not path.exists():
+        if not (self.layout.features / "dev.jsonl.gz").exists():
             return None
-        cuts = CutSet.from_file(path).to_eager()
+        cuts = load_cuts(self.layout.features, "dev")
         return CutBatches(cuts, self.tokens, batch_duration_s=120.0, seed=0, labelled_ids=None, shuffle=False)
 
     def calibration(self, num_batches: int) -> Iterator[Batch]:
@@ -158,9 +161,8 @@ class Session:
                 continue
             if self.recipe.caches(name):
                 place = self.layout.targets(name, self.recipe.seed_of(name, self.seed))
-                sources[name] = TargetCache.open(
-                    place, {"teacher": bundle.hash, "tokens": self.tokens.vocab_id}, specs=specs
-                )
+                key = target_key(bundle, self.recipe)
+                sources[name] = TargetCache.open(place, key, specs=specs, cuts=self.cuts)
             else:
                 sources[name] = LiveTargets(bundle.model.to(device), specs)
         return sources
@@ -189,6 +191,8 @@ class Session:
             seed=self.seed,
             dev=self.dev,
             on_step=on_step,
+            # Beside others, the process that started this one says whose lines these are.
+            label="" if os.environ.get("KDRECIPE_PARENT") else f"{self.system.name}/seed{self.seed}",
             build_optimizer=hook.build_optimizer,
             train_metrics=hook.train_metrics,
         )
@@ -209,3 +213,12 @@ def pinned(need: TargetSpec, student: ModelInfo) -> TargetSpec:
     if need.kind == "hidden":
         return replace(need, frame_shift_s=need.frame_shift_s or student.frame_shift_s)
     return need
+
+
+def target_key(bundle: Bundle, recipe: Recipe) -> dict[str, Any]:
+    """What cached targets depend on, besides the audio: teacher, tokens, features."""
+    return {
+        "teacher": bundle.hash,
+        "tokens": bundle.meta["vocab_id"],
+        "features": recipe.features.model_dump(mode="json"),
+    }

@@ -23,13 +23,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from kdrecipe_plugins.exporters.ctc import CtcLogProbs, check_head, existing, read_pieces
-from kdrecipe_plugins.exporters.onnx_graph import quantise, slim
 from torch import nn
 
 from kdrecipe import hookimpl
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import BundleLike, Hypothesis, Options, Runner, float_copy
+from kdrecipe_plugins.exporters.ctc import CtcLogProbs, check_head, existing, read_pieces
+from kdrecipe_plugins.exporters.onnx_graph import quantise, slim
 
 OPSET = 17  # the first with LayerNormalization; any onnxruntime since 2022 reads it
 FRAME_SHIFT_S = 0.04  # fixed in sherpa-onnx for this slot

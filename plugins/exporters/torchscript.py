@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from kdrecipe_plugins.exporters.ctc import CtcLogProbs, check_head, existing, read_pieces
 from torch import nn
 
 from kdrecipe import hookimpl
@@ -18,6 +17,7 @@ from kdrecipe.data.audio import SAMPLE_RATE, resample
 from kdrecipe.data.features import extract
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import BLANK_ID, BundleLike, Hypothesis, Options, Runner, float_copy
+from kdrecipe_plugins.exporters.ctc import CtcLogProbs, check_head, existing, read_pieces
 
 FILES = {"fp32": "model.pt", "int8": "model.int8.pt"}
 NOTES = "kdrecipe.json"  # within the file: features and frame shift

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jiwer
-from kdrecipe_plugins.metrics.wer import TextOptions, count_edits
 
 from kdrecipe import hookimpl
+from kdrecipe_plugins.metrics.wer import TextOptions, count_edits
 
 
 class Cer:

@@ -6,13 +6,6 @@ import importlib.util
 
 import pytest
 import torch
-from kdrecipe_plugins.architectures.conformer import Conformer
-from kdrecipe_plugins.architectures.transformer import Transformer
-from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic
-from kdrecipe_plugins.compressors.magnitude_prune import MagnitudePrune
-from kdrecipe_plugins.losses.cr_ctc import CrCtc
-from kdrecipe_plugins.losses.hidden_mse import HiddenMse
-from kdrecipe_plugins.losses.kl import KlLoss
 
 from kdrecipe.heads.ctc import CtcHead, CtcLoss
 from kdrecipe.interfaces import LossSetup
@@ -27,6 +20,13 @@ from kdrecipe.testing.contracts import (
     test_plugin,
 )
 from kdrecipe.testing.models import model_info
+from kdrecipe_plugins.architectures.conformer import Conformer
+from kdrecipe_plugins.architectures.transformer import Transformer
+from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic
+from kdrecipe_plugins.compressors.magnitude_prune import MagnitudePrune
+from kdrecipe_plugins.losses.cr_ctc import CrCtc
+from kdrecipe_plugins.losses.hidden_mse import HiddenMse
+from kdrecipe_plugins.losses.kl import KlLoss
 
 PLUGINS = load_plugins()
 KINDS = ("architectures", "losses", "compressors", "corpora", "decoders", "metrics")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import unittest
 
 import pytest
-from kdrecipe_plugins.losses.cr_ctc import CrCtc
-from kdrecipe_plugins.losses.kl import KlLoss
 
 from kdrecipe.errors import PluginError
 from kdrecipe.interfaces import Options
@@ -20,6 +18,8 @@ from kdrecipe.testing.contracts import (
     run_checks,
     test_plugin,
 )
+from kdrecipe_plugins.losses.cr_ctc import CrCtc
+from kdrecipe_plugins.losses.kl import KlLoss
 
 
 class Doubtful(KlLoss):

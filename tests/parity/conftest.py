@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic
 
 from kdrecipe.bundle import Bundle
 from kdrecipe.data.audio import Utterance
@@ -18,6 +17,7 @@ from kdrecipe.interfaces import CompressContext
 from kdrecipe.model.asr import FeatureNorm, build_model
 from kdrecipe.plugins import load_plugins
 from kdrecipe.testing.corpus import WORDS, speak
+from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic
 
 FEATURES = {"name": "fbank", "num_mel_bins": 80}
 MODEL = {"name": "conformer", "num_layers": 1, "dim": 48, "dropout": 0.0, "heads": {"ctc": {}}}

@@ -9,17 +9,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from kdrecipe_plugins.compressors.int8_dynamic import Int8Linear
-from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc, OnnxRunner
-from kdrecipe_plugins.exporters.onnx_graph import quantise, slim
-from kdrecipe_plugins.exporters.torchscript import TorchScript
 from onnx import helper, numpy_helper
 
 from kdrecipe.bundle import Bundle
 from kdrecipe.errors import KdrecipeError, ParityError
 from kdrecipe.interfaces import float_copy
-from kdrecipe.pipeline.parity import Edits, check_parity, edits
+from kdrecipe.measure.parity import Edits, check_parity, edits
 from kdrecipe.sections import Parity
+from kdrecipe_plugins.compressors.int8_dynamic import Int8Linear
+from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc, OnnxRunner
+from kdrecipe_plugins.exporters.onnx_graph import quantise, slim
+from kdrecipe_plugins.exporters.torchscript import TorchScript
 
 
 def exporter(**options) -> OnnxCtc:

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic, Int8Linear
-from kdrecipe_plugins.compressors.magnitude_prune import MagnitudePrune
 from torch import nn
 
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import CompressContext
+from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic, Int8Linear
+from kdrecipe_plugins.compressors.magnitude_prune import MagnitudePrune
 
 CONTEXT = CompressContext(calibration=lambda: [])
 

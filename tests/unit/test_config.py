@@ -25,7 +25,7 @@ def load(tmp_path, monkeypatch):
 def problems(load, text):
     with pytest.raises(RecipeError) as error:
         load(text)
-    return [str(p) for p in error.value.problems]
+    return sorted(str(p) for p in error.value.problems)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_total_and_count_are_sums_over_labelled_utterances() -> None:
 def test_unlabelled_empty_and_infeasible_utterances_give_neither_loss_nor_gradient() -> None:
     logits = torch.randn(3, 2, 5, requires_grad=True)
     result = run(logits, [2, 2, 2], batch_of([[1], [], [3, 3]], [False, True, True]))
-    assert float(result.total) == 0.0
+    assert result.total.item() == 0.0
     assert int(result.metrics["infeasible"]) == 1
     result.total.backward()
     assert logits.grad is not None

@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from kdrecipe_plugins.decoders.ctc_greedy import CtcGreedy
-from kdrecipe_plugins.decoders.ctc_prefix_beam import CtcPrefixBeam, align, prefix_beam_search
 
 from kdrecipe.interfaces import BLANK_ID, ModelOutput
+from kdrecipe_plugins.decoders.ctc_greedy import CtcGreedy
+from kdrecipe_plugins.decoders.ctc_prefix_beam import CtcPrefixBeam, align, prefix_beam_search
 
 
 class Letters:

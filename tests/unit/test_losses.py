@@ -8,9 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdrecipe_plugins.losses.cr_ctc import CrCtc
-from kdrecipe_plugins.losses.hidden_mse import HiddenMse
-from kdrecipe_plugins.losses.kl import KlLoss
 
 from kdrecipe.data.frames import keep_top, valid_frames
 from kdrecipe.errors import DataError, RecipeError
@@ -23,6 +20,9 @@ from kdrecipe.testing.models import (
     random_output,
     targets_like,
 )
+from kdrecipe_plugins.losses.cr_ctc import CrCtc
+from kdrecipe_plugins.losses.hidden_mse import HiddenMse
+from kdrecipe_plugins.losses.kl import KlLoss
 
 BATCH = random_batch()
 LENS = (9, 6, 7)

@@ -329,31 +329,21 @@ def assert_same(got: Any, expected: tuple[Tensor, Tensor]) -> None:
         np.testing.assert_allclose(np.asarray(got[0])[i, :n], expected[0][i, :n].numpy(), atol=2e-4)
 
 
-@pytest.mark.parametrize("dynamo", [False, True])
-def test_onnx_export_takes_any_batch_and_length(model: AsrModel, dynamo: bool) -> None:
+def test_onnx_export_takes_any_batch_and_length(model: AsrModel) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     graph, buffer = LogProbs(model), io.BytesIO()
-    axes: dict[str, Any] = {
-        "dynamic_axes": {"x": {0: "B", 1: "T"}, "x_lens": {0: "B"}, "y": {0: "B", 1: "S"}}
-    }
-    if dynamo:
-        batch, time = torch.export.Dim("B", min=1), torch.export.Dim("T", min=1)
-        axes = {"dynamic_shapes": ({0: batch, 1: time}, {0: batch})}
-    example = (features(2, 50), torch.tensor([50, 31]))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
+        torch.onnx.export(
             graph,
-            example,
-            None if dynamo else buffer,
-            dynamo=dynamo,
+            (features(2, 50), torch.tensor([50, 31])),
+            buffer,
+            dynamo=False,  # the other exporter takes any shape as well, and half a minute
             input_names=["x", "x_lens"],
             output_names=["y", "y_lens"],
-            opset_version=18 if dynamo else 17,
-            **axes,
+            opset_version=17,
+            dynamic_axes={"x": {0: "B", 1: "T"}, "x_lens": {0: "B"}, "y": {0: "B", 1: "S"}},
         )
-        if dynamo:
-            program.save(buffer)
     session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
     assert session.get_outputs()[0].shape[2] == VOCAB  # runtimes read the vocabulary's size off it
     for b, t, lens in SHAPES:

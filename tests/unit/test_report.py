@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from kdrecipe_plugins.metrics.cer import Cer
-from kdrecipe_plugins.metrics.wer import TextOptions, Wer
 
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Metric
-from kdrecipe.pipeline import plots
-from kdrecipe.pipeline.report import assemble, write_report
-from kdrecipe.pipeline.report_html import from_markdown, per_epoch, read_log
-from kdrecipe.pipeline.report_listen import Listening, aligned, encode
-from kdrecipe.pipeline.score import Question, score
+from kdrecipe.results import plots
+from kdrecipe.results.html import from_markdown, per_epoch, read_log
+from kdrecipe.results.listen import Listening, aligned, encode
+from kdrecipe.results.report import assemble, write_report
+from kdrecipe.results.scoring import Question, score
+from kdrecipe_plugins.metrics.cer import Cer
+from kdrecipe_plugins.metrics.wer import TextOptions, Wer
 
 WORDS = [
     "the",

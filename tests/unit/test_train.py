@@ -68,7 +68,7 @@ def deterministic(entry):
 
 
 def test_a_toy_is_learnt(tmp_path):
-    batches = toy_batches(40)
+    batches = toy_batches(30)
     options = toy_options(epochs=25, lr=1e-2, spec_augment=None, checkpoint_every_s=600)
     objective = Objective([Term("ctc", 1.0, toys.ctc())])
     _, result = toy_run(
@@ -197,7 +197,7 @@ def gradients(loaded, accumulate, objective, tmp_path):
     stepper = Stepper(model, objective, {"t": ToyTeacher()}, optimizer, options, workers, 0, tmp_path)
     objective.module.zero_grad()
     stepper.backward([stepper._micro(batch, slot) for slot, batch in enumerate(loaded)], step=1)
-    return torch.cat([p.grad.flatten().clone() for _, p in named if p.grad is not None])
+    return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for _, p in named])
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_accumulating_equals_one_large_batch(terms, tmp_path):
     in_parts = gradients([batches.load(part) for part in parts], 3, objective, tmp_path)
     torch.testing.assert_close(in_parts, at_once, rtol=1e-4, atol=1e-5)
     means = sum(gradients([batches.load(part)], 1, objective, tmp_path) for part in parts) / 3
-    assert (means - at_once).norm() > 0.02 * at_once.norm()
+    assert (means - at_once).norm() > 0.01 * at_once.norm()
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -234,7 +234,7 @@ def test_two_processes_equal_one(tmp_path):
         running.append(subprocess.Popen(command, env=env))
     assert [process.wait(timeout=120) for process in running] == [0, 0]
     # The same pairs of batches in one process; the plan's groups are of accumulate * processes.
-    model, result = toy_run(tmp_path / "one", **toys.distributed_settings(accumulate=2))
+    model, _ = toy_run(tmp_path / "one", **toys.distributed_settings(accumulate=2))
     two = torch.load(tmp_path / "two.pt")
     start = toy_model(dropout=0.0).state_dict()
     for name, value in model.state_dict().items():
@@ -245,8 +245,9 @@ def test_two_processes_equal_one(tmp_path):
     )
     assert len(one_log) == len(two_log)
     for a, b in zip(one_log, two_log, strict=True):
-        for key in ("loss", "grad_norm", "dev_loss", "dev_ter"):
-            assert a.get(key) == pytest.approx(b.get(key), rel=1e-3)
+        assert a.keys() == b.keys()
+        for key in {"loss", "grad_norm", "dev_loss", "dev_ter"} & a.keys():
+            assert a[key] == pytest.approx(b[key], rel=1e-3)
 
 
 # ---------------------------------------------------------------- what losses see

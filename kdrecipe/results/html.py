@@ -9,10 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from kdrecipe.pipeline import plots
-from kdrecipe.pipeline.report_listen import Audio, Listening, section, select
-from kdrecipe.pipeline.report_reading import first_parent
-from kdrecipe.pipeline.report_text import Code, Section, Table, sections, split_names
+from kdrecipe.results import plots
+from kdrecipe.results.listen import Audio, Listening, section, select
+from kdrecipe.results.reading import first_parent
+from kdrecipe.results.text import Code, Section, Table, sections, split_names
 
 _ASSETS = Path(__file__).parent.parent / "templates" / "report"
 _VERDICTS = {"better": "▲", "worse": "▼", "same": "=", "fact": "•", "caution": "!"}
@@ -28,7 +28,7 @@ def page(
     audio: Audio | None,
     listening: Listening,
 ) -> str:
-    """The whole page; arguments as for :func:`kdrecipe.pipeline.report.write_report`."""
+    """The whole page; arguments as for :func:`kdrecipe.results.report.write_report`."""
     name = escape(str(results["recipe"]["name"]))
     body = sections(results)
     reading, *rest, made = body

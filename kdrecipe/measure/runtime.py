@@ -159,7 +159,7 @@ def _run_worker(model: Path, utterances: Sequence[Utterance], num_threads: int) 
         command = [
             sys.executable,
             "-m",
-            "kdrecipe.pipeline.measure_worker",
+            "kdrecipe.measure.worker",
             str(directory / "spec.json"),
             str(result),
         ]

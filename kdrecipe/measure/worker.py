@@ -1,6 +1,6 @@
-"""The process that :mod:`kdrecipe.pipeline.measure` measures: sherpa-onnx and nothing else.
+"""The process that :mod:`kdrecipe.measure.runtime` measures: sherpa-onnx and nothing else.
 
-Run as ``python -m kdrecipe.pipeline.measure_worker SPEC RESULT``, both JSON files. Neither torch nor
+Run as ``python -m kdrecipe.measure.worker SPEC RESULT``, both JSON files. Neither torch nor
 lhotse is imported here, nor anything that does: their memory is not the model's.
 """
 

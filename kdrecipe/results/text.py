@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdrecipe.pipeline.report_reading import (
+from kdrecipe.results.reading import (
     NONE,
     System,
     count,

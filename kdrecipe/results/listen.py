@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 
 from kdrecipe.data.hypotheses import read_hypotheses
-from kdrecipe.pipeline.report_reading import first_parent
+from kdrecipe.results.reading import first_parent
 
 Audio = Callable[[str, str], "tuple[np.ndarray, int] | None"]
 """(split, utterance id) -> (samples in [-1, 1], mono (S,) or (S, channels), sampling rate) or None."""

@@ -1,0 +1,1 @@
+"""From hypotheses to figures one can trust, and to the report."""

@@ -1,0 +1,642 @@
+"""Recipes: what they mean, and that every mistake is found, with its line and a remedy."""
+
+import copy
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+from pydantic import Field
+
+from kdrecipe.errors import RecipeError
+from kdrecipe.interfaces import Options, TargetSpec
+from kdrecipe.plugins import Plugins
+from kdrecipe.schema import load_recipe
+
+EXAMPLE = """\
+corpus: {name: an4, root: "${KDRECIPE_TEST_ROOT}", subsets: {few: {speakers: 11}, rest: {except: few}}}
+features: {name: fbank, num_mel_bins: 80, speed_perturb: [0.9, 1.0, 1.1]}
+tokens: {name: bpe, vocab_size: 64}
+seeds: [1, 2, 3]
+systems:
+  teacher:  {train: {model: {name: conformer, num_layers: 12, dim: 256, heads: {ctc: {}}}}}
+  scratch:  {train: {data: few, model: &small {name: conformer, num_layers: 3, dim: 64, heads: {ctc: {}}}}}
+  cr_ctc:   {train: {data: few, model: *small, losses: [{name: ctc}, {name: cr_ctc, weight: 0.2}]}}
+  kd:       {distill: {data: few, teachers: [teacher], model: *small,
+             losses: &soft [{name: ctc, weight: 0.5}, {name: kl, weight: 0.5, temperature: 1.0}]}}
+  kd_unlabelled: {distill: {data: few, unlabelled: rest, teachers: [teacher], model: *small, losses: *soft}}
+  kd_int8:  {compress: {from: kd, steps: [{name: int8_dynamic}]}}
+"""
+
+
+class Plain:
+    """A plugin without options."""
+
+    class Config(Options):
+        """None."""
+
+
+class Encoder:
+    """Taps as many as layers, each as wide as the encoder."""
+
+    class Config(Options):
+        num_layers: int = Field(default=2, ge=1)
+        dim: int = 8
+        style: Literal["plain", "fancy"] = "plain"
+
+    subsampling = 4
+
+    def __init__(self, config, input_dim):
+        self.config = config
+
+    def taps(self):
+        return {f"encoder.{i}": (None, self.config.dim) for i in range(self.config.num_layers)}
+
+
+class Supervised(Plain):
+    supervised = True
+
+    def __init__(self, config, setup):
+        pass
+
+
+class Soft:
+    class Config(Options):
+        temperature: float = Field(default=1.0, gt=0)
+        top_k: int | None = None
+
+    def __init__(self, config, setup):
+        pass
+
+    @staticmethod
+    def requires(config):
+        return [TargetSpec("frame_logits", "ctc", top_k=config.top_k)]
+
+
+class HiddenLoss:
+    class Config(Options):
+        tap: str = "encoder.0"
+        student_tap: str = "encoder.0"
+
+    def __init__(self, config, setup):
+        if config.student_tap not in setup.student.taps:
+            raise RecipeError(f"the student has no tap {config.student_tap!r}", remedy="choose another")
+
+    @staticmethod
+    def requires(config):
+        return [TargetSpec("hidden", config.tap)]
+
+
+class TwoViews(Plain):
+    """Neither supervised nor in need of a teacher."""
+
+    def __init__(self, config, setup):
+        pass
+
+
+@pytest.fixture
+def plugins():
+    """Stand-ins, so that what is tested is the schema."""
+    found = Plugins()
+    for kind, name, cls in (
+        ("architectures", "enc", Encoder),
+        ("heads", "ctc", Plain),
+        ("losses", "ctc", Supervised),
+        ("losses", "soft", Soft),
+        ("losses", "hidden", HiddenLoss),
+        ("losses", "views", TwoViews),
+        ("compressors", "halve", Plain),
+        ("exporters", "onnx", Plain),
+        ("decoders", "ctc_greedy", Plain),
+        ("metrics", "wer", Plain),
+        ("metrics", "cer", Plain),
+        ("corpora", "toy", Plain),
+    ):
+        found.registry.add(kind, name, cls, "stand-in")
+    return found
+
+
+MODEL = {"name": "enc", "heads": {"ctc": {}}}
+
+
+def base():
+    """A sound recipe with every kind of system."""
+    soft = [{"name": "ctc"}, {"name": "soft", "weight": 0.5}]
+    return {
+        "corpus": {"name": "toy", "subsets": {"few": {"speakers": 2}, "rest": {"except": "few"}}},
+        "tokens": {"name": "char"},
+        "seeds": [1, 2],
+        "systems": {
+            "teacher": {"train": {"model": copy.deepcopy(MODEL)}},
+            "plain": {"train": {"data": "few", "model": copy.deepcopy(MODEL)}},
+            "kd": {
+                "distill": {
+                    "data": "few",
+                    "unlabelled": "rest",
+                    "teachers": ["teacher"],
+                    "model": copy.deepcopy(MODEL),
+                    "losses": soft,
+                }
+            },
+            "small": {"compress": {"from": "kd", "steps": [{"name": "halve"}]}},
+        },
+        "decode": {"compare": [["kd", "plain"]]},
+        "export": [{"name": "onnx"}],
+        "profiles": {"tiny": {"training": {"epochs": 1}}},
+    }
+
+
+def change(data, path, value):
+    """``data`` with ``value`` at the dotted path; a value of ``...`` removes the key."""
+    *parents, last = [int(p) if p.isdecimal() else p for p in path.split(".")]
+    node = data
+    for key in parents:
+        node = node[key] if isinstance(key, int) else node.setdefault(key, {})
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    return data
+
+
+@pytest.fixture
+def load(tmp_path, plugins, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def load_data(data, **options):
+        text = data if isinstance(data, str) else yaml.safe_dump(data, sort_keys=False)
+        (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+        return load_recipe(tmp_path / "recipe.yaml", **{"plugins": plugins, **options})
+
+    return load_data
+
+
+def problems(load, data, **options):
+    with pytest.raises(RecipeError) as error:
+        load(data, **options)
+    return [str(p) for p in error.value.problems]
+
+
+# ---------------------------------------------------------------- meaning
+
+
+def test_the_example_of_the_readme_is_sound(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(EXAMPLE, encoding="utf-8")
+    recipe = load_recipe(tmp_path)
+    assert recipe.teaching() == ["teacher"]
+    assert recipe.build_order() == ["teacher", "scratch", "cr_ctc", "kd", "kd_unlabelled", "kd_int8"]
+    assert recipe.systems["kd"].model["heads"] == {"ctc": {"dropout": 0.0}}
+
+
+def test_systems(load):
+    recipe = load(base())
+    systems = recipe.systems
+    assert {n: s.kind for n, s in systems.items()} == {
+        "teacher": "trained",
+        "plain": "trained",
+        "kd": "distilled",
+        "small": "compressed",
+    }
+    assert systems["kd"].teachers == ("teacher",)
+    assert [(t.name, t.weight, t.teacher) for t in systems["kd"].terms] == [
+        ("ctc", 1.0, None),
+        ("soft", 0.5, None),
+    ]
+    assert systems["kd"].terms[1].options == {"temperature": 1.0, "top_k": None}
+    assert systems["plain"].terms[0].name == "ctc", "the default objective"
+    assert systems["plain"].model == {
+        "name": "enc",
+        "num_layers": 2,
+        "dim": 8,
+        "style": "plain",
+        "heads": {"ctc": {}},
+    }
+    assert systems["small"].parent == "kd"
+    assert systems["small"].steps[0].name == "halve"
+    assert recipe.trained_ancestor("small") is systems["kd"]
+    assert recipe.corpus.subsets == {"few": {"speakers": 2}, "rest": {"except": "few"}}
+    assert recipe.export[0].name == "onnx"
+    assert [m.name for m in recipe.decode.metrics] == ["wer", "cer"]
+
+
+def test_a_teacher_needs_one_seed(load):
+    recipe = load(base())
+    assert recipe.systems["teacher"].seeds == (1,)
+    assert recipe.systems["kd"].seeds == recipe.systems["small"].seeds == (1, 2)
+    assert recipe.seed_of("teacher", 2) == 1
+    assert recipe.seed_of("kd", 2) == 2
+    recipe = load(change(base(), "systems.teacher.train.seeds", [2, 1]))
+    assert recipe.systems["teacher"].seeds == (2, 1)
+    assert recipe.seed_of("teacher", 2) == 2
+
+
+def test_a_compressed_system_has_its_parents_seeds(load):
+    recipe = load(change(base(), "systems.kd.distill.seeds", [7]))
+    assert recipe.systems["small"].seeds == (7,)
+
+
+def test_training_settings_are_inherited(load):
+    data = change(base(), "training", {"epochs": 9, "lr": 1e-3, "spec_augment": {"freq_width": 5}})
+    change(data, "systems.kd.distill.training", {"epochs": 4, "spec_augment": {"time_width": 7}})
+    change(data, "systems.small.compress.training", {"lr": 1e-4})
+    systems = load(data).systems
+    assert systems["plain"].training.epochs == 9
+    assert (systems["kd"].training.epochs, systems["kd"].training.lr) == (4, 1e-3)
+    assert systems["kd"].training.spec_augment.freq_width == 5
+    assert systems["kd"].training.spec_augment.time_width == 7
+    assert (systems["small"].training.epochs, systems["small"].training.lr) == (4, 1e-4)
+    change(data, "systems.kd.distill.training", {"spec_augment": None})
+    assert load(data).systems["kd"].training.spec_augment is None
+
+
+def test_a_distilled_system_may_teach(load):
+    data = base()
+    data["systems"]["grandchild"] = {"distill": {**data["systems"]["kd"]["distill"], "teachers": ["kd"]}}
+    recipe = load(data)
+    assert recipe.teaching() == ["teacher"]
+    assert recipe.build_order() == ["teacher", "plain", "kd", "grandchild", "small"]
+    assert recipe.caches("teacher")
+    assert not recipe.caches("kd"), "its targets come after stage 4"
+    assert not load(change(data, "targets.mode", "live")).caches("teacher")
+
+
+def test_build_order_does_not_hang_on_the_order_of_the_file(load):
+    data = base()
+    data["systems"] = dict(reversed(data["systems"].items()))
+    data["systems"]["smaller"] = {"compress": {"from": "small", "steps": [{"name": "halve"}]}}
+    order = load(data).build_order()
+    assert order.index("teacher") < order.index("kd") < order.index("small") < order.index("smaller")
+
+
+def test_what_a_teacher_starts_from_is_built_before_it(load):
+    data = change(base(), "systems.teacher.train.init_from", "plain")
+    change(data, "systems.plain.train.seeds", [1])
+    assert load(data).teaching() == ["plain", "teacher"]
+
+
+def test_pretrained(load, tmp_path, monkeypatch):
+    data = change(base(), "systems.teacher", {"pretrained": {"bundle": "${KDRECIPE_TEST_BUNDLE}/big"}})
+    recipe = load(data)
+    assert recipe.teaching() == ["teacher"]
+    assert recipe.systems["teacher"].seeds == (1,)
+    assert recipe.trained_ancestor("teacher") is None
+    with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: the environment variable KDRECIPE_TEST_BUNDLE"):
+        _ = recipe.systems["teacher"].bundle
+    monkeypatch.setenv("KDRECIPE_TEST_BUNDLE", "models")
+    assert recipe.systems["teacher"].bundle == tmp_path / "models" / "big"
+
+
+def test_corpus_root_is_looked_up_when_used(load, tmp_path, monkeypatch):
+    recipe = load(change(base(), "corpus.root", "${KDRECIPE_TEST_ROOT}"))
+    with pytest.raises(RecipeError, match="KDRECIPE_TEST_ROOT is not set"):
+        _ = recipe.corpus.root
+    monkeypatch.setenv("KDRECIPE_TEST_ROOT", "/data/toy")
+    assert recipe.corpus.root == Path("/data/toy")
+    assert load(base()).corpus.root is None
+
+
+def test_top_k_of_the_targets_is_the_losses_default(load):
+    data = change(base(), "targets.top_k", 4)
+    assert load(data).systems["kd"].terms[1].options["top_k"] == 4
+    change(data, "systems.kd.distill.losses.1.top_k", 2)
+    assert load(data).systems["kd"].terms[1].options["top_k"] == 2
+
+
+def test_name_and_command(load, tmp_path):
+    recipe = load(base(), profile="tiny", overrides=["training.lr=0.1"])
+    assert recipe.name == tmp_path.name
+    assert recipe.command == f"kdrecipe run {tmp_path.name} --profile tiny --set training.lr=0.1"
+    assert str(tmp_path.parent) not in recipe.command
+    folder = tmp_path / "recipes" / "toy" / "first"
+    folder.mkdir(parents=True)
+    (tmp_path / "recipe.yaml").rename(folder / "recipe.yaml")
+    assert load_recipe(folder, plugins=recipe.plugins).name == "toy/first"
+
+
+# ---------------------------------------------------------------- profiles and overrides
+
+
+def test_profile_and_overrides(load):
+    recipe = load(base(), profile="tiny")
+    assert recipe.training.epochs == 1
+    assert recipe.profile == "tiny"
+    recipe = load(
+        base(), profile="tiny", overrides=["training.epochs=3", "systems.kd.distill.losses.1.weight=1e-1"]
+    )
+    assert recipe.training.epochs == 3
+    assert recipe.systems["kd"].terms[1].weight == 0.1
+    assert load(base(), overrides=["systems.small=null", "seeds=[5]"]).seeds == (5,)
+
+
+def test_a_profile_may_leave_systems_out(load):
+    data = change(base(), "profiles.tiny.systems", {"small": None})
+    assert "small" not in load(data, profile="tiny").systems
+    assert "small" in load(data).systems
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("trainig.epochs=1", "did you mean 'training'?"),
+        ("training.epoch=1", "did you mean 'epochs'?"),
+        ("training.epochs=many", "should be a valid integer"),
+        ("systems.kdd.distill.data=few", "did you mean 'kd'?"),
+        ("systems.kd.distil.data=few", "did you mean 'distill'?"),
+        ("systems.kd.distill.losses.5.weight=1", "it has 2 item(s)"),
+        ("systems.kd.distill.losses.soft.weight=1", "'soft' is number 1"),
+        ("training", "not of the form key=value"),
+        ("=3", "not of the form key=value"),
+        ("training..epochs=1", "not of the form key=value"),
+        ("seeds=[1", "not valid YAML"),
+        ("corpus.subsets.fw.speakers=3", "did you mean 'few'?"),
+        ("seeds.first=1", "is a list"),
+        ("tokens.name.x=1", "it has no 'x' in it"),
+    ],
+)
+def test_wrong_overrides(load, override, expected):
+    found = problems(load, base(), overrides=[override])
+    assert found[0].startswith(f"--set {override}: ")
+    assert expected in found[0]
+
+
+def test_unknown_profile(load):
+    [found] = problems(load, base(), profile="tyni")
+    assert found.startswith("--profile tyni: ")
+    assert "did you mean 'tiny'?" in found
+
+
+# ---------------------------------------------------------------- mistakes
+
+MISTAKES = [
+    # path, value, text that the problem must have, remedy (or part of it)
+    ("corpus", ..., "corpus is missing", "for example corpus:"),
+    ("tokens", ..., "tokens is missing", "for example"),
+    ("systems", ..., "systems is missing", "for example"),
+    ("systems", {}, "at least one system", ""),
+    ("systems", {"a": None}, "at least one system", ""),
+    ("sytems", {}, "sytems: unknown key", "did you mean 'systems'?"),
+    ("corpus.name", "toi", "unknown corpus 'toi'", "did you mean 'toy'?"),
+    ("corpus.name", 3, "name is 3, it must be text", "known: toy"),
+    ("corpus.rot", "/x", "corpus.rot: unknown key", "did you mean 'root'?"),
+    ("corpus.on_error", "ignore", "should be 'stop' or 'skip'", ""),
+    ("corpus.subsets.few", {"speakers": 0}, "corpus.subsets.few.speakers: is 0", ""),
+    ("corpus.subsets.few", {"speakers": 1, "hours": 1}, "exactly one rule", ""),
+    ("corpus.subsets.few", {}, "exactly one rule", ""),
+    ("corpus.subsets.few", {"speaker": 1}, "unknown key", "did you mean 'speakers'?"),
+    ("corpus.subsets.few", {"fraction": 1.5}, "less than 1", ""),
+    ("corpus.subsets.rest", {"except": "fw"}, "unknown subset 'fw'", "did you mean 'few'?"),
+    ("corpus.subsets.few", {"except": "rest"}, "needs itself: few -> rest -> few", ""),
+    ("corpus.subsets.a/b", {"speakers": 1}, "letters, digits", ""),
+    ("features.num_mel_bins", "many", "should be a valid integer", ""),
+    ("features.speed_perturb", [0.9, 1.1], "1.0 among them", ""),
+    ("features.speed_perturb", [1.0, 1.0], "different speeds", ""),
+    ("tokens", {"name": "bpe"}, "bpe needs a vocab_size", ""),
+    ("tokens.name", "bpee", "should be 'bpe'", ""),
+    ("seeds", [], "seeds: is empty", ""),
+    ("seeds", [1, 1], "the same seed twice", "each seed"),
+    ("seeds", [-1], "greater than or equal to 0", ""),
+    ("training.lr", float("nan"), "training.lr: is nan", ""),
+    ("training.lr", float("inf"), "training.lr: is inf", ""),
+    ("training.epochs", 0, "training.epochs: is 0", ""),
+    ("training.warmup", 1.0, "less than 1", ""),
+    ("training.schedule", "cosin", "should be 'cosine'", ""),
+    ("training.spec_augment", {"freq_widht": 1}, "freq_widht: unknown key", "did you mean 'freq_width'?"),
+    ("training", [1], "training: is [1], it must be a mapping", ""),
+    ("targets.mode", "cache", "should be 'cached' or 'live'", ""),
+    ("parity.slak", 1, "parity.slak: unknown key", "did you mean 'slack'?"),
+    ("decode.decoder", "ctc_greedy", "it must be a mapping", "write {name: ctc_greedy}"),
+    ("decode.decoder", {"name": "greedy"}, "unknown decoder 'greedy'", "did you mean 'ctc_greedy'?"),
+    ("decode.metrics", [{"name": "wr"}], "decode.metrics[0].name: unknown metric", "did you mean 'wer'?"),
+    ("decode.splits", [], "decode.splits: is empty", ""),
+    ("decode.compare", [["kd", "plian"]], "decode.compare[0]: unknown system", "did you mean 'plain'?"),
+    ("export", {"name": "onnx"}, "it must be a list", "write [{name: onnx_ctc}]"),
+    ("export.0.name", "onx", "unknown exporter 'onx'", "did you mean 'onnx'?"),
+    ("export", [{"name": "onnx"}, {"name": "onnx"}], "listed twice", ""),
+    ("profiles", {"tiny": 3}, "mapping of mappings", ""),
+    ("plugins", {"file": ["x.py"]}, "must be a mapping with files", "write plugins: {files: [plugin.py]}"),
+    ("plugins", {"files": ["absent.py"]}, "there is no file 'absent.py'", ""),
+    ("systems.a b", {"train": {"model": MODEL}}, "letters, digits", ""),
+    ("systems.kd", "distill", "systems.kd: is 'distill'", "give it one of train, distill"),
+    ("systems.kd", {"distil": {}}, "unknown kind of system", "did you mean 'distill'?"),
+    ("systems.plain.distill", {}, "is both train and distill", "make two systems of it"),
+    ("systems.plain.train", None, "model is missing", ""),
+    ("systems.plain.train.modle", {}, "modle: unknown key", "did you mean 'model'?"),
+    ("systems.plain.train.seeds", [], "seeds: is empty", ""),
+    ("systems.plain.train.seeds", [3, 3], "the same seed twice", ""),
+    ("systems.plain.train.data", "fw", "unknown subset 'fw'", "did you mean 'few'?"),
+    ("systems.plain.train.init_from", "plian", "unknown system 'plian'", "did you mean 'plain'?"),
+    ("systems.plain.train.init_from", "plain", "needs itself: plain -> plain", "break the circle"),
+    ("systems.plain.train.init_from", "small", "too late to lend its weights", "compressed from"),
+    ("systems.plain.train.training.epoch", 3, "epoch: unknown key", "did you mean 'epochs'?"),
+    ("systems.plain.train.model.name", "enk", "unknown architecture 'enk'", "did you mean 'enc'?"),
+    ("systems.plain.train.model.num_layer", 1, "num_layer: unknown key", "did you mean 'num_layers'?"),
+    ("systems.plain.train.model.style", "odd", "should be 'plain' or 'fancy'", ""),
+    ("systems.plain.train.model.heads", ..., "heads is missing", "heads: {ctc: {}}"),
+    ("systems.plain.train.model.heads", {"ct": {}}, "unknown head 'ct'", "did you mean 'ctc'?"),
+    ("systems.plain.train.model.heads.ctc", {"x": 1}, "heads.ctc.x: unknown key", ""),
+    ("systems.plain.train.losses", [], "losses: is empty", ""),
+    ("systems.plain.train.losses", ["ctc"], "losses[0]: is 'ctc'", "write {name: ctc}"),
+    ("systems.plain.train.losses", [{"name": "soft"}], "'soft' needs a teacher", "make it distill:"),
+    ("systems.plain.train.losses", [{"name": "ctc", "weight": 0}], "all weights are 0", ""),
+    ("systems.kd.distill.losses.1.weight", -0.5, "losses[1].weight: is -0.5", ""),
+    ("systems.kd.distill.losses.1.weight", float("inf"), "losses[1].weight: is inf", ""),
+    ("systems.kd.distill.losses.1.temprature", 2, "temprature: unknown key", "did you mean 'temperature'?"),
+    ("systems.kd.distill.losses.1.wieght", 2, "wieght: unknown key", "did you mean 'weight'?"),
+    ("systems.kd.distill.losses.1.temperature", 0, "greater than 0", ""),
+    ("systems.kd.distill.losses.1.teacher", "kd", "'kd' is not among its teachers", "known: teacher"),
+    ("systems.kd.distill.losses.0.teacher", "teacher", "learns nothing from a teacher", "remove it"),
+    ("systems.kd.distill.losses", [{"name": "ctc"}, {"name": "views"}], "no loss learns", "hidden, soft"),
+    ("systems.kd.distill.losses", [{"name": "ctc"}], "unlabelled: all losses need labels", ""),
+    ("systems.kd.distill.teachers", [], "teachers: is empty", ""),
+    ("systems.kd.distill.teachers", ["techer"], "unknown system 'techer'", "did you mean 'teacher'?"),
+    ("systems.kd.distill.teachers", ["kd"], "needs itself: kd -> kd", "break the circle"),
+    ("systems.kd.distill.teachers", ["small"], "too late to teach", "compressed from"),
+    ("systems.kd.distill.teachers", ["teacher", "teacher"], "listed twice", ""),
+    ("systems.kd.distill.unlabelled", "few", "'few' is labelled data already", "different subsets"),
+    ("systems.kd.distill.data", ..., "all of the training split is labelled", "different subsets"),
+    ("systems.kd.distill.seeds", [1, 9], "", None),  # sound: a teacher with one seed serves all
+    ("systems.teacher.train.seeds", [1, 9], "has seeds [1, 2], but 'teacher'", "give 'teacher' the same"),
+    ("systems.small.compress.from", "kdd", "unknown system 'kdd'", "did you mean 'kd'?"),
+    ("systems.small.compress.from", "small", "needs itself: small -> small", ""),
+    ("systems.small.compress.from", ..., "from is missing", ""),
+    ("systems.small.compress.steps", [], "steps: is empty", ""),
+    ("systems.small.compress.steps.0.name", "halv", "unknown compressor", "did you mean 'halve'?"),
+    ("systems.small.compress.steps.0.x", 1, "steps[0].x: unknown key", ""),
+    ("systems.teacher", {"pretrained": {}}, "bundle is missing", ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "what", "remedy"), MISTAKES, ids=[f"{m[0]}={m[1]}"[:60] for m in MISTAKES]
+)
+def test_each_mistake_is_found(load, path, value, what, remedy):
+    data = change(base(), path, value)
+    if remedy is None:
+        load(data)
+        return
+    found = problems(load, data)
+    hits = [p for p in found if what in p]
+    assert hits, found
+    assert remedy in hits[0]
+    assert hits[0].startswith("recipe.yaml:"), "every problem has its line"
+
+
+def test_the_unbroken_recipe_is_sound(load):
+    load(base())
+
+
+def test_lines_are_those_of_the_file(load):
+    data = base()
+    change(data, "systems.kd.distill.losses.1.temprature", 2)
+    [found] = problems(load, data)
+    line = int(found.split(":")[1])
+    text = yaml.safe_dump(data, sort_keys=False).splitlines()[line - 1]
+    assert text.strip() == "temprature: 2"
+
+
+def test_all_mistakes_at_once(load):
+    data = base()
+    for path, value in (
+        ("corpus.name", "toi"),
+        ("training.epochs", 0),
+        ("systems.teacher.train.model.name", "enk"),
+        ("systems.kd.distill.losses.1.temprature", 2),
+        ("systems.kd.distill.teachers", ["techer"]),
+        ("systems.plain.train.data", "fw"),
+        ("decode.compare", [["kd", "nobody"]]),
+    ):
+        change(data, path, value)
+    found = problems(load, data, overrides=["nothing.here=1"], profile="none")
+    assert len(found) == 9
+    places = [int(p.split(":")[1]) for p in found if p.startswith("recipe.yaml:")]
+    assert places == sorted(places)
+
+
+def test_a_broken_system_is_not_also_unknown(load):
+    found = problems(load, change(base(), "systems.teacher.train.model.name", "enk"))
+    assert len(found) == 1
+
+
+def test_several_teachers(load):
+    data = base()
+    data["systems"]["second"] = {"train": {"model": copy.deepcopy(MODEL)}}
+    change(data, "systems.kd.distill.teachers", ["teacher", "second"])
+    assert load(data).systems["kd"].terms[1].teacher is None
+    change(data, "systems.kd.distill.losses.1.teacher", "second")
+    [found] = problems(load, data)
+    assert "no loss learns from teacher" in found
+    data["systems"]["kd"]["distill"]["losses"].append({"name": "soft", "teacher": "teacher"})
+    load(data)
+
+
+# ---------------------------------------------------------------- teachers that do not fit
+
+
+def test_a_tap_that_the_teacher_lacks(load):
+    data = change(base(), "systems.kd.distill.losses.1", {"name": "hidden", "tap": "encoder.5"})
+    [found] = problems(load, data)
+    assert "needs hidden:encoder.5, the teacher 'teacher' lacks it" in found
+    change(data, "systems.teacher.train.model.num_layers", 6)
+    load(data)
+
+
+def test_a_loss_may_refuse_the_pair(load):
+    data = change(base(), "systems.kd.distill.losses.1", {"name": "hidden", "student_tap": "encoder.7"})
+    [found] = problems(load, data)
+    assert "the student has no tap 'encoder.7'" in found
+    assert "choose another" in found
+
+
+def test_a_plugin_that_cannot_be_built_is_a_problem(load, plugins):
+    class Faulty(Encoder):
+        def __init__(self, config, input_dim):
+            raise IndexError("no such layer")
+
+    class Odd(TwoViews):
+        def __init__(self, config, setup):
+            raise IndexError("no such view")
+
+    plugins.registry.add("architectures", "faulty", Faulty, "stand-in")
+    plugins.registry.add("losses", "odd", Odd, "stand-in")
+    data = change(base(), "systems.teacher.train.model.name", "faulty")
+    change(data, "systems.plain.train.losses", [{"name": "odd"}])
+    found = problems(load, data)
+    assert len(found) == 2
+    assert "'faulty' can't be built: IndexError: no such layer (at " in found[0]
+    assert "'odd' can't be built: IndexError: no such view (at " in found[1]
+
+
+def test_a_pretrained_teacher_is_looked_into(load, tmp_path):
+    data = change(base(), "systems.teacher", {"pretrained": {"bundle": "big"}})
+    change(data, "systems.kd.distill.losses.1", {"name": "hidden", "tap": "encoder.5"})
+    load(data)  # not there yet: stage 3 will see
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "bundle.json").write_text(
+        '{"model": {"name": "enc", "num_layers": 3, "heads": {"ctc": {}}}}', encoding="utf-8"
+    )
+    [found] = problems(load, data)
+    assert "needs hidden:encoder.5" in found
+    assert "known" in found or "did you mean" in found
+
+
+def test_random_state_is_left_alone(load):
+    import torch
+
+    before = torch.random.get_rng_state()
+    load(base())
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+# ---------------------------------------------------------------- plugins
+
+
+def test_a_plugin_file_of_the_recipe(load, tmp_path):
+    (tmp_path / "plugin.py").write_text(
+        "from kdrecipe import hookimpl\n"
+        "from kdrecipe.errors import Problem\n"
+        "from kdrecipe.interfaces import Options\n"
+        "class Own:\n"
+        "    supervised = True\n"
+        "    class Config(Options):\n"
+        "        scale: float = 1.0\n"
+        "    def __init__(self, config, setup): pass\n"
+        "@hookimpl\n"
+        "def register_losses(register):\n"
+        "    register('own', Own)\n"
+        "@hookimpl\n"
+        "def check_recipe(recipe):\n"
+        "    where = recipe.document.where(('systems', 'student'))\n"
+        "    return [Problem('no', where, 'yes'), 'text'] if recipe.seeds == (4,) else []\n",
+        encoding="utf-8",
+    )
+    text = """\
+corpus: {name: manifests}
+tokens: {name: char}
+plugins: {files: [plugin.py]}
+systems:
+  student: {train: {model: {name: conformer, num_layers: 1, dim: 16, heads: {ctc: }},
+            losses: [{name: own, scale: 2}]}}
+"""
+    recipe = load(text, plugins=None)
+    assert recipe.systems["student"].terms[0].options == {"scale": 2.0}
+    assert recipe.plugin_files == (tmp_path / "plugin.py",)
+    assert problems(load, text, plugins=None, overrides=["seeds=[4]"]) == [
+        "recipe.yaml:5: no\n    -> yes",
+        "text",
+    ]
+    (tmp_path / "plugin.py").write_text("import nothing_like_this\n", encoding="utf-8")
+    found = problems(load, text, plugins=None)
+    assert any("nothing_like_this" in p and "plugin.py" in p for p in found)
+    assert any("unknown loss 'own'" in p for p in found)
+
+
+def test_check_recipe_may_answer_nothing(load, plugins):
+    from kdrecipe import hookimpl
+
+    class Silent:
+        @hookimpl
+        def check_recipe(self, recipe):
+            return None
+
+    plugins.pm.register(Silent())
+    load(base())
