@@ -30,6 +30,7 @@ from kdrecipe_plugins.architectures.layers import ConvFront
 LAYERS, DIM, HEADS, FF, KERNEL, BINS, VOCAB, CHANNELS = 6, 144, 4, 576, 15, 80, 64, 32
 BATCHES = ((20, 3), (10, 12))  # utterances, seconds each
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # bf16: autocast, weights stay fp32
+Key = tuple[str, str]  # model, precision
 FORMULA = (
     "FLOPs of a step = 3 x forward (1 forward, 2 backward); forward, per output frame of 0.04 s:\n"
     "  layers * (8*D*FF + 8*D^2 + 4*T*D + 6*D^2 + 2*K*D)   feed-forwards, attention, convolution\n"
@@ -135,7 +136,7 @@ def measure(num_threads: int, rounds: int, dropout: float) -> None:
     print(
         f"\n{num_threads} thread(s), dropout {dropout}; matrix product "
         + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in rates.items())
-        + f"\n{'':23s}{'':>11s}{'audio s per s':>16s}{'of matrix':>11s}{'faster than the peer, by round':>33s}"
+        + f"\n{'':34s}{'audio s per s':>16s}{'of matrix':>11s}{'faster than the peer, by round':>33s}"
         f"\n{'model':12s}{'precision':11s}{'batch':>11s}{'median':>9s}{'best':>7s}{'rate':>11s}"
         f"{'in fp32':>22s}{'in bf16':>11s}"
     )

@@ -65,9 +65,10 @@ class Bundle:
                 remedy="give the directory of a trained system, e.g. exp/systems/kd/seed1",
             )
         meta = read_json(path / "bundle.json")
-        if meta.get("format") != FORMAT:
+        version = meta.get("format") if isinstance(meta, dict) else None
+        if version != FORMAT:
             raise KdrecipeError(
-                f"bundle format {meta.get('format')}, this version reads {FORMAT}",
+                f"bundle format {version}, this version reads {FORMAT}",
                 where=str(path),
                 remedy="use the version of kdrecipe named in its bundle.json under provenance",
             )

@@ -9,7 +9,7 @@
 
 kdrecipe_env() {
     local extras=$1 python=${KDRECIPE_PYTHON:-python3} wanted="import kdrecipe.cli"
-    if [[ $extras == *test* ]]; then wanted+=", hypothesis, pytest, pytest_timeout"; fi
+    if [[ $extras == *test* ]]; then wanted+=", hypothesis, pytest, pytest_timeout, xdist"; fi
     # From /, so that the source tree itself does not pass for an installation.
     if [[ ! -e .venv/pyvenv.cfg ]] && (cd / && "$python" -c "$wanted") 2>/dev/null; then
         KDRECIPE_PY=$python

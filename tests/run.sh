@@ -4,6 +4,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . local/env.sh voice_commands,test
 
-# One thread each: two small test processes on two cores beat one with two threads.
+# A test process per core, with one thread each.
 export OMP_NUM_THREADS=1
-exec "$KDRECIPE_PY" -m pytest "$@"
+exec "$KDRECIPE_PY" -m pytest -n auto --dist loadfile "$@"

@@ -16,6 +16,8 @@ from kdrecipe.stages import Job, Layout, Plan
 if TYPE_CHECKING:
     import numpy as np
 
+SECTIONS_PRINTED = 3  # title, reading, table of systems; the rest is in the file
+
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """The stage's one job."""
@@ -36,12 +38,13 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
         "scores": read_json(layout.scores / "scores.json"),
     }
     found = recipe.plugins.pm.hook.report_sections(recipe=recipe, results=data)
-    data["sections"] = [section for part in found for section in part or ()]
+    data["sections"] = [{"title": title, "markdown": text} for part in found for title, text in part or ()]
     write_report(data, hypotheses(recipe, layout), _logs(recipe, layout), out, audio=_audio(layout))
     if recipe.profile is None and not recipe.overrides:
         for name in ("RESULTS.md", "results.json"):
             shutil.copyfile(out / name, recipe.dir / name)
-    print((out / "RESULTS.md").read_text().split("\n## ")[0].rstrip(), flush=True)
+    shown = (out / "RESULTS.md").read_text(encoding="utf-8").split("\n## ")[:SECTIONS_PRINTED]
+    print("\n## ".join(shown).rstrip(), flush=True)
 
 
 def _facts(recipe: Recipe, layout: Layout) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrecipe.errors import KdrecipeError
+from kdrecipe.errors import KdrecipeError, TrainingError
 from kdrecipe.stages import STAGES, Job, Layout, Plan, locked, run_job, why_run
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def run_recipe(
     if selected:
         plan.check_available([j for j in selected if j.name in reasons])
     with locked(layout.root / ".lock", "this recipe"):
+        _set_threads()
         _Run(plan, selected, reasons, recipe, layout, _num_jobs(jobs) if reasons else 1, force).run()
     if last == len(STAGES) - 1:
         print(f"report: {_shown(layout.report / 'report.html')}")
@@ -177,7 +178,7 @@ class _Run:
     force: bool
     bar: Any = None
     running: dict[str, _Process] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)
+    failed: dict[str, int] = field(default_factory=dict)  # job -> exit status
 
     def run(self) -> None:
         """Run all that has a reason to.
@@ -212,7 +213,8 @@ class _Run:
             if self.bar is not None:
                 self.bar.close()
         if self.failed:
-            raise KdrecipeError(
+            only_bad_input = set(self.failed.values()) == {2}  # else the work failed: exit status 1
+            raise (KdrecipeError if only_bad_input else TrainingError)(
                 f"failed: {', '.join(self.failed)} (messages above)",
                 remedy="mend the cause and give the same command: finished work is kept",
             )
@@ -273,7 +275,7 @@ class _Run:
             command += ["--profile", self.recipe.profile]
         for override in self.recipe.overrides:
             command += ["--set", override]
-        threads = str(max(1, (os.cpu_count() or 1) // self.num_jobs))
+        threads = os.environ.get("KDRECIPE_THREADS") or str(max(1, (os.cpu_count() or 1) // self.num_jobs))
         env = {
             **os.environ,
             "KDRECIPE_THREADS": threads,
@@ -281,7 +283,7 @@ class _Run:
             "KDRECIPE_PARENT": str(os.getpid()),
         }
         taken = [one.gpu for one in self.running.values()]
-        gpu = min(range(self.num_jobs), key=taken.count)
+        gpu = min(range(max(1, _num_gpus())), key=taken.count)
         if _num_gpus() > 1:
             env["CUDA_VISIBLE_DEVICES"] = str(gpu)
         process = subprocess.Popen(
@@ -304,7 +306,7 @@ class _Run:
             del self.running[name]
             job = self.plan.jobs[name]
             if one.process.returncode:
-                self.failed.append(name)
+                self.failed[name] = one.process.returncode
                 self._say(job, f"FAILED (exit {one.process.returncode})")
             else:
                 self._say(job, f"done in {_duration(time.monotonic() - one.start)}")

@@ -78,6 +78,8 @@ class Conformer(nn.Module):
     """Conformer encoder; subsamples by 4.
 
     Taps: ``front`` (the front end's output) and ``encoder.0`` ... ``encoder.<num_layers - 1>``.
+    Under bf16 autocast on a CPU, the residual stream is bf16 as well (the norms end each layer, so
+    it does not grow); ``benchmarks/train_speed.py --check-loss`` compares what that trains to.
 
     Args:
         config: its options.

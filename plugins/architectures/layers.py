@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MASKED = -1e9  # finite, so that an utterance without frames gives no NaN
+MASKED = -3e4  # finite, also in fp16: an utterance without frames must give no NaN
 
 
 def valid_mask(lens_B: Tensor, num_frames: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
-from kdrecipe.errors import KdrecipeError
+from kdrecipe.errors import KdrecipeError, Problem
 from kdrecipe.interfaces import CompressContext, Options
 
 QMAX = 127  # -128 is left out: symmetric, and the ONNX grid is the same
@@ -147,3 +147,18 @@ class Int8Dynamic:
 @hookimpl
 def register_compressors(register):
     register("int8_dynamic", Int8Dynamic)
+
+
+@hookimpl
+def check_recipe(recipe):
+    """Int8 weights can't be trained or pruned any more: it has to be the last step."""
+    return [
+        Problem(
+            f"{step.name} comes after int8_dynamic",
+            recipe.document.where(("systems", system.name, "compress", "steps", number)),
+            "give int8_dynamic last",
+        )
+        for system in recipe.systems.values()
+        for number, step in enumerate(system.steps)
+        if "int8_dynamic" in [earlier.name for earlier in system.steps[:number]]
+    ]

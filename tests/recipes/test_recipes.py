@@ -1,0 +1,213 @@
+"""Every shipped recipe, through the real command line, over a corpus made here."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from runs import ROOT, Done, kdrecipe
+
+from kdrecipe.testing.corpus import make_corpus
+
+RECIPES = sorted(path.parent for path in ROOT.glob("recipes/*/*/recipe.yaml"))
+NAMES = ["/".join(path.parts[-2:]) for path in RECIPES]
+
+NOT_A_NUMBER = ("name", "kind", "parent", "seeds")
+MEASURED = ("params", "size_mb", "rtf", "peak_rss_mb")
+
+
+@dataclass
+class Run:
+    """A recipe, the tiny run of it, and how to give that command again."""
+
+    recipe: Path
+    work: Path
+    env: dict[str, Path]
+    options: tuple[str, ...]
+    before: dict[str, str]
+    first: Done
+
+    def again(self, *more: str) -> Done:
+        return kdrecipe(*arguments(self.recipe, self.work, self.options), *more, **self.env)
+
+    def results(self) -> dict:
+        return json.loads((self.work / "report" / "results.json").read_text())
+
+
+def arguments(recipe: Path, work: Path, options: tuple[str, ...]) -> list:
+    return ["run", recipe, "--profile", "tiny", "--work", work, "--jobs", "1", *options]
+
+
+def committed(recipe: Path) -> dict[str, str]:
+    """Hash of every file of the recipe but those that runs make."""
+    files = [p for p in recipe.rglob("*") if p.is_file() and "exp" not in p.relative_to(recipe).parts]
+    return {str(p.relative_to(recipe)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def corpus_for(recipe: Path, root: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """Environment and options that give the recipe a corpus of its layout."""
+    kind = recipe.parent.name
+    if kind == "an4":
+        make_corpus(root, num_speakers=6, utterances_per_speaker=5, layout="an4")
+        return {"AN4_ROOT": root}, ()
+    if kind == "mini_librispeech":
+        make_corpus(root, num_speakers=6, utterances_per_speaker=5, layout="librispeech")
+        return {"CORPUS_ROOT": root}, ("--set", "tokens.vocab_size=40")  # so few words have no more
+    if kind == "voice_commands":
+        if importlib.util.find_spec("espeakng_loader") is None:
+            pytest.skip("espeakng_loader is not installed: pip install 'kdrecipe[voice_commands]'")
+        return {}, ()
+    pytest.fail(f"no corpus for {recipe}: add one here")
+
+
+@pytest.fixture(scope="module", params=RECIPES, ids=NAMES)
+def run(request, tmp_path_factory) -> Run:
+    """A tiny run from nothing to the report; the tests of a recipe share it."""
+    recipe, directory = request.param, tmp_path_factory.mktemp("recipe")
+    env, options = corpus_for(recipe, directory / "corpus")
+    before, work = committed(recipe), directory / "work"
+    first = kdrecipe(*arguments(recipe, work, options), **env)
+    assert first.status == 0, first.said
+    return Run(recipe, work, env, options, before, first)
+
+
+# ---------------------------------------------------------------- without a run
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
+def test_check_finds_no_mistakes_even_without_the_corpus(recipe):
+    done = kdrecipe("check", recipe)
+    assert done.status == 0, done.said
+    assert "no mistakes found, also with --profile tiny" in done.out
+    assert (recipe / "run.sh").stat().st_mode & 0o111
+    assert (recipe / "README.md").is_file()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
+def test_a_dry_run_lists_all_stages_and_makes_nothing(recipe, tmp_path):
+    env, options = corpus_for(recipe, tmp_path / "corpus")
+    done = kdrecipe(*arguments(recipe, tmp_path / "work", options), "--dry-run", **env)
+    assert done.status == 0, done.said
+    assert [f"stage {n:2d} " in done.out for n in range(11)] == [True] * 11
+    assert "prepare                            would run: no finished output" in done.out
+    assert "up to date" not in done.out
+    assert not (tmp_path / "work").exists()
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_every_system_has_its_figures(run):
+    results = run.results()
+    systems = {s["name"]: s for s in results["systems"]}
+    listed = kdrecipe("check", run.recipe, "--profile", "tiny").out
+    assert set(systems) == {line.split()[0] for line in listed.splitlines() if " stage " in line}
+    assert len(systems) >= 5
+    for system in systems.values():
+        assert {*NOT_A_NUMBER, *MEASURED, "runtime", "parity", "fidelity"} <= set(system), system["name"]
+        assert all(system[key] for key in MEASURED)
+        assert system["seeds"] == [1]
+        assert set(system["rtf"]) == {"median", "p95", "total"}
+        for metric in ("wer", "cer"):
+            rate = system["splits"]["test"][metric]
+            assert rate["mean"] >= 0
+            assert {"mean", "std", "ci95"} <= set(rate)
+            low, high = rate["ci95"]
+            assert low <= rate["mean"] <= high
+        assert (system["kind"] == "distilled") == ("gap_recovered" in system)
+        assert system["same_text_as_bundle"] >= 0.5
+    kinds = {s["kind"] for s in systems.values()}
+    assert kinds == {"trained", "distilled", "compressed"}
+    assert results["comparisons"]
+    assert results["recipe"]["profile"] == "tiny"
+
+
+def test_it_is_tiny(run):
+    assert run.first.cpu_s < 60
+
+
+def test_int8_is_smaller_and_names_its_parent(run):
+    systems = {s["name"]: s for s in run.results()["systems"]}
+    assert systems["kd"]["parent"] == ["teacher"]
+    small = systems["kd_int8"]
+    assert small["kind"] == "compressed"
+    assert small["size_mb"] < 0.5 * systems[small["parent"]]["size_mb"]
+    assert small["params"] == systems[small["parent"]]["params"]
+
+
+def test_the_report_is_there_to_read_and_names_nobodys_directories(run):
+    report = run.work / "report"
+    assert {"results.json", "RESULTS.md", "report.html"} <= {p.name for p in report.iterdir()}
+    for name in ("results.json", "RESULTS.md", "report.html"):
+        text = (report / name).read_text(encoding="utf-8")
+        assert str(run.work) not in text, name
+        assert "kd_int8" in text
+    assert "<audio" in (report / "report.html").read_text(encoding="utf-8")
+    assert "What the numbers say" in run.first.out
+
+
+def test_what_ships_is_what_sherpa_onnx_reads(run):
+    export = run.work / "exports" / "kd_int8" / "seed1" / "onnx_ctc"
+    assert {"model.int8.onnx", "tokens.txt"} <= {p.name for p in export.iterdir()}
+
+
+def test_the_recipe_itself_is_untouched(run):
+    assert committed(run.recipe) == run.before
+
+
+def test_nothing_half_done_is_left(run):
+    left = [
+        p for pattern in ("*.partial", "*.old", ".*.part", "started.json") for p in run.work.rglob(pattern)
+    ]
+    assert left == []
+
+
+# ---------------------------------------------------------------- the same command again
+
+
+def test_a_second_run_skips_everything_quickly(run):
+    again = run.again()
+    assert again.status == 0, again.said
+    assert again.ran == []
+    assert again.out.count("up to date, skipped") >= 10
+    assert again.cpu_s < 10
+
+
+def test_a_dry_run_of_one_stage(run):
+    done = run.again("--stage", "5", "--stop-stage", "5", "--dry-run")
+    assert done.status == 0, done.said
+    head, *lines = done.out.splitlines()
+    assert head == "stage  5 distill"
+    assert "scratch/seed1" in {line.split()[0] for line in lines}
+    assert all(line.endswith("up to date") for line in lines)
+
+
+def test_changing_the_decoding_decodes_again_and_trains_nothing(run):
+    change = ("--set", "decode.decoder.name=ctc_prefix_beam")
+    planned = run.again(*change, "--dry-run")
+    would = {line.split()[0] for line in planned.out.splitlines() if "would run" in line}
+    decodes = {f"decode/{s['name']}/seed1" for s in run.results()["systems"]}
+    assert would == {*decodes, "score", "report"}
+    assert "changed: decode.decoder.name ctc_greedy -> ctc_prefix_beam" in planned.out
+
+
+def test_changing_one_loss_trains_that_system_and_what_comes_from_it(run):
+    planned = run.again("--set", "systems.kd.distill.losses.1.weight=0.25", "--dry-run")
+    would = {line.split()[0] for line in planned.out.splitlines() if "would run" in line}
+    made_of_kd = {s["name"] for s in run.results()["systems"] if s["parent"] == "kd"}
+    changed = {f"{name}/seed1" for name in {"kd", *made_of_kd}}
+    derived = {f"{verb}/{name}" for verb in ("export", "decode") for name in changed}
+    assert would == {*changed, *derived, "score", "report"}
+    assert "changed: system.losses[1].weight 0.5 -> 0.25" in planned.out
+
+
+def test_changing_a_metric_scores_again(run):
+    again = run.again("--set", "decode.metrics=[{name: wer}]")
+    assert again.status == 0, again.said
+    assert again.ran[-2:] == ["score", "report"]
+    assert not any("train" in name or name.startswith("export") for name in again.ran)
+    assert "cer" not in run.results()["systems"][0]["splits"]["test"]

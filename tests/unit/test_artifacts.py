@@ -1,0 +1,162 @@
+"""Files are whole or absent, and digests see what changes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from kdrecipe import artifacts
+from kdrecipe.artifacts import (
+    content_digest,
+    fingerprint,
+    list_files,
+    listing_digest,
+    read_json,
+    replacing,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
+from kdrecipe.errors import KdrecipeError
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir())
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_text_bytes_and_json_arrive(tmp_path):
+    write_atomic(tmp_path / "deep" / "text", "ä\n")
+    write_atomic(tmp_path / "bytes", b"\x00\xff")
+    write_json(tmp_path / "json", {"b": [1, 0.1], "a": None})
+    assert (tmp_path / "deep" / "text").read_bytes() == "ä\n".encode()
+    assert (tmp_path / "bytes").read_bytes() == b"\x00\xff"
+    assert read_json(tmp_path / "json") == {"b": [1, 0.1], "a": None}
+    assert names(tmp_path) == ["bytes", "deep", "json"]
+
+
+@pytest.mark.parametrize(
+    ("number", "what"), [(errno.ENOSPC, "no space left on the disk"), (errno.EACCES, "permission denied")]
+)
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, number, what):
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+
+    def fail(self: Path, data: bytes) -> None:
+        with open(self, "wb") as file:
+            file.write(data[:1])
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(KdrecipeError, match=what) as error:
+        write_atomic(path, "new")
+    assert error.value.problems[0].where == str(path)
+    assert "--work DIR" in error.value.problems[0].remedy
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_failed_sync_leaves_the_old_file(tmp_path, monkeypatch):
+    # Some file systems tell only now that there was no room.
+    write_atomic(tmp_path / "file", "old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(artifacts.os, "fsync", fail)
+    with pytest.raises(KdrecipeError, match="no space left"):
+        write_atomic(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_an_error_of_the_writer_goes_through_unchanged(tmp_path):
+    def write() -> None:
+        with replacing(tmp_path / "file") as part:
+            part.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_atomic(tmp_path / "folder", "x")
+    assert names(tmp_path) == ["folder"]
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
+def test_what_is_no_json_is_told(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(KdrecipeError, match="not valid JSON"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(KdrecipeError, match="missing file") as error:
+        read_json(tmp_path / "x.json")
+    assert error.value.problems[0].where == str(tmp_path / "x.json")
+
+
+# ---------------------------------------------------------------- digests
+
+
+def test_fingerprints_do_not_depend_on_the_order_of_keys():
+    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1})
+    assert fingerprint({"a": [1, 2]}) != fingerprint({"a": [2, 1]})
+    assert fingerprint({"a": 1}) != fingerprint({"a": "1"})
+    assert fingerprint(Path("x")) == fingerprint(Path("x"))
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) + 7])
+def test_files_are_hashed_alike_on_every_python(tmp_path, size):
+    (tmp_path / "file").write_bytes(b"x" * size)
+    expected = hashlib.sha256(b"x" * size).hexdigest()
+    assert sha256_file(tmp_path / "file") == expected
+    with open(tmp_path / "file", "rb") as file:
+        assert artifacts._chunked(file) == expected
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in ("b", "a/c"):
+        write_atomic(tmp_path / "tree" / name, name)
+    return tmp_path / "tree"
+
+
+def test_listing_leaves_stamps_out(tree):
+    before = listing_digest(tree)
+    assert list_files(tree) == {"a/c": 3, "b": 1}
+    (tree / "stamp.json").write_text("{}")
+    assert listing_digest(tree) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tree: (tree / "new").write_text(""),
+        lambda tree: (tree / "b").unlink(),
+        lambda tree: (tree / "b").write_text("longer"),
+        lambda tree: (tree / "b").rename(tree / "a" / "b"),
+    ],
+    ids=["added", "removed", "longer", "moved"],
+)
+def test_listing_digest_sees(tree, change):
+    before = listing_digest(tree)
+    change(tree)
+    assert listing_digest(tree) != before
+
+
+def test_only_the_content_digest_sees_changes_of_equal_size(tree):
+    listed, content = listing_digest(tree), content_digest(tree, list_files(tree))
+    (tree / "b").write_text("x")
+    assert listing_digest(tree) == listed
+    assert content_digest(tree, list_files(tree)) != content

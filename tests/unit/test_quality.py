@@ -1,0 +1,158 @@
+"""The code as a whole: linters are content, nothing is left to do, imports run one way."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("kdrecipe", "plugins", "local", "recipes", "tests", "docs", "benchmarks")
+TEXT = {".py", ".md", ".yaml", ".toml", ".cfg", ".sh", ".txt", ".tmpl", ".html", ".css", ".js"}
+
+
+def shipped() -> list[Path]:
+    """Every text file of the source tree."""
+    top = [path for path in ROOT.iterdir() if path.is_file()]
+    below = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return [p for p in (*top, *below) if p.suffix in TEXT and "exp" not in p.relative_to(ROOT).parts]
+
+
+# ---------------------------------------------------------------- tools
+
+
+@pytest.mark.parametrize(
+    "arguments", [("ruff", "check"), ("ruff", "format", "--check"), ("mypy",)], ids=" ".join
+)
+def test_the_tool_is_content(arguments):
+    if importlib.util.find_spec(arguments[0]) is None:
+        pytest.skip(f"{arguments[0]} is not installed: pip install -e '.[test]'")
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_is_left_to_do():
+    word = re.compile("TO" + "DO|FIX" + r"ME|\bX" + "XX")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in shipped()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if word.search(line)
+    ]
+    assert found == []
+
+
+# ---------------------------------------------------------------- imports
+
+
+def imports(path: Path, *, top_only: bool = False) -> Iterator[str]:
+    """Modules that a file imports; ``top_only``: when it is itself imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes: list[ast.AST] = list(tree.body) if top_only else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def below(module: str, *packages: str) -> bool:
+    return any(module == p or module.startswith(p + ".") for p in packages)
+
+
+PLUGIN_MAY = (
+    "kdrecipe.hookimpl",
+    "kdrecipe.interfaces",
+    "kdrecipe.errors",
+    "kdrecipe.artifacts",
+    "kdrecipe.data",
+    "kdrecipe.__version__",
+)
+
+
+@pytest.mark.parametrize("folder", ["plugins", "local"])
+def test_plugins_stand_on_what_strangers_stand_on(folder):
+    wrong = [
+        f"{path.relative_to(ROOT)}: {module}"
+        for path in files(folder)
+        for module in imports(path)
+        if below(module, "kdrecipe") and not below(module, *PLUGIN_MAY)
+    ]
+    assert wrong == []
+
+
+FLOORS = [
+    ("errors",),
+    ("interfaces", "artifacts", "config"),
+    ("registry", "hookspecs", "data", "heads", "testing", "sections"),
+    ("plugins", "parsing", "validation", "checks", "schema", "model", "scaffold"),
+    ("stages", "bundle", "train", "results", "measure"),
+    ("pipeline",),
+    ("cli", "cli_plugins"),
+]
+"""Parts of the core: each may import itself and what is below it when it is itself imported."""
+
+
+def floor(part: str) -> int | None:
+    return next((number for number, parts in enumerate(FLOORS) if part in parts), None)
+
+
+def test_nobody_imports_from_a_floor_above():
+    wrong = []
+    for path in files("kdrecipe"):
+        here = path.relative_to(ROOT / "kdrecipe").with_suffix("").parts[0]
+        for module in imports(path, top_only=True):
+            parts = module.split(".")
+            there = parts[1] if parts[0] == "kdrecipe" and len(parts) > 1 else here
+            mine, theirs = floor(here), floor(there)
+            if mine is not None and theirs is not None and theirs > mine:
+                wrong.append(f"{path.relative_to(ROOT)}: {module}")
+    assert wrong == []
+
+
+def test_the_pipelines_verbs_do_not_know_each_other():
+    # report reads the list of hypotheses that score reads; run knows all verbs.
+    known = {("report", "score"), ("score", "report")}
+    wrong = []
+    for path in files("kdrecipe/pipeline"):
+        for module in imports(path):
+            parts = module.split(".")
+            if parts[:2] == ["kdrecipe", "pipeline"] and len(parts) > 2 and path.stem not in ("run", "bench"):
+                pair = (path.stem, parts[2])
+                if pair not in known:
+                    wrong.append(pair)
+    assert wrong == []
+
+
+LIGHT = (
+    *("cli", "cli_plugins", "config", "schema", "hookspecs", "registry", "plugins", "errors"),
+    *("interfaces", "artifacts", "stages", "bundle", "scaffold"),
+)
+
+
+def test_the_command_line_starts_without_torch():
+    code = f"""
+import importlib, sys
+for name in {LIGHT!r}:
+    importlib.import_module("kdrecipe." + name)
+    heavy = {{"torch", "lhotse", "torchaudio", "onnx", "matplotlib", "scipy"}} & set(sys.modules)
+    assert not heavy, (name, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_measured_is_measured_without_torch():
+    worker = ROOT / "kdrecipe" / "measure" / "worker.py"
+    heavy = [m for m in imports(worker) if below(m, "torch", "lhotse", "kdrecipe")]
+    assert heavy == []
