@@ -2,12 +2,12 @@
 # ./run.sh [RECIPE] [--stage N] [--stop-stage N] [--dry-run] [--set key=value] [--profile tiny] ...
 # RECIPE is <corpus>/<recipe> below recipes/; without one, the default recipe, which needs no data.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-. local/env.sh voice_commands
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$root/local/env.sh" voice_commands
 
 recipe=voice_commands/ctc_kd
 if [[ $# -gt 0 && $1 != -* ]]; then
     recipe=$1
     shift
 fi
-exec "$KDRECIPE_PY" -m kdrecipe.cli run "$recipe" "$@"
+exec "$KDRECIPE_PY" -m kdrecipe.cli run "$root/recipes/$recipe" "$@"

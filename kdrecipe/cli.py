@@ -79,7 +79,9 @@ def _recipe_options(function: Any) -> Any:
 @click.option("--dry-run", is_flag=True, help="Only say what would run, and why.")
 @click.option("--force", is_flag=True, help="Run even what is up to date.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes side by side.  [default: by machine]")
-@click.option("--work", type=click.Path(path_type=Path), help="Where results go.  [default: RECIPE/exp]")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Where results go.  [default: RECIPE/exp, or exp-PROFILE]"
+)
 @click.option("--job", hidden=True, help="Run this one job: how side-by-side processes are started.")
 def run(
     recipe: str,

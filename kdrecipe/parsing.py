@@ -50,7 +50,8 @@ TOP_KEYS = (
     "export", "parity", "profiles",
 )  # fmt: skip
 
-DEFAULT_EXPORTS = ("onnx_ctc", "torchscript")
+MEASURED_EXPORT = "onnx_ctc"
+DEFAULT_EXPORTS = (MEASURED_EXPORT, "torchscript")
 
 EXAMPLES: Mapping[str, str] = {
     "corpus": '{name: an4, root: "${AN4_ROOT}"}',

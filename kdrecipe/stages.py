@@ -173,6 +173,8 @@ def why_run(job: Job, jobs: Mapping[str, Job]) -> str | None:
         return "its stamp is damaged"
     if stamp["inputs"] != _plain(job.inputs):
         return "changed: " + describe_change(stamp["inputs"], _plain(job.inputs))
+    if other := set(stamp["needs"]) ^ set(job.needs):
+        return f"it now reads other things than before: {', '.join(sorted(other)[:3])}"
     for need in job.needs:
         upstream = _read_stamp(jobs[need])
         if upstream is not None and stamp["needs"].get(need) != upstream["content"]:

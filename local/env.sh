@@ -1,6 +1,6 @@
-# Sourced, from the repository's root, by run.sh, tests/run.sh and every recipe's run.sh:
+# Sourced by run.sh and tests/run.sh, with $root set to the repository:
 #
-#   . local/env.sh [extras]
+#   . "$root/local/env.sh" [extras]     sets KDRECIPE_PY
 #
 # Uses the environment at hand if kdrecipe is installed there; otherwise makes .venv once, with the
 # versions that constraints.txt pins. KDRECIPE_TORCH_INDEX=<url> takes torch and torchaudio from
@@ -11,14 +11,14 @@ kdrecipe_env() {
     local extras=$1 python=${KDRECIPE_PYTHON:-python3} wanted="import kdrecipe.cli"
     if [[ $extras == *test* ]]; then wanted+=", hypothesis, pytest, pytest_timeout, xdist"; fi
     # From /, so that the source tree itself does not pass for an installation.
-    if [[ ! -e .venv/pyvenv.cfg ]] && (cd / && "$python" -c "$wanted") 2>/dev/null; then
+    if [[ ! -e $root/.venv/pyvenv.cfg ]] && (cd / && "$python" -c "$wanted") 2>/dev/null; then
         KDRECIPE_PY=$python
         return
     fi
-    KDRECIPE_PY=$PWD/.venv/bin/python
+    KDRECIPE_PY=$root/.venv/bin/python
     local state
-    state=$(cat constraints.txt setup.cfg pyproject.toml | cksum | tr ' ' '-')
-    if [[ -e .venv/.installed-$state-${extras//,/-} ]]; then
+    state=$(cd "$root" && cat constraints.txt setup.cfg pyproject.toml | cksum | tr ' ' '-')
+    if [[ -e $root/.venv/.installed-$state-${extras//,/-} ]]; then
         return
     fi
     if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
@@ -27,16 +27,16 @@ kdrecipe_env() {
         return 1
     fi
     echo "Setting up .venv (once; torch is most of it: some minutes, 5 GB) ..." >&2
-    [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-    local pip=("$KDRECIPE_PY" -m pip install --quiet --disable-pip-version-check -c constraints.txt)
+    [[ -x $root/.venv/bin/python ]] || "$python" -m venv "$root/.venv"
+    local pip=("$KDRECIPE_PY" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt")
     if [[ -n ${KDRECIPE_TORCH_INDEX:-} ]]; then
         "${pip[@]}" --index-url "$KDRECIPE_TORCH_INDEX" torch torchaudio
     fi
-    "${pip[@]}" -e ".[$extras]" || {
+    "${pip[@]}" -e "$root[$extras]" || {
         echo "The installation failed (messages above). -> mend the cause (network, disk space) and run again." >&2
         return 1
     }
-    touch ".venv/.installed-$state-${extras//,/-}"
+    touch "$root/.venv/.installed-$state-${extras//,/-}"
 }
 
 kdrecipe_env "${1:-voice_commands}"

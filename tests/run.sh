@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The whole test suite, in an environment that it makes if there is none: tests/run.sh [pytest's arguments]
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. local/env.sh voice_commands,test
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+. "$root/local/env.sh" voice_commands,test
 
 # A test process per core, with one thread each.
 export OMP_NUM_THREADS=1

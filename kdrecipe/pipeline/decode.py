@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import write_atomic, write_json
 from kdrecipe.interfaces import Hypothesis
+from kdrecipe.parsing import MEASURED_EXPORT
 from kdrecipe.schema import Recipe, System
 from kdrecipe.stages import Job, Layout, Plan
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from kdrecipe.bundle import Bundle
 
 BATCH_DURATION_S = 60.0
-MEASURED_EXPORT = "onnx_ctc"
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:

@@ -28,7 +28,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
 
 
 def run(recipe: Recipe, layout: Layout, out: Path) -> None:
-    """Write the report; a whole run of the recipe as it stands also renews the recipe's own tables."""
+    """Write the report; the recipe as it stands, run in its own place, also renews its tables."""
     from kdrecipe.results.report import write_report
 
     data = {
@@ -40,7 +40,8 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     found = recipe.plugins.pm.hook.report_sections(recipe=recipe, results=data)
     data["sections"] = [{"title": title, "markdown": text} for part in found for title, text in part or ()]
     write_report(data, hypotheses(recipe, layout), _logs(recipe, layout), out, audio=_audio(layout))
-    if recipe.profile is None and not recipe.overrides:
+    published = layout.root == (recipe.dir / "exp").resolve()
+    if published and recipe.profile is None and not recipe.overrides:
         for name in ("RESULTS.md", "results.json"):
             shutil.copyfile(out / name, recipe.dir / name)
     shown = (out / "RESULTS.md").read_text(encoding="utf-8").split("\n## ")[:SECTIONS_PRINTED]

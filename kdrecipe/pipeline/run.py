@@ -77,13 +77,13 @@ def run_recipe(
         dry_run: only say what would run, and why.
         force: run even what is up to date.
         jobs: processes side by side; None: one per GPU, or one per core up to 8.
-        work: directory for everything made; None: ``exp`` beside the recipe.
+        work: directory for everything made; None: see :func:`default_work`.
         job: run this one job and nothing else (what the processes side by side are started with).
 
     Raises:
         KdrecipeError: a stage failed or its inputs are missing; what was finished stays.
     """
-    layout = Layout((work or recipe.dir / "exp").resolve())
+    layout = Layout((work or default_work(recipe)).resolve())
     plan = build_plan(recipe, layout)
     if job is not None:
         _die_with_parent()
@@ -102,6 +102,11 @@ def run_recipe(
         _Run(plan, selected, reasons, recipe, layout, _num_jobs(jobs) if reasons else 1, force).run()
     if last == len(STAGES) - 1:
         print(f"report: {_shown(layout.report / 'report.html')}")
+
+
+def default_work(recipe: Recipe) -> Path:
+    """``exp`` beside the recipe, or ``exp-<profile>``, so that a trial never costs a finished run."""
+    return recipe.dir / (f"exp-{recipe.profile}" if recipe.profile else "exp")
 
 
 def _print_dry_run(selected: Sequence[Job], reasons: dict[str, str]) -> None:
@@ -285,7 +290,8 @@ class _Run:
         taken = [one.gpu for one in self.running.values()]
         gpu = min(range(max(1, _num_gpus())), key=taken.count)
         if _num_gpus() > 1:
-            env["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
         process = subprocess.Popen(
             command,
             env=env,

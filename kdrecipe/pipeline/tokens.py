@@ -9,8 +9,6 @@ from kdrecipe.artifacts import write_json
 from kdrecipe.schema import Recipe
 from kdrecipe.stages import Job, Layout, Plan
 
-SUBSAMPLING = 4  # of the shipped front ends; what an utterance must be long enough for
-
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """Add the stage's one job."""
@@ -32,8 +30,14 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     cuts: Any = load_cuts(layout.features, "train")  # Lhotse's annotations do not let it be iterated
     texts = sorted({s.text for c in cuts for s in c.supervisions if s.text})
     tokenizer = Tokenizer.train(texts, recipe.tokens.name, recipe.tokens.vocab_size, out)
-    problems = check_lengths(cuts, tokenizer, SUBSAMPLING)
+    problems = check_lengths(cuts, tokenizer, subsampling(recipe))
     out_ids = settle(problems, recipe.corpus.on_error)
     write_json(out / "left_out.json", sorted(out_ids))
     left_out = f"; {len(out_ids)} cuts are too short for their text and left out" if out_ids else ""
     print(f"  {len(tokenizer)} tokens{left_out}", flush=True)
+
+
+def subsampling(recipe: Recipe) -> int:
+    """Feature frames per frame of the encoder that leaves the fewest."""
+    names = {system.model["name"] for system in recipe.systems.values() if system.model}
+    return max((recipe.plugins.registry.get("architectures", name).subsampling for name in names), default=4)

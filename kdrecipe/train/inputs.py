@@ -48,6 +48,8 @@ def system_inputs(recipe: Recipe, system: System) -> Mapping[str, Any]:
         plugins[f"architectures/{system.model['name']}"] = registry.fingerprint(
             "architectures", system.model["name"]
         )
+        for head in system.model["heads"]:
+            plugins[f"heads/{head}"] = registry.fingerprint("heads", head)
     for term in system.terms:
         plugins[f"losses/{term.name}"] = registry.fingerprint("losses", term.name)
     return {
@@ -55,6 +57,7 @@ def system_inputs(recipe: Recipe, system: System) -> Mapping[str, Any]:
         "data": system.data,
         "unlabelled": system.unlabelled,
         "teachers": list(system.teachers),
+        "init_from": system.init_from,
         "losses": [
             {"name": t.name, "weight": t.weight, "teacher": t.teacher, **t.options} for t in system.terms
         ],

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from kdrecipe import hookimpl
-from kdrecipe.errors import KdrecipeError
+from kdrecipe.errors import KdrecipeError, Problem
 from kdrecipe.interfaces import BundleLike, Hypothesis, Options, Runner, float_copy
 from kdrecipe_plugins.exporters.ctc import CtcLogProbs, check_head, existing, read_pieces
 from kdrecipe_plugins.exporters.onnx_graph import quantise, slim
@@ -212,3 +212,12 @@ def _metadata(bundle: BundleLike) -> dict[str, str]:
 @hookimpl
 def register_exporters(register):
     register("onnx_ctc", OnnxCtc)
+
+
+@hookimpl
+def check_recipe(recipe):
+    """Speed and memory are measured on what this exporter writes, so it has to be among them."""
+    if any(exporter.name == "onnx_ctc" for exporter in recipe.export):
+        return []
+    where = recipe.document.where(("export",))
+    return [Problem("speed and memory are measured on what onnx_ctc writes", where, "add {name: onnx_ctc}")]
