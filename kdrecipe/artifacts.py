@@ -102,7 +102,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise KdrecipeError("missing file", where=str(path), remedy="run the stage that writes it") from None
     except ValueError as error:  # no JSON, or not even UTF-8
         raise KdrecipeError(

@@ -33,7 +33,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
         system = recipe.systems[name]
         for seed in system.seeds:
             inputs = {
-                "decode": recipe.decode.model_dump(mode="json"),
+                "decode": recipe.decode.model_dump(mode="json", exclude={"metrics", "compare"}),
                 "plugin": registry.fingerprint("decoders", recipe.decode.decoder.name),
             }
             plan.add(

@@ -33,7 +33,7 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
 
     data = {
         "recipe": _facts(recipe, layout),
-        "corpus_summary": read_json(layout.manifests / "summary.json"),
+        "corpus_summary": _corpus_summary(layout),
         "systems": [_row(system, recipe, layout) for system in recipe.systems.values()],
         "scores": read_json(layout.scores / "scores.json"),
     }
@@ -46,6 +46,18 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
             shutil.copyfile(out / name, recipe.dir / name)
     shown = (out / "RESULTS.md").read_text(encoding="utf-8").split("\n## ")[:SECTIONS_PRINTED]
     print("\n## ".join(shown).rstrip(), flush=True)
+
+
+def _corpus_summary(layout: Layout) -> dict[str, Any]:
+    """What stage 0 wrote, and what stage 2 left out besides."""
+    from kdrecipe.data.problems import KINDS
+
+    summary: dict[str, Any] = read_json(layout.manifests / "summary.json")
+    reason = KINDS["too_short"].singular
+    too_short = [
+        {"id": cut, "where": "", "reason": reason} for cut in read_json(layout.tokens / "left_out.json")
+    ]
+    return {**summary, "left_out": summary["left_out"] + too_short}
 
 
 def _facts(recipe: Recipe, layout: Layout) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                     partial(run, recipe, layout, teacher, seed),
                     ("features", "tokens", name),
                     in_place=True,
+                    alone=False,
                 )
             )
 

@@ -146,7 +146,7 @@ def test_the_report_is_there_to_read_and_names_nobodys_directories(run):
         text = (report / name).read_text(encoding="utf-8")
         assert str(run.work) not in text, name
         assert "kd_int8" in text
-    assert "<audio" in (report / "report.html").read_text(encoding="utf-8")
+    assert "Where they differ" in (report / "report.html").read_text(encoding="utf-8")
     assert "What the numbers say" in run.first.out
 
 
@@ -208,6 +208,5 @@ def test_changing_one_loss_trains_that_system_and_what_comes_from_it(run):
 def test_changing_a_metric_scores_again(run):
     again = run.again("--set", "decode.metrics=[{name: wer}]")
     assert again.status == 0, again.said
-    assert again.ran[-2:] == ["score", "report"]
-    assert not any("train" in name or name.startswith("export") for name in again.ran)
+    assert again.ran == ["score", "report"]
     assert "cer" not in run.results()["systems"][0]["splits"]["test"]

@@ -87,8 +87,8 @@ def site(tmp_path_factory) -> Path:
 
 def test_it_is_listed_with_its_package(site):
     listed = kdrecipe("plugins", "list", PYTHONPATH=site).out
-    assert re.search(r"loss +js_pair +kdrecipe-js-pair 0\.1\.0", listed)
-    assert re.search(r"compressor +round_weights +kdrecipe-js-pair 0\.1\.0", listed)
+    assert re.search(r"losses +js_pair +kdrecipe-js-pair 0\.1\.0", listed)
+    assert re.search(r"compressors +round_weights +kdrecipe-js-pair 0\.1\.0", listed)
     assert "js_pair" not in kdrecipe("plugins", "list").out
 
 
