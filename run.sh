@@ -3,7 +3,7 @@
 # RECIPE is <corpus>/<recipe> below recipes/; without one, the default recipe, which needs no data.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-. "$root/local/env.sh" voice_commands
+. "$root/local/env.sh" espeak
 
 recipe=voice_commands/ctc_kd
 if [[ $# -gt 0 && $1 != -* ]]; then

@@ -39,4 +39,4 @@ kdrecipe_env() {
     touch "$root/.venv/.installed-$state-${extras//,/-}"
 }
 
-kdrecipe_env "${1:-voice_commands}"
+kdrecipe_env "${1:-espeak}"

@@ -67,7 +67,7 @@ def synthesise(voice: Voice, texts: Sequence[str], max_duration_s: float | None 
         import espeakng_loader as loader
     except ImportError:
         raise MissingExtra(
-            "espeakng-loader", "corpus 'voice_commands'", "pip install 'kdrecipe[voice_commands]'"
+            "espeakng-loader", "corpus 'voice_commands'", "pip install 'kdrecipe[espeak]'"
         ) from None
     request = {
         "library": loader.get_library_path(),

@@ -6,7 +6,7 @@ stand-in for real speech: good for trying recipes out and for comparing systems 
 not for figures to quote.
 
 espeak-ng is licensed under the GPL-3. It is no dependency of this package but an extra
-(``pip install 'kdrecipe[voice_commands]'`` installs ``espeakng-loader``), used in a process of its own.
+(``pip install 'kdrecipe[espeak]'`` installs ``espeakng-loader``), used in a process of its own.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
-. "$root/local/env.sh" voice_commands,test
+. "$root/local/env.sh" espeak,test
 
 # A test process per core, with one thread each.
 export OMP_NUM_THREADS=1

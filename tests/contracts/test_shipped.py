@@ -39,7 +39,7 @@ NORMALISED = "the target is the teacher's hidden state scaled, not the hidden st
 @pytest.mark.parametrize(("kind", "name"), SHIPPED, ids=[f"{k}-{n}" for k, n in SHIPPED])
 def test_as_the_command_line_checks_it(kind, name):
     if name == "voice_commands" and importlib.util.find_spec("espeakng_loader") is None:
-        pytest.skip("espeakng-loader is not installed: pip install 'kdrecipe[voice_commands]'")
+        pytest.skip("espeakng-loader is not installed: pip install 'kdrecipe[espeak]'")
     results = test_plugin(PLUGINS.registry, kind, name)
     assert [(r.check_id, r.reason) for r in results if not r.ok] == []
     assert any(r.status == "passed" for r in results)

@@ -59,7 +59,7 @@ def corpus_for(recipe: Path, root: Path) -> tuple[dict[str, Path], tuple[str, ..
         return {"CORPUS_ROOT": root}, ("--set", "tokens.vocab_size=40")  # so few words have no more
     if kind == "voice_commands":
         if importlib.util.find_spec("espeakng_loader") is None:
-            pytest.skip("espeakng_loader is not installed: pip install 'kdrecipe[voice_commands]'")
+            pytest.skip("espeakng_loader is not installed: pip install 'kdrecipe[espeak]'")
         return {}, ()
     pytest.fail(f"no corpus for {recipe}: add one here")
 
