@@ -338,7 +338,7 @@ def test_voice_commands_options() -> None:
 
 def test_voice_commands_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(MissingExtra, match=r"kdrecipe\[voice_commands\]"):
+    with pytest.raises(MissingExtra, match=r"kdrecipe\[espeak\]"):
         VoiceCommands(VoiceCommands.Config(**TINY)).prepare(None, tmp_path)
 
 
