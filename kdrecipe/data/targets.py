@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,26 +55,6 @@ class Batches(Protocol):
 
     def load(self, ids: Sequence[str]) -> Batch:
         """One of them, on the CPU."""
-
-
-def merge_specs(specs: Iterable[TargetSpec]) -> list[TargetSpec]:
-    """What serves all of several needs: each kind and tap once, the largest top k, the finer type.
-
-    A loss that asked for fewer classes gets more, and narrows them (``data.frames.keep_top``).
-    """
-    merged: dict[str, TargetSpec] = {}
-    for spec in specs:
-        other = merged.get(spec.key)
-        if other is not None:
-            wide = None if spec.top_k is None or other.top_k is None else max(spec.top_k, other.top_k)
-            fine = "float32" if "float32" in (spec.dtype, other.dtype) else spec.dtype
-            known = {
-                name: getattr(spec, name) if getattr(spec, name) is not None else getattr(other, name)
-                for name in ("dim", "frame_shift_s", "vocab_id")
-            }
-            spec = replace(spec, top_k=wide, dtype=fine, **known)
-        merged[spec.key] = spec
-    return list(merged.values())
 
 
 # ---------------------------------------------------------------- on the fly

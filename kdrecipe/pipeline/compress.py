@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -86,3 +87,5 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     for name in meta["plugin_files"]:
         (out / name).write_bytes((parent.path / name).read_bytes())
     Bundle.save(out, model, parent.tokens, meta)
+    for checkpoints in out.glob("train/*/checkpoints"):
+        shutil.rmtree(checkpoints)

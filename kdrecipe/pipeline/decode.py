@@ -7,7 +7,7 @@ the exported model in its runtime, one thread, in a process that has loaded noth
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,17 +56,16 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     from kdrecipe.measure.runtime import measure_export
 
     bundle = Bundle.load(layout.system(system.name, seed), recipe.plugins.registry)
-    first: list[dict[str, Any]] = []
+    cuts = {split: list(load_cuts(layout.features, split)) for split in recipe.decode.splits}
+    ours: dict[str, str] = {}
     for split in recipe.decode.splits:
-        cuts = load_cuts(layout.features, split)
-        rows = [_row(cut, hyp) for cut, hyp in decode_cuts(recipe, bundle, list(cuts))]
-        first = first or rows
+        rows = [_row(cut, hyp) for cut, hyp in decode_cuts(recipe, bundle, cuts[split])]
+        ours |= {row["id"]: row["hyp"] for row in rows}
         write_atomic(out / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    cuts = load_cuts(layout.features, recipe.decode.splits[0])
     directory = layout.export(system.name, seed) / MEASURED_EXPORT
     variant = "int8" if bundle.is_int8 else "fp32"
-    measured = measure_export(directory, variant, utterances_from_cuts(cuts, recipe.decode.measure_max))
-    ours = {row["id"]: row["hyp"] for row in first}
+    sample = utterances_from_cuts(cuts[recipe.decode.splits[0]], recipe.decode.measure_max)
+    measured = measure_export(directory, variant, sample)
     same = [measured.texts[u] == ours[u] for u in measured.texts]
     write_json(
         out / "decode.json",
@@ -74,7 +73,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     )
 
 
-def decode_cuts(recipe: Recipe, bundle: Bundle, cuts: Iterable[Cut]) -> Iterator[tuple[Cut, Hypothesis]]:
+def decode_cuts(recipe: Recipe, bundle: Bundle, cuts: Sequence[Cut]) -> Iterator[tuple[Cut, Hypothesis]]:
     """Every cut with its best hypothesis, by the recipe's decoder."""
     import torch
 
@@ -85,7 +84,6 @@ def decode_cuts(recipe: Recipe, bundle: Bundle, cuts: Iterable[Cut]) -> Iterator
     decoder = cls(config, bundle.tokens, bundle.meta["frame_shift_s"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = bundle.model.to(device)
-    cuts = list(cuts)
     by_id = {cut.id: cut for cut in cuts}
     batches = CutBatches(
         cuts, bundle.tokens, batch_duration_s=BATCH_DURATION_S, seed=0, labelled_ids=None, shuffle=False

@@ -229,22 +229,18 @@ class _Run:
         for job in queue:
             if any(need in waiting for need in job.needs):
                 continue
+            here = job.alone or self.num_jobs == 1
+            if self.running and (here or len(self.running) >= self.num_jobs):
+                return False
+            queue.remove(job)
             if not self.force and why_run(job, self.plan.jobs) is None:
                 # What it needs was made again and came out the same.
-                queue.remove(job)
                 self._say(job, "up to date after all, skipped")
-                return True
-            if job.alone or self.num_jobs == 1:
-                if self.running:
-                    return False
-                queue.remove(job)
+            elif here:
                 self._run_here(job)
-                return True
-            if len(self.running) < self.num_jobs:
-                queue.remove(job)
+            else:
                 self._spawn(job)
-                return True
-            return False
+            return True
         return False
 
     def _say(self, job: Job, text: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.interfaces import TargetSpec
@@ -12,32 +13,39 @@ if TYPE_CHECKING:
 
 
 def needs_of(recipe: Recipe, system: System, teacher: str) -> list[TargetSpec]:
-    """What the losses of ``system`` ask of ``teacher``, each target once (the widest top-k)."""
-    found: dict[str, TargetSpec] = {}
+    """What the losses of ``system`` ask of ``teacher``, each target once."""
+    needs: list[TargetSpec] = []
     for term in system.terms:
         cls = recipe.plugins.registry.get("losses", term.name)
-        if term.teacher not in (None, teacher) or not hasattr(cls, "requires"):
-            continue
-        for need in cls.requires(cls.Config.model_validate(term.options)):
-            merge_need(found, need)
-    return list(found.values())
+        if term.teacher in (None, teacher) and hasattr(cls, "requires"):
+            needs += cls.requires(cls.Config.model_validate(term.options))
+    return merge_specs(needs)
 
 
 def all_needs(recipe: Recipe, teacher: str) -> list[TargetSpec]:
     """What all systems together ask of ``teacher``: what its cache must hold."""
-    found: dict[str, TargetSpec] = {}
-    for system in recipe.systems.values():
-        if teacher in system.teachers:
-            for need in needs_of(recipe, system, teacher):
-                merge_need(found, need)
-    return list(found.values())
+    students = [system for system in recipe.systems.values() if teacher in system.teachers]
+    return merge_specs(need for system in students for need in needs_of(recipe, system, teacher))
 
 
-def merge_need(found: dict[str, TargetSpec], need: TargetSpec) -> None:
-    """Add a need to those found; of two that differ in top-k the wider stays."""
-    old = found.get(need.key)
-    if old is None or (old.top_k is not None and (need.top_k is None or need.top_k > old.top_k)):
-        found[need.key] = need
+def merge_specs(specs: Iterable[TargetSpec]) -> list[TargetSpec]:
+    """What serves all of several needs: each kind and tap once, the largest top k, the finer type.
+
+    A loss that asked for fewer classes gets more, and narrows them (``data.frames.keep_top``).
+    """
+    merged: dict[str, TargetSpec] = {}
+    for spec in specs:
+        other = merged.get(spec.key)
+        if other is not None:
+            wide = None if spec.top_k is None or other.top_k is None else max(spec.top_k, other.top_k)
+            fine = "float32" if "float32" in (spec.dtype, other.dtype) else spec.dtype
+            known = {
+                name: getattr(spec, name) if getattr(spec, name) is not None else getattr(other, name)
+                for name in ("dim", "frame_shift_s", "vocab_id")
+            }
+            spec = replace(spec, top_k=wide, dtype=fine, **known)
+        merged[spec.key] = spec
+    return list(merged.values())
 
 
 def system_inputs(recipe: Recipe, system: System) -> Mapping[str, Any]:

@@ -12,10 +12,11 @@ import torch
 from lhotse.audio import Recording
 from lhotse.cut import CutSet
 
-from kdrecipe.data.targets import LiveTargets, TargetCache, merge_specs, write_targets
+from kdrecipe.data.targets import LiveTargets, TargetCache, write_targets
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import Batch, TargetSpec
 from kdrecipe.testing.models import INPUT_DIM, VOCAB_SIZE, TinyModel, random_batch, tiny_model
+from kdrecipe.train.inputs import merge_specs
 
 KEY = {"teacher": "weights-1", "tokens": "tokens-1", "features": {"num_mel_bins": 80}}
 FULL = TargetSpec("frame_logits", "ctc")
