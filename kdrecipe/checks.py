@@ -7,9 +7,8 @@ The latter is asked of the plugins themselves, on models that are built but not 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from kdrecipe.config import KeyPath
@@ -18,7 +17,8 @@ from kdrecipe.interfaces import LossSetup, ModelInfo, TargetSpec
 from kdrecipe.parsing import SECTION_OF, Parser
 from kdrecipe.plugins import reason
 from kdrecipe.registry import Registry, did_you_mean
-from kdrecipe.sections import Corpus, Decode, Features, System, Term, Tokens, depth_first
+from kdrecipe.sections import Corpus, Decode, Features, Lm, Named, System, Term, Tokens, depth_first, uses_lm
+from kdrecipe.suitable import bundle_model, head_of, heads_of, measured_exporter, searches
 
 FEATURE_FRAME_SHIFT_S = 0.01
 
@@ -27,12 +27,18 @@ class Checker:
     """Looks at all systems together; problems go to the parser's list."""
 
     def __init__(
-        self, parser: Parser, systems: Mapping[str, System], corpus: Corpus | None, decode: Decode
+        self,
+        parser: Parser,
+        systems: Mapping[str, System],
+        corpus: Corpus | None,
+        decode: Decode,
+        exports: tuple[Named, ...],
     ) -> None:
         self.parser = parser
         self.systems = systems
         self.corpus = corpus
         self.decode = decode
+        self.exports = exports
         written = parser.document.data.get("systems")
         # Also those that could not be read: one mistake must not be told twice.
         self.names = {n for n, v in written.items() if v is not None} if isinstance(written, dict) else set()
@@ -53,6 +59,7 @@ class Checker:
         for i, pair in enumerate(self.decode.compare):
             for name in pair:
                 self._known(name, ("decode", "compare", i))
+        self._heads()
 
     # ------------------------------------------------------------ names
 
@@ -83,6 +90,20 @@ class Checker:
             self._known(system.parent, self._path(system, "from"))
         if system.init_from is not None and self._known(system.init_from, self._path(system, "init_from")):
             self._buildable_before(system, system.init_from, ("init_from",), "lend its weights")
+            self._same_encoder(system, system.init_from)
+
+    def _same_encoder(self, system: System, other: str) -> None:
+        parent = self.systems.get(other)
+        model = parent.model if parent is not None else None  # a bundle's is seen in its stage
+        if parent is not None and parent.kind == "pretrained":
+            model = bundle_model(parent)
+        if model is None or system.model is None:
+            return
+        mine, its = ({k: v for k, v in m.items() if k != "heads"} for m in (system.model, model))
+        if mine != its:
+            differ = ", ".join(sorted(k for k in {**mine, **its} if mine.get(k) != its.get(k)))
+            what = f"{other!r} has another encoder ({differ}): its weights do not fit"
+            self._problem(system, ("init_from",), what, "give both the same encoder; heads may differ")
 
     def _buildable_before(self, system: System, other: str, path: KeyPath, verb: str) -> None:
         if other in self.systems and self.systems[other].kind == "compressed":
@@ -170,6 +191,76 @@ class Checker:
     def _supervised(self, term: Term) -> bool:
         return bool(getattr(self._registry.get("losses", term.name), "supervised", False))
 
+    # ------------------------------------------------------------ heads
+
+    def _heads(self) -> None:
+        """Every system's first head is searched and measured; every decoder has a system."""
+        heads = {name: heads_of(self.systems, name) for name in self.systems}
+        by_first: dict[str, list[str]] = {}
+        for name, found in heads.items():
+            if found:
+                by_first.setdefault(found[0], []).append(name)
+        written = self._written("decode", "decoders", {})
+        given = [label for label, data in written.items() if data is not None]
+        if set(given) <= set(self.decode.decoders):  # else one could not be read: that has been told
+            for head, names in by_first.items():
+                if not searches([head], self.decode.decoders, self._registry):
+                    self._unsearched(head, names)
+            for name, found in heads.items():
+                self._beside(name, found or ())
+            if self.names <= set(heads) and None not in heads.values():
+                used = {head for found in heads.values() for head in found or ()}
+                for label in given:
+                    self._unused(label, used)
+        if len(self._written("export", None, [])) <= len(self.exports):
+            for head, names in by_first.items():
+                if measured_exporter([head], self.exports, self._registry) is None:
+                    self._unmeasured(head, names)
+
+    def _written(self, section: str, key: str | None, kind: Any) -> Any:
+        """What the document says there, if it is of that kind; else ``kind``, which is empty."""
+        data = self.parser.document.data.get(section)
+        if key is not None:
+            data = data.get(key) if isinstance(data, dict) else None
+        return data if isinstance(data, type(kind)) else kind
+
+    def _unsearched(self, head: str, names: list[str]) -> None:
+        fitting = [
+            n for n in self._registry.names("decoders") if head_of(self._registry, "decoders", n) == head
+        ]
+        what = f"no decoder in decode.decoders searches the head {head!r} of {_systems(names)}"
+        remedy = f"add one of {', '.join(fitting)}" if fitting else "install a plugin with one"
+        self.parser.problem(("decode", "decoders"), what, remedy)
+
+    def _beside(self, system: str, heads: Sequence[str]) -> None:
+        """A decoder of one of the system's heads may need another one beside it."""
+        for label, decoder in searches(heads, self.decode.decoders, self._registry).items() if heads else ():
+            cls = self._registry.get("decoders", decoder.name)
+            needs = cls.beside(cls.Config.model_validate(decoder.options)) if hasattr(cls, "beside") else ()
+            for head in (h for h in needs if h not in heads):
+                what = f"{decoder.name!r} with these options also reads the head {head!r}, which "
+                what += f"{system!r} lacks"
+                remedy = f"add {head}: {{}} to the model's heads, or change the decoder's options"
+                self.parser.problem(("decode", "decoders", label), what, remedy)
+
+    def _unused(self, label: str, used: set[str]) -> None:
+        name = self.decode.decoders[label].name
+        head = head_of(self._registry, "decoders", name)
+        if head not in used:
+            what = f"{name!r} searches the head {head!r}, which no system has"
+            self.parser.problem(("decode", "decoders", label), what, "remove it, or add the head to a model")
+
+    def _unmeasured(self, head: str, names: list[str]) -> None:
+        what = (
+            "size, speed and memory are measured on an export, and none of those listed is of "
+            f"the head {head!r} of {_systems(names)}"
+        )
+        registry = self._registry
+        known = [Named(name) for name in registry.names("exporters")]
+        fitting = [e.name for e in known if measured_exporter([head], [e], registry) is not None]
+        remedy = " or ".join(f"add {{name: {name}}}" for name in fitting) or "install a plugin with one"
+        self.parser.problem(("export",), what, remedy)
+
     @property
     def _registry(self) -> Registry:
         return self.parser.registry
@@ -179,6 +270,30 @@ class Checker:
 
     def _problem(self, system: System, rest: KeyPath, what: str, remedy: str = "") -> None:
         self.parser.problem(self._path(system, *rest), what, remedy)
+
+
+def check_lm(parser: Parser, lm: Lm | None, corpus: Corpus | None, decode: Decode) -> None:
+    """What the language model is made of is there, and so is the model where a search weights one."""
+    if lm is None:
+        written = parser.document.data.get("lm")
+        for label, decoder in decode.decoders.items() if written is None else ():
+            if uses_lm(decoder.options):
+                what = f"is {decoder.options['lm_weight']}, the recipe has no language model"
+                parser.problem(("decode", "decoders", label, "lm_weight"), what, "add lm: {name: ngram}")
+        return
+    if lm.data is not None and lm.text is not None:
+        parser.problem(("lm",), "data and text exclude each other", "remove one of them")
+    elif lm.data is not None and corpus is not None and lm.data not in corpus.subsets:
+        remedy = did_you_mean(lm.data, corpus.subsets) + " (corpus.subsets)"
+        parser.problem(("lm", "data"), f"unknown subset {lm.data!r}", remedy)
+    elif lm.text is not None:
+        try:
+            path = lm.text.path()
+        except KdrecipeError:
+            return  # an environment variable: looked up when there is work
+        if not path.is_file():
+            what, remedy = f"there is no file {path}", "a text file with a sentence per line"
+            parser.problem(("lm", "text"), what, remedy)
 
 
 class FitChecker:
@@ -229,7 +344,7 @@ class FitChecker:
 
     def _info(self, system: System) -> ModelInfo | None:
         """What losses may know of a system's model; None where that can't be known yet."""
-        model = _bundle_model(system) if system.kind == "pretrained" else system.model
+        model = bundle_model(system) if system.kind == "pretrained" else system.model
         if model is None:
             return None
         key = json.dumps(model, sort_keys=True)
@@ -249,7 +364,8 @@ class FitChecker:
             encoder = cls(cls.Config.model_validate(options), self.features.num_mel_bins)
         taps = {tap: dim for tap, (_, dim) in encoder.taps().items()}
         shift_s = FEATURE_FRAME_SHIFT_S * encoder.subsampling
-        return ModelInfo("the recipe's", self.vocab_size, shift_s, tuple(model["heads"]), taps)
+        kinds = {name: self.checker._registry.get("heads", name).target_kinds for name in model["heads"]}
+        return ModelInfo("the recipe's", self.vocab_size, shift_s, kinds, taps)
 
 
 @contextmanager
@@ -272,12 +388,7 @@ def _uninitialised() -> Iterator[None]:
         yield
 
 
-def _bundle_model(system: System) -> dict[str, Any] | None:
-    try:
-        path = system.bundle
-        if path is None or not (path / "bundle.json").is_file():
-            return None
-        model = json.loads(Path(path / "bundle.json").read_text(encoding="utf-8")).get("model")
-    except (KdrecipeError, OSError, ValueError):
-        return None  # stage 3 imports it, and tells
-    return model if isinstance(model, dict) and {"name", "heads"} <= set(model) else None
+def _systems(names: list[str]) -> str:
+    """``system 'a'``, ``systems 'a', 'b'``, at most three of them by name."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"system{'s' if len(names) > 1 else ''} {', '.join(map(repr, names[:3]))}{more}"

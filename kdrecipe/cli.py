@@ -123,6 +123,8 @@ def check(recipe: str, profile: str | None, overrides: tuple[str, ...]) -> None:
 
 
 def _summary(recipe: Recipe) -> None:
+    from kdrecipe.pipeline.lm import missing_kenlm
+
     teachers = recipe.teaching()
     for name in recipe.build_order():
         system = recipe.systems[name]
@@ -130,13 +132,29 @@ def _summary(recipe: Recipe) -> None:
         seeds = " ".join(map(str, system.seeds))
         needs = f"from {', '.join(system.needs)}" if system.needs else ""
         click.echo(f"  {name:20s} {system.kind:10s} stage {stage}, seeds {seeds:10s} {needs}".rstrip())
-    locations = [recipe.corpus.location, *(s.location for s in recipe.systems.values())]
+    lists = recipe.corpus.lists
+    text = recipe.lm.text if recipe.lm else None
+    locations = [
+        recipe.corpus.location,
+        *lists.values(),
+        text,
+        *(s.location for s in recipe.systems.values()),
+    ]
     for location in locations:
         try:
             if location is not None:
                 location.path()
         except RecipeError as error:
             click.echo(f"  to run it: {error.problems[0].what} ({error.problems[0].where})")
+    for name, location in lists.items():
+        try:
+            path = recipe.corpus.list_path(name)
+        except RecipeError:  # an environment variable: that has been told
+            continue
+        if not path.exists():
+            click.echo(f"  to run it: there is no {path} to list the subset {name!r} ({location.where})")
+    if missing := missing_kenlm(recipe):
+        click.echo(f"  to run it: {missing.problems[0].what}: {missing.problems[0].remedy}")
     also = f", also with --profile {', '.join(recipe.profiles)}" if recipe.profiles else ""
     click.echo(f"{recipe.name}: no mistakes found{also if recipe.profile is None else ''}")
 
@@ -144,11 +162,11 @@ def _summary(recipe: Recipe) -> None:
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path), metavar="BUNDLE_OR_EXPORT")
 @click.argument("audio", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--decoder", default="ctc_greedy", show_default=True, help="The search, for bundles.")
+@click.option("--decoder", help="The search, for bundles.  [default: greedy, of the model's first head]")
 @click.option(
     "--variant", type=click.Choice(["fp32", "int8"]), help="Of an export.  [default: int8 if there]"
 )
-def transcribe(model: Path, audio: tuple[Path, ...], decoder: str, variant: str | None) -> None:
+def transcribe(model: Path, audio: tuple[Path, ...], decoder: str | None, variant: str | None) -> None:
     """Recognise audio files and say when each word starts."""
     from kdrecipe.pipeline import transcribe as pipeline
 

@@ -1,15 +1,17 @@
 """What plugins and the core say to each other: data classes and small Protocols.
 
-Plugins stand on this module, :mod:`kdrecipe.errors` and :mod:`kdrecipe.data` only.
+Plugins stand on this module, :mod:`kdrecipe.errors`, :mod:`kdrecipe.layers` and
+:mod:`kdrecipe.data` only.
 
 Shapes, in names and docstrings: B utterances, S audio samples, F feature bins, T frames (of the
-features, or of the encoder after subsampling), U tokens, V vocabulary, D width, K kept classes.
+features, or of the encoder after subsampling), U tokens, V vocabulary, D width, K kept classes; of
+a transducer: J width of the joiner, and P = U + 1 places between tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -35,6 +37,10 @@ class Options(BaseModel):
 # ---------------------------------------------------------------- targets
 
 TargetKind = Literal["frame_logits", "token_logits", "rnnt_lattice", "hidden", "codebooks", "hypotheses"]
+FRAME_KINDS: tuple[TargetKind, ...] = ("frame_logits", "rnnt_lattice", "hidden")
+"""Kinds whose targets go by frames, which must fall together with the student's."""
+FORCED_KINDS: tuple[TargetKind, ...] = ("token_logits", "rnnt_lattice")
+"""Kinds that a teacher can only give along a text."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,39 @@ class Hidden:
 
 
 @dataclass
-class Targets:
-    """All that one teacher says about a batch, by :attr:`TargetSpec.key`."""
+class LatticePosteriors:
+    """A teacher's transducer posteriors at temperature 1, at every frame and place of the lattice.
 
-    items: dict[str, Posteriors | Hidden] = field(default_factory=dict)
+    Three classes: the next token of the text, the blank, and all other tokens together, whose
+    mass is what the two leave (Panchapagesan 2020, arXiv 2011.06110).
+
+    Args:
+        log_probs_BTP2: float32, log-posteriors of the next token and of the blank; after the last
+            token there is no next one, and its place holds no meaning.
+        lens_B: int64, valid frames.
+        token_lens_B: int64, U of each utterance; its places are 0 to U.
+    """
+
+    log_probs_BTP2: Tensor
+    lens_B: Tensor
+    token_lens_B: Tensor
+
+
+@dataclass
+class Targets:
+    """All that one teacher says about a batch, by :attr:`TargetSpec.key`.
+
+    Args:
+        items: the targets.
+        tokens_BU: int64, the texts along which ``token_logits`` and ``rnnt_lattice`` were
+            computed: the transcript of a labelled utterance, the teacher's own hypothesis of any
+            other; None if there are no such targets.
+        token_lens_B: int64, their lengths.
+    """
+
+    items: dict[str, Posteriors | Hidden | LatticePosteriors] = field(default_factory=dict)
+    tokens_BU: Tensor | None = None
+    token_lens_B: Tensor | None = None
 
     def posteriors(self, head: str = "ctc", kind: TargetKind = "frame_logits") -> Posteriors:
         """Frame (or token) posteriors of the teacher's ``head``."""
@@ -119,13 +154,23 @@ class Targets:
         assert isinstance(item, Hidden)
         return item
 
+    def lattice(self, head: str = "rnnt") -> LatticePosteriors:
+        """Transducer posteriors of the teacher's ``head``."""
+        item = self.items[f"rnnt_lattice:{head}"]
+        assert isinstance(item, LatticePosteriors)
+        return item
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Targets:
         """A copy with every tensor changed (moved, repeated, selected by row)."""
-        return Targets({k: _map_tensors(v, change) for k, v in self.items.items()})
+        result: Targets = _map_tensors(self, change)
+        return result
 
 
 def _map_tensors(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``item`` (a dataclass) with ``change`` applied to each tensor in it, also within dicts."""
+    """``item`` (a dataclass) with ``change`` applied to each tensor in it, also within dicts and dataclasses.
+
+    Fields that are no arguments (``init=False``: kept results) start anew.
+    """
     import torch
 
     def one(value: Any) -> Any:
@@ -133,9 +178,11 @@ def _map_tensors(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
             return change(value)
         if isinstance(value, dict):
             return {k: one(v) for k, v in value.items()}
+        if is_dataclass(value) and not isinstance(value, type):
+            return _map_tensors(value, change)
         return value
 
-    return replace(item, **{name: one(value) for name, value in vars(item).items()})
+    return replace(item, **{f.name: one(getattr(item, f.name)) for f in fields(item) if f.init})
 
 
 # ---------------------------------------------------------------- batches and outputs
@@ -187,16 +234,54 @@ class Batch:
 
 
 @dataclass
+class Lattice:
+    """The two sides of a transducer for a batch and its tokens, not yet joined.
+
+    The joined logits (B, T, P, V) would fill the memory: :mod:`kdrecipe.data.lattice` finds, by
+    the *simple* joiner, which is a sum of the two sides, the few places per frame that matter,
+    and joins there only (Kuang 2022, arXiv 2206.13236).
+
+    Args:
+        am_BTV: the encoder's side of the simple joiner, not normalised.
+        lm_BPV: the predictor's side of the simple joiner.
+        encoder_BTJ: the encoder's side of the joiner.
+        predictor_BPJ: the predictor's side of the joiner.
+        tokens_BU: int64, the text, padded with BLANK_ID.
+        lens_B: int64, valid frames.
+        token_lens_B: int64, U of each utterance.
+        join: ``(encoder (..., J), predictor (..., J)) -> logits (..., V)``, broadcasting.
+    """
+
+    am_BTV: Tensor
+    lm_BPV: Tensor
+    encoder_BTJ: Tensor
+    predictor_BPJ: Tensor
+    tokens_BU: Tensor
+    lens_B: Tensor
+    token_lens_B: Tensor
+    join: Callable[[Tensor, Tensor], Tensor]
+    kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Results that several losses need, by whatever computed them; a changed copy starts without."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Lattice:
+        """A copy with every tensor changed."""
+        result: Lattice = _map_tensors(self, change)
+        return result
+
+
+@dataclass
 class ModelOutput:
     """What a model computed.
 
     Args:
         hidden_BTD: the encoder's output.
         lens_B: int64, its valid frames.
-        logits: by head name; ``ctc``: (B, T, V), not normalised.
+        logits: by head name, not normalised; ``ctc``: (B, T, V); ``attention``: (B, U + 1, V), the
+            tokens of the batch and the end of the sentence, each given those before it.
         taps: by declared name, those that were asked for: (B, T, D).
         num_views: how many differently augmented copies of the batch lie one after the other
             along B (1: none; see :meth:`views`).
+        lattices: by head name, of heads that are transducers.
     """
 
     hidden_BTD: Tensor
@@ -204,6 +289,7 @@ class ModelOutput:
     logits: dict[str, Tensor] = field(default_factory=dict)
     taps: dict[str, Tensor] = field(default_factory=dict)
     num_views: int = 1
+    lattices: dict[str, Lattice] = field(default_factory=dict)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ModelOutput:
         """A copy with every tensor changed."""
@@ -246,11 +332,16 @@ class Architecture(Protocol):
 class Head(Protocol):
     """A head on an encoder; an ``nn.Module`` built as ``cls(config, input_dim, vocab_size)``.
 
-    ``forward(hidden_BTD, lens_B, batch) -> logits``; ``batch`` is None outside training.
+    ``forward(hidden_BTD, lens_B, batch) -> logits``, a :class:`Lattice`, or None; ``batch`` is None
+    where no text is known, and then heads that need one give None. The attribute ``vocab_size``
+    is V.
     """
 
     Config: ClassVar[type[Options]]
     target_kinds: ClassVar[tuple[TargetKind, ...]]
+
+    def greedy(self, hidden_BTD: Tensor, lens_B: Tensor) -> list[list[int]]:
+        """Tokens of each utterance, the best one at each step."""
 
 
 @dataclass(frozen=True)
@@ -261,22 +352,29 @@ class ModelInfo:
         vocab_id: hash of its token list.
         vocab_size: V.
         frame_shift_s: seconds per output frame.
-        heads: names of its heads.
+        heads: name of each head -> the kinds of targets that it can give; the first head is the
+            one by which the model is judged.
         taps: name -> D of each declared tap.
     """
 
     vocab_id: str
     vocab_size: int
     frame_shift_s: float
-    heads: tuple[str, ...]
+    heads: Mapping[str, tuple[TargetKind, ...]]
     taps: Mapping[str, int]
 
     def provides(self) -> list[TargetSpec]:
         """The targets that a model like this can give as a teacher."""
         specs = [
-            TargetSpec("frame_logits", head, self.vocab_size, self.frame_shift_s, self.vocab_id)
-            for head in self.heads
-            if head == "ctc"
+            TargetSpec(
+                kind,
+                head,
+                self.vocab_size,
+                self.frame_shift_s if kind in FRAME_KINDS else None,
+                self.vocab_id,
+            )
+            for head, kinds in self.heads.items()
+            for kind in kinds
         ]
         specs += [TargetSpec("hidden", tap, dim, self.frame_shift_s) for tap, dim in self.taps.items()]
         return specs
@@ -306,6 +404,20 @@ class LossSetup:
 
     student: ModelInfo
     teacher: ModelInfo | None = None
+
+    def require_head(self, head: str, loss: str) -> None:
+        """Refuse a student without ``head``, which ``loss`` reads.
+
+        Raises:
+            RecipeError: naming the heads that there are.
+        """
+        from kdrecipe.errors import RecipeError
+
+        if head not in self.student.heads:
+            raise RecipeError(
+                f"{loss!r} reads the head {head!r}; the student has {', '.join(self.student.heads)}",
+                remedy=f"add {head}: {{}} to the model's heads, or remove the loss",
+            )
 
 
 class Loss(Protocol):
@@ -416,8 +528,29 @@ class TokenTable(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+class LanguageModel(Protocol):
+    """A model of token sequences; :class:`kdrecipe.data.ngram.NgramModel` is one.
+
+    States are values: nothing that is done with one changes it.
+    """
+
+    def start(self) -> Any:
+        """The state before the first token of a sentence."""
+
+    def score(self, state: Any, token: int) -> tuple[float, Any]:
+        """Natural log-probability of ``token`` after ``state``, and the state after it."""
+
+    def end(self, state: Any) -> float:
+        """Natural log-probability that the sentence ends after ``state``."""
+
+
 class Decoder(Protocol):
-    """A search, built as ``cls(config, tokens, frame_shift_s)``."""
+    """A search on the outputs of one head, built as ``cls(config, tokens, frame_shift_s)``.
+
+    One whose options have ``lm_weight`` is built as ``cls(config, tokens, frame_shift_s, lm)``, ``lm``
+    being the recipe's :class:`LanguageModel`, or None where ``lm_weight`` is 0 (the default). A static
+    method ``beside(config)``, optional, names further heads that it reads.
+    """
 
     Config: ClassVar[type[Options]]
     head: ClassVar[str]
@@ -448,18 +581,39 @@ class BundleLike(Protocol):
 class Runner(Protocol):
     """An exported model, loaded."""
 
-    def log_probs(self, features_BTF: np.ndarray, lens_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B, T, V) log-posteriors and (B,) valid lengths, for the parity gate."""
+    def log_probs_along(
+        self, features_BTF: np.ndarray, lens_B: np.ndarray, paths: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        """Per utterance, (M, V) log-posteriors at every step of its path, for the parity gate.
+
+        The batch goes through the encoder as one. Paths and steps are those of the head: ``ctc``
+        needs no path, and a step is a frame; ``attention``: tokens, and one step more for the end
+        of the sentence; ``rnnt``: a label per frame, blank or the token that is found there, and a
+        step is a frame.
+        """
+
+    def greedy(self, features_TF: np.ndarray) -> list[int]:
+        """Tokens by greedy search on the features of the training, for the parity gate."""
 
     def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
-        """Recognise one utterance, samples in [-1, 1]."""
+        """Recognise one utterance as the device does, samples in [-1, 1]."""
 
 
 class Exporter(Protocol):
-    """Writes a bundle where it runs, built as ``cls(config)``."""
+    """Writes a bundle where it runs, built as ``cls(config)``.
+
+    ``head`` names the head that it exports; systems without it are passed over. ``runtime`` names
+    the runtime in which :mod:`kdrecipe.measure.runtime` measures what it writes; None: none.
+    ``files`` says what the runtime loads: variant -> part (``encoder``) -> file name. A static method
+    ``unfit(model)``, optional, says why a model of this description (``{name, <options>, heads:
+    {...}}``) can't be exported, or None: such a system keeps its row, without size and speed.
+    """
 
     Config: ClassVar[type[Options]]
+    head: ClassVar[str]
     variants: ClassVar[tuple[str, ...]]
+    runtime: ClassVar[str | None]
+    files: ClassVar[Mapping[str, Mapping[str, str]]]
 
     def export(self, bundle: BundleLike, directory: Path) -> dict[str, list[str]]:
         """Write files; returns variant (``fp32``, ``int8``) -> file names that ship with it."""

@@ -18,9 +18,11 @@ from kdrecipe.config import KeyPath
 from kdrecipe.interfaces import Options
 from kdrecipe.registry import did_you_mean
 from kdrecipe.sections import (
+    Claim,
     Corpus,
     Decode,
     Kind,
+    Lm,
     Location,
     Named,
     Seeds,
@@ -31,6 +33,7 @@ from kdrecipe.sections import (
     Training,
     depth_first,
 )
+from kdrecipe.suitable import head_of, heads_of
 from kdrecipe.validation import Validator, short
 
 Mappings = Annotated[list[dict[str, Any]], Field(min_length=1)]
@@ -46,12 +49,13 @@ KINDS: Mapping[str, Kind] = {
 SECTION_OF = {kind: key for key, kind in KINDS.items()}
 
 TOP_KEYS = (
-    "corpus", "features", "tokens", "seeds", "plugins", "training", "targets", "systems", "decode",
-    "export", "parity", "profiles",
+    "corpus", "features", "tokens", "lm", "seeds", "plugins", "training", "targets", "systems", "decode",
+    "export", "parity", "claims", "profiles",
 )  # fmt: skip
 
-MEASURED_EXPORT = "onnx_ctc"
-DEFAULT_EXPORTS = (MEASURED_EXPORT, "torchscript")
+DEFAULT_DECODERS = ("ctc_greedy", "attention_greedy", "rnnt_greedy")
+DEFAULT_EXPORTS = ("onnx_ctc", "onnx_transducer", "onnx_attention", "torchscript")
+"""Of both, those that are installed and suit some system."""
 
 EXAMPLES: Mapping[str, str] = {
     "corpus": '{name: an4, root: "${AN4_ROOT}"}',
@@ -115,11 +119,21 @@ class CorpusSection(Options):
     subsets: dict[str, dict[str, Any]] = {}
 
 
+class LmSection(Options):
+    """``lm`` as written; the orders are what KenLM reads as it comes from PyPI."""
+
+    name: Literal["ngram"] = "ngram"
+    order: int = Field(default=6, ge=2, le=6)
+    word_order: int = Field(default=3, ge=2, le=6)
+    data: str | None = None
+    text: str | None = None
+
+
 class DecodeSection(Options):
     """``decode`` as written."""
 
     splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("test",)
-    decoder: dict[str, Any] = {"name": "ctc_greedy"}
+    decoders: Annotated[dict[str, Any], Field(min_length=1)] = {n: {"name": n} for n in DEFAULT_DECODERS}
     metrics: Mappings = [{"name": "wer"}, {"name": "cer"}]
     compare: tuple[tuple[str, str], ...] = ()
     measure_max: int = Field(default=100, ge=1)
@@ -158,33 +172,75 @@ class Parser(Validator):
         own = {k: v for k, v in data.items() if k in core} if isinstance(data, dict) else {}
         section = self.validate(CorpusSection, own, path)
         subsets: dict[str, dict[str, Any]] = {}
+        lists: dict[str, Location] = {}
         for name, rule in (section.subsets if section else {}).items():
             self._check_name(name, (*path, "subsets", name))
             subset = self.validate(Subset, rule, (*path, "subsets", name))
             subsets[name] = subset.rule() if subset else {}
+            if subset and subset.listed_in:
+                lists[name] = self._location(subset.listed_in, (*path, "subsets", name, "listed_in"))
         if section is None:
             return None
         named = named or Named("")  # the subsets are still of use to the checks
         location = self._location(section.root, (*path, "root")) if section.root else None
-        return Corpus(named.name, named.options, section.on_error, subsets, location)
+        return Corpus(named.name, named.options, section.on_error, subsets, location, lists)
+
+    def lm(self) -> Lm | None:
+        """``lm``; None if it is absent."""
+        if self.document.data.get("lm") is None:
+            return None
+        section = self.section(LmSection, "lm")
+        text = self._location(section.text, ("lm", "text")) if section.text else None
+        return Lm(section.order, section.word_order, section.data, text)
 
     def decode(self) -> Decode:
         """``decode``."""
         path = ("decode",)
         section = self.section(DecodeSection, "decode")
-        decoder = self.named("decoders", section.decoder, (*path, "decoder"))
         metrics = [self.named("metrics", m, (*path, "metrics", i)) for i, m in enumerate(section.metrics)]
         return Decode(
             splits=section.splits,
-            decoder=decoder or Named("ctc_greedy"),
+            decoders=self._decoders(section),
             metrics=tuple(m for m in metrics if m is not None),
             compare=section.compare,
             measure_max=section.measure_max,
         )
 
-    def exports(self) -> tuple[Named, ...]:
-        """``export``: a list of exporters, each named once; by default all that are shipped."""
-        data = self.document.data.get("export", [{"name": name} for name in DEFAULT_EXPORTS])
+    def _decoders(self, section: DecodeSection) -> dict[str, Named]:
+        """``decode.decoders``, those that could be read; one whose value is null is left out."""
+        if "decoders" not in section.model_fields_set:
+            names = [n for n in DEFAULT_DECODERS if n in self.registry.names("decoders")]
+            return {name: self._default("decoders", name) for name in names}
+        found: dict[str, Named | None] = {}
+        for label, data in section.decoders.items():
+            path: KeyPath = ("decode", "decoders", label)
+            if label == "name" and isinstance(data, str):
+                remedy = f"write decoders: {{{data}: {{name: {data}}}}}"
+                self.problem(path, "decoders maps labels of your own to decoders", remedy)
+            elif data is not None:
+                self._check_name(label, path)
+                found[label] = self.named("decoders", data, path)
+        return {label: named for label, named in found.items() if named is not None}
+
+    def _default(self, kind: str, name: str) -> Named:
+        """A plugin with its default options."""
+        return Named(name, self.registry.config(kind, name).model_dump(mode="json", by_alias=True))
+
+    def claims(self) -> tuple[Claim, ...]:
+        """``claims``: a list of figures published elsewhere."""
+        data = self.document.data.get("claims") or []
+        if not isinstance(data, list):
+            example = "write [{text: ..., system: ..., figure: wer, value: 6.5}]"
+            self.problem(("claims",), f"is {short(data)}, it must be a list", example)
+            return ()
+        found = [self.validate(Claim, item, ("claims", i)) for i, item in enumerate(data)]
+        return tuple(claim for claim in found if claim is not None)
+
+    def exports(self, systems: Mapping[str, System]) -> tuple[Named, ...]:
+        """``export``: a list of exporters, each named once; by default all shipped that suit a system."""
+        data = self.document.data.get("export")
+        if data is None:
+            return self._default_exports(systems)
         if not isinstance(data, list):
             self.problem(("export",), f"is {short(data)}, it must be a list", "write [{name: onnx_ctc}]")
             return ()
@@ -194,6 +250,14 @@ class Parser(Validator):
             if name is not None and name in names[:i]:
                 self.problem(("export", i), f"exporter {name!r} is listed twice")
         return tuple(x for x in found if x is not None)
+
+    def _default_exports(self, systems: Mapping[str, System]) -> tuple[Named, ...]:
+        heads = [heads_of(systems, name) for name in systems]
+        installed = [n for n in DEFAULT_EXPORTS if n in self.registry.names("exporters")]
+        if None not in heads:  # else any might suit the system that can't be looked into yet
+            used = {head for found in heads if found for head in found}
+            installed = [n for n in installed if head_of(self.registry, "exporters", n) in used]
+        return tuple(self._default("exporters", name) for name in installed)
 
     def seeds(self) -> tuple[int, ...]:
         """``seeds``, of the recipe."""

@@ -30,7 +30,7 @@ from kdrecipe.errors import KdrecipeError, PluginError, Problem
 from kdrecipe.registry import KINDS, Registry, Source, did_you_mean
 
 GROUP = "kdrecipe"
-BUILT_IN = ("kdrecipe.heads.ctc",)
+BUILT_IN = ("kdrecipe.heads.ctc", "kdrecipe.heads.attention", "kdrecipe.heads.rnnt")
 CORE_COMMANDS = ("bench", "check", "new", "plugins", "run", "stages", "transcribe")
 
 

@@ -80,10 +80,15 @@ class Source:
         return str(self.path or self.name)
 
     def fingerprint(self) -> str:
-        """Changes when the plugin's code does: its package's version and the hash of its file."""
+        """Changes when the plugin's code does: its package's version and the hash of its file.
+
+        Of a plugin that is a package of its own, all files in its folder count.
+        """
         parts = [self.package or self.name, self.version]
         if self.path is not None and self.path.suffix == ".py" and self.path.exists():
-            parts.append(code_hash(self.path))
+            is_folder = self.path.name == "__init__.py"
+            files = sorted(self.path.parent.glob("*.py")) if is_folder else [self.path]
+            parts += [code_hash(file) for file in files]
         return " ".join(p for p in parts if p)
 
 

@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdrecipe.checks import Checker, FitChecker
+from kdrecipe.checks import Checker, FitChecker, check_lm
 from kdrecipe.config import Document, KeyPath, load_yaml, parse_value
 from kdrecipe.errors import PluginError, Problem, RecipeError
 from kdrecipe.parsing import TOP_KEYS, Parser
 from kdrecipe.plugins import Plugins, load_plugins
 from kdrecipe.registry import did_you_mean
 from kdrecipe.sections import (
+    Claim,
     Corpus,
     Decode,
     Features,
+    Lm,
     Location,
     Named,
     Parity,
@@ -29,11 +31,14 @@ from kdrecipe.sections import (
     Training,
     depth_first,
 )
+from kdrecipe.suitable import heads_of, model_of, searches
 
 __all__ = [
+    "Claim",
     "Corpus",
     "Decode",
     "Features",
+    "Lm",
     "Named",
     "Parity",
     "Recipe",
@@ -46,7 +51,12 @@ __all__ = [
     "load_recipe",
 ]
 
-CHOSEN_NAMES: tuple[KeyPath, ...] = (("systems",), ("profiles",), ("corpus", "subsets"))
+CHOSEN_NAMES: tuple[KeyPath, ...] = (
+    ("systems",),
+    ("profiles",),
+    ("corpus", "subsets"),
+    ("decode", "decoders"),
+)
 """Mappings whose keys are the user's own names."""
 
 
@@ -74,6 +84,8 @@ class Recipe:
     decode: Decode
     export: tuple[Named, ...]
     parity: Parity
+    claims: tuple[Claim, ...] = ()
+    lm: Lm | None = None
     profiles: tuple[str, ...] = ()
     plugin_files: tuple[Path, ...] = ()
     profile: str | None = None
@@ -136,6 +148,21 @@ class Recipe:
             found = self.systems[found.parent]
         return found if found.kind in ("trained", "distilled") else None
 
+    def model_of(self, system: str) -> dict[str, Any] | None:
+        """The description of its model, or of its parent's; None: a bundle not there yet."""
+        return model_of(self.systems, system)
+
+    def heads_of(self, system: str) -> tuple[str, ...] | None:
+        """Heads of its model, the first being the one it is judged by; None: a bundle not there yet."""
+        return heads_of(self.systems, system)
+
+    def searches_of(self, system: str) -> dict[str, Named]:
+        """Decoders that serve it, by label, its main search first; all where its heads are not known."""
+        heads = self.heads_of(system)
+        if heads is None:
+            return dict(self.decode.decoders)
+        return searches(heads, self.decode.decoders, self.plugins.registry)
+
     def caches(self, teacher: str) -> bool:
         """Whether its targets come from the cache; stage 4 sees only the teachers of stage 3."""
         return self.targets.mode == "cached" and teacher in self.teaching()
@@ -177,10 +204,13 @@ def load_recipe(
     seeds, training = parser.seeds(), parser.section(Training, "training")
     features, tokens = parser.section(Features, "features"), parser.section(Tokens, "tokens")
     targets, parity = parser.section(TargetOptions, "targets"), parser.section(Parity, "parity")
-    corpus, decode, exports = parser.corpus(), parser.decode(), parser.exports()
+    corpus, decode, claims = parser.corpus(), parser.decode(), parser.claims()
+    lm = parser.lm()
     systems = parser.systems(seeds, training, targets)
-    checker = Checker(parser, systems, corpus, decode)
+    exports = parser.exports(systems)
+    checker = Checker(parser, systems, corpus, decode, exports)
     checker.check()
+    check_lm(parser, lm, corpus, decode)
     if not parser.problems:
         FitChecker(checker, features, tokens).check()
     if parser.problems or corpus is None:
@@ -198,6 +228,8 @@ def load_recipe(
         decode=decode,
         export=exports,
         parity=parity,
+        claims=claims,
+        lm=lm,
         profiles=tuple(document.data.get("profiles") or {}),
         plugin_files=tuple(files),
         profile=profile,

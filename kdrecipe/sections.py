@@ -6,7 +6,7 @@ Pydantic models for what the core defines, plain records for what plugins have a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,6 +71,7 @@ class Corpus:
         on_error: whether faulty utterances stop the work or are left out and listed.
         subsets: named parts of the training split: name -> rule, see ``kdrecipe.data.subsets``.
         location: where the raw corpus lies, if it is not made by the plugin.
+        lists: of the subsets whose utterances are listed somewhere: name -> where.
     """
 
     name: str
@@ -78,11 +79,25 @@ class Corpus:
     on_error: Literal["stop", "skip"] = "stop"
     subsets: dict[str, dict[str, Any]] = field(default_factory=dict)
     location: Location | None = None
+    lists: dict[str, Location] = field(default_factory=dict)
 
     @property
     def root(self) -> Path | None:
         """Directory of the raw corpus; RecipeError if it names an environment variable not set."""
         return self.location.path() if self.location else None
+
+    def list_path(self, subset: str) -> Path:
+        """The file or directory that lists a subset's utterances, whether or not it is there.
+
+        A relative path counts from the root or else from a folder in it, as archives unpack, and
+        without a root from the recipe's directory. RecipeError as for :attr:`root`.
+        """
+        location, root = self.lists[subset], self.root
+        if root is None:
+            return location.path()
+        inner = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+        paths = [replace(location, base=base).path() for base in (root, *inner)]
+        return next((path for path in paths if path.exists()), paths[0])
 
 
 class Subset(Options):
@@ -93,6 +108,8 @@ class Subset(Options):
         utterances: number of utterances.
         hours: of speech.
         fraction: of the utterances, between 0 and 1.
+        listed_in: a file whose lines begin with an utterance's id each, or a directory below
+            which ``*.trans.txt`` files are such; ids of other splits do no harm.
         rest_of: (``except``) what another subset leaves over.
     """
 
@@ -100,12 +117,14 @@ class Subset(Options):
     utterances: int | None = Field(default=None, ge=1)
     hours: Positive | None = None
     fraction: float | None = Field(default=None, gt=0, lt=1)
+    listed_in: str | None = Field(default=None, min_length=1)
     rest_of: str | None = Field(default=None, alias="except")
 
     @model_validator(mode="after")
     def _one_rule(self) -> Subset:
         if len(self.rule()) != 1:
-            raise ValueError("a subset has exactly one rule: speakers, utterances, hours, fraction or except")
+            rules = [info.alias or name for name, info in type(self).model_fields.items()]
+            raise ValueError(f"a subset has exactly one rule, one of {', '.join(rules)}")
         return self
 
     def rule(self) -> dict[str, Any]:
@@ -150,6 +169,28 @@ class Tokens(Options):
         if self.name != "char" and self.vocab_size is None:
             raise ValueError(f"{self.name} needs a vocab_size")
         return self
+
+
+@dataclass(frozen=True)
+class Lm:
+    """``lm``: n-grams over tokens and over words, for searches.
+
+    Args:
+        order: n over tokens.
+        word_order: n over words.
+        data: subset whose transcripts they are estimated from; None: all of the training split.
+        text: a text file to estimate them from instead, a sentence per line.
+    """
+
+    order: int
+    word_order: int
+    data: str | None = None
+    text: Location | None = None
+
+
+def uses_lm(options: Mapping[str, Any]) -> bool:
+    """Whether a decoder with these options asks for the recipe's language model."""
+    return bool(options.get("lm_weight"))
 
 
 class SpecAugment(Options):
@@ -228,9 +269,9 @@ class Parity(Options):
     transcripts. Percentage points are those of the word error rate.
 
     Args:
-        max_log_prob_diff_fp32: largest difference of any log-probability on a valid frame, fp32.
+        max_log_prob_diff_fp32: largest difference of any log-probability at any step, fp32.
         max_token_error_fp32: share of tokens, 0 to 1, that the fp32 file recognises otherwise.
-        max_kl_int8: nats per frame, mean divergence of the int8 file's posteriors.
+        max_kl_int8: nats per frame (attention: per token), mean divergence of the int8 file's posteriors.
         max_token_error_int8: share of tokens, 0 to 1, that the int8 file recognises otherwise.
         max_token_error_runtime: share of tokens, 0 to 1, that the device's runtime recognises
             otherwise than the same file does on the features of the training.
@@ -257,17 +298,56 @@ class Decode(Options):
 
     Args:
         splits: splits to recognise; the first one is the table's.
-        decoder: the search.
+        decoders: the searches, by label; see :mod:`kdrecipe.suitable` for which serve a system.
         metrics: figures over the hypotheses; the first one is the table's.
         compare: pairs of systems whose difference is tested for significance.
         measure_max: utterances of the first split on which time and memory are measured.
     """
 
     splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("test",)
-    decoder: Named = Named("ctc_greedy")
+    decoders: dict[str, Named]
     metrics: tuple[Named, ...] = (Named("wer"), Named("cer"))
     compare: tuple[tuple[str, str], ...] = ()
     measure_max: int = Field(default=100, ge=1)
+
+
+class Claim(Options):
+    """One of ``claims``: a figure that somebody else published, to stand beside what is measured here.
+
+    Args:
+        text: what is claimed, in words.
+        system: the system that it is about; null if nothing here measures it.
+        figure: ``wer``, or ``params_ratio`` and ``size_ratio`` of ``system`` over ``of``.
+        value: as claimed: percent for ``wer``, a fraction for the ratios.
+        of: the system that a ratio is taken over.
+        split: of a ``wer``; null: the first that is decoded.
+        on: the corpus and split that it was claimed on, such as ``LibriSpeech test-clean``.
+        source: where it is claimed.
+    """
+
+    text: Annotated[str, Field(min_length=1)]
+    system: str | None = None
+    figure: Literal["wer", "params_ratio", "size_ratio"] | None = None
+    value: NotNegative | None = None
+    of: str | None = None
+    split: str | None = None
+    on: str | None = None
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Claim:
+        if (self.figure is None) != (self.value is None):
+            raise ValueError("figure and value go together")
+        if self.system is not None and self.figure is None:
+            raise ValueError("a claim about a system needs a figure and its value")
+        is_ratio = self.figure in ("params_ratio", "size_ratio")
+        if is_ratio and self.system is not None and self.of is None:
+            raise ValueError(f"{self.figure} is a ratio: of: names the system that it is taken over")
+        if not is_ratio and self.of is not None:
+            raise ValueError("only params_ratio and size_ratio are taken of another system")
+        if self.figure != "wer" and self.split is not None:
+            raise ValueError("only a wer is of a split")
+        return self
 
 
 @dataclass(frozen=True)
@@ -285,7 +365,8 @@ class System:
         unlabelled: subset that only terms without labels see.
         teachers: systems it learns from.
         parent: system it is compressed from.
-        init_from: system whose weights it starts with.
+        init_from: system with the same encoder, whose weights it starts with: those of the encoder and
+            of the heads that both have; other heads start anew.
         terms: its objective.
         steps: compressors, in order.
         location: of a pretrained bundle.

@@ -31,7 +31,7 @@ from kdrecipe.errors import KdrecipeError
 STAGES: tuple[tuple[str, str], ...] = (
     ("prepare", "raw corpus -> Lhotse recordings and supervisions, validated"),
     ("features", "manifests -> cut sets with log-mel features, subsets, normalisation"),
-    ("tokens", "training text -> SentencePiece tokens"),
+    ("tokens", "training text -> SentencePiece tokens, n-gram language model"),
     ("teacher", "train or import the teachers"),
     ("targets", "what the teachers say about the training audio, cached"),
     ("distill", "train the students: from scratch and distilled"),
@@ -93,6 +93,10 @@ class Layout:
     @property
     def tokens(self) -> Path:
         return self.root / "tokens"
+
+    @property
+    def lm(self) -> Path:
+        return self.root / "lm"
 
     @property
     def scores(self) -> Path:

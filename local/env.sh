@@ -36,6 +36,9 @@ kdrecipe_env() {
         echo "The installation failed (messages above). -> mend the cause (network, disk space) and run again." >&2
         return 1
     }
+    # By itself, since it is compiled: without a compiler, all but searches with a language model works.
+    "${pip[@]}" -e "$root[kenlm]" > "$root/.venv/kenlm.log" 2>&1 ||
+        echo "KenLM could not be compiled (.venv/kenlm.log): searches with a language model won't run." >&2
     touch "$root/.venv/.installed-$state-${extras//,/-}"
 }
 

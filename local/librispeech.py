@@ -34,13 +34,13 @@ class LibriSpeech:
 
         Args:
             parts: split (``train``, ``dev``, ``test``, or any further name such as
-                ``test_other``) -> the parts that make it up. Empty: those of the corpus's
-                usual parts that are there. A part named for several splits is divided
-                between them by speakers.
+                ``test_other``) -> the parts that make it up; null: there is no such split.
+                Empty: those of the corpus's usual parts that are there. A part named for several
+                splits is divided between them by speakers.
             num_workers: threads that read the audio files' headers.
         """
 
-        parts: dict[str, list[str]] = {}
+        parts: dict[str, list[str] | None] = {}
         num_workers: int = 1
 
     def __init__(self, config: Config) -> None:
@@ -66,7 +66,7 @@ class LibriSpeech:
     def _choose_parts(self, root: Path, notes: list[str]) -> dict[str, list[str]]:
         """Which parts make up each split: as configured, else whatever usual ones there are."""
         if self.config.parts:
-            chosen = {split: list(parts) for split, parts in self.config.parts.items()}
+            chosen = {split: list(parts) for split, parts in self.config.parts.items() if parts is not None}
             absent = sorted({p for parts in chosen.values() for p in parts if not (root / p).is_dir()})
             there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir()))
             if absent:

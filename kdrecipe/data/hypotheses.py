@@ -39,3 +39,8 @@ def read_hypotheses(path: Path) -> dict[str, tuple[str, str]]:
     if not found:
         raise DataError("no hypotheses in here", where=str(path), remedy="rerun the decode stage")
     return found
+
+
+def hyps_file(directory: Path, label: str, main: str, split: str) -> Path:
+    """Where the hypotheses of a search lie: those of the main one on top, the others in folders."""
+    return directory / f"{split}.jsonl" if label == main else directory / label / f"{split}.jsonl"

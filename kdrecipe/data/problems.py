@@ -59,7 +59,8 @@ KINDS = {
     "too_short": _Kind(
         "utterance too short for its text",
         "utterances too short for their text",
-        "CTC needs a frame per token: check the transcripts, or take larger tokens",
+        "CTC and the searches of transducers say a token per frame at most: check the transcripts, "
+        "or take larger tokens",
     ),
     "empty_split": _Kind("split without utterances", "splits without utterances", "check corpus.root"),
 }

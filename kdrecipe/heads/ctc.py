@@ -60,6 +60,10 @@ class CtcHead(nn.Module):
         logits_BTV: Tensor = self.proj(self.dropout(hidden_BTD))
         return logits_BTV
 
+    def greedy(self, hidden_BTD: Tensor, lens_B: Tensor) -> list[list[int]]:
+        """Tokens of each utterance's best path."""
+        return ctc_greedy(self(hidden_BTD, lens_B), lens_B)[0]
+
 
 class CtcLossOptions(Options):
     """Options of ``{name: ctc}``: none."""
@@ -73,7 +77,10 @@ class CtcLoss:
 
     Args:
         config: its options.
-        setup: the models it works between (not needed).
+        setup: the models it works between; the student must have the head.
+
+    Raises:
+        RecipeError: the student has no head ``ctc``.
     """
 
     Config: ClassVar[type[Options]] = CtcLossOptions
@@ -81,6 +88,8 @@ class CtcLoss:
 
     def __init__(self, config: CtcLossOptions, setup: LossSetup | None = None) -> None:
         self.config = config
+        if setup is not None:
+            setup.require_head("ctc", "ctc")
 
     @staticmethod
     def requires(config: Any) -> list[TargetSpec]:

@@ -1,4 +1,4 @@
-"""Speed and memory of what ships: the exported file in sherpa-onnx, in a process of its own."""
+"""Speed and memory of what ships: an export in its runtime, in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ import numpy as np
 
 from kdrecipe.data.audio import SAMPLE_RATE, Utterance
 from kdrecipe.errors import KdrecipeError
+from kdrecipe.interfaces import Exporter
+from kdrecipe.measure.worker import RUNTIMES
 
 NUM_WARM_UP = 3  # utterances recognised before the clock counts: memory is laid out in the first ones
-MODEL_FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Measurement:
         rtf_total: all work over all audio.
         peak_rss_mb: most memory of the whole process, interpreter included, in 10^6 bytes.
         baseline_rss_mb: of the same process before it loaded the model.
-        size_mb: of the model file, in 10^6 bytes.
+        size_mb: of the model's files, in 10^6 bytes.
         load_s: seconds to load the model.
         utterances: what was recognised, in the order given.
     """
@@ -90,35 +91,56 @@ class Measurement:
 
 
 def measure_export(
-    directory: Path, variant: str, utterances: Sequence[Utterance], *, num_threads: int = 1
+    exporter: Exporter | type[Exporter],
+    directory: Path,
+    variant: str,
+    utterances: Sequence[Utterance],
+    *,
+    num_threads: int = 1,
 ) -> Measurement:
-    """Measure a variant that the exporter ``onnx_ctc`` wrote.
+    """Measure a variant that an exporter wrote, in the exporter's runtime.
 
     Args:
-        directory: holds ``model.onnx`` or ``model.int8.onnx``, and ``tokens.txt``.
+        exporter: or its class.
+        directory: holds the variant's files, and ``tokens.txt``.
         variant: ``fp32`` or ``int8``.
         utterances: at least one; the first three are recognised once before, unmeasured.
         num_threads: of the runtime.
 
     Raises:
-        KdrecipeError: there is no such export, no utterance, or the runtime failed.
+        KdrecipeError: there is no such export, no utterance, no runtime to measure it in, or the
+            runtime failed.
     """
-    return measure_model(directory / MODEL_FILES[variant], utterances, num_threads=num_threads, label=variant)
+    files = {part: Path(directory) / name for part, name in exporter.files[variant].items()}
+    return measure_files(exporter.runtime, files, utterances, num_threads=num_threads, label=variant)
 
 
-def measure_model(
-    model: Path, utterances: Sequence[Utterance], *, num_threads: int = 1, label: str = ""
+def measure_files(
+    runtime: str | None,
+    files: Mapping[str, Path],
+    utterances: Sequence[Utterance],
+    *,
+    num_threads: int = 1,
+    label: str = "",
 ) -> Measurement:
-    """The same for a model file with ``tokens.txt`` beside it; ``label`` ends the runtime's name."""
-    if not model.is_file():
+    """The same for files (part -> path) with ``tokens.txt`` beside them; ``label`` ends the name."""
+    where = str(next(iter(files.values())))
+    if runtime not in RUNTIMES:
         raise KdrecipeError(
-            "there is no such file",
-            where=str(model),
-            remedy="speed and memory are measured in sherpa-onnx: list onnx_ctc under export",
+            f"no way is known to measure in the runtime {runtime!r}",
+            where=where,
+            remedy=f"an exporter's runtime is one of {', '.join(RUNTIMES)}",
         )
+    for path in files.values():
+        if not path.is_file():
+            raise KdrecipeError(
+                "there is no such file",
+                where=str(path),
+                remedy="speed and memory are measured on an export: rerun the export stage",
+            )
     if not utterances:
-        raise KdrecipeError("there is no utterance to measure on", where=str(model))
-    result = _run_worker(model, utterances, num_threads)
+        raise KdrecipeError("there is no utterance to measure on", where=where)
+    result = _run_worker(runtime, files, utterances, num_threads)
     recognised = tuple(
         Recognised(id=u.id, **found) for u, found in zip(utterances, result["utterances"], strict=True)
     )
@@ -131,15 +153,19 @@ def measure_model(
         rtf_total=sum(r.decode_s for r in recognised) / sum(r.duration_s for r in recognised),
         peak_rss_mb=result["peak_rss"] / 1e6,
         baseline_rss_mb=result["baseline_rss"] / 1e6,
-        size_mb=model.stat().st_size / 1e6,
+        size_mb=sum(path.stat().st_size for path in files.values()) / 1e6,
         load_s=result["load_s"],
         utterances=recognised,
     )
 
 
-def _run_worker(model: Path, utterances: Sequence[Utterance], num_threads: int) -> dict[str, Any]:
+def _run_worker(
+    runtime: str, files: Mapping[str, Path], utterances: Sequence[Utterance], num_threads: int
+) -> dict[str, Any]:
     """Write the audio, start the process, read its result."""
     import soundfile
+
+    first = next(iter(files.values()))
 
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -147,9 +173,10 @@ def _run_worker(model: Path, utterances: Sequence[Utterance], num_threads: int) 
         for path, utterance in zip(paths, utterances, strict=True):
             soundfile.write(path, utterance.samples_S, SAMPLE_RATE, subtype="FLOAT")
         spec = {
-            "model": str(model.resolve()),
-            "tokens": str((model.parent / "tokens.txt").resolve()),
-            "num_bins": _num_bins(model),
+            "runtime": runtime,
+            "files": {part: str(path.resolve()) for part, path in files.items()},
+            "tokens": str((first.parent / "tokens.txt").resolve()),
+            "num_bins": _num_bins(first),
             "num_threads": num_threads,
             "num_warm_up": NUM_WARM_UP,
             "audio": paths,
@@ -168,8 +195,8 @@ def _run_worker(model: Path, utterances: Sequence[Utterance], num_threads: int) 
         if process.returncode or not result.exists():
             last = (process.stderr or process.stdout).strip().splitlines()[-3:]
             raise KdrecipeError(
-                f"sherpa-onnx could not run the model: {' '.join(last) or process.returncode}",
-                where=str(model),
+                f"{runtime.split()[0]} could not run the model: {' '.join(last) or process.returncode}",
+                where=str(first),
                 remedy="rerun the export stage with --force",
             )
         content: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ B utterances, T frames, F feature bins, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kdrecipe.errors import Problem, RecipeError
-from kdrecipe.interfaces import Batch, ModelInfo, ModelOutput
+from kdrecipe.interfaces import Batch, Lattice, ModelInfo, ModelOutput
 from kdrecipe.model.taps import capture
 
 if TYPE_CHECKING:
@@ -85,14 +86,30 @@ class AsrModel(nn.Module):
             taps: names of intermediate tensors to keep as well.
             batch: for heads that need the labels (teacher forcing); None outside training.
         """
-        if taps:
-            with capture(self.encoder.taps(), taps) as kept:  # type: ignore[operator]
-                hidden_BTD, out_lens_B = self.encoder(self.norm(features_BTF), lens_B)
-        else:
-            kept = {}
+        return self.with_heads(self.encode(features_BTF, lens_B, taps=taps), batch)
+
+    def encode(self, features_BTF: Tensor, lens_B: Tensor, *, taps: Sequence[str] = ()) -> ModelOutput:
+        """The encoder's part of :meth:`forward`."""
+        if not taps:
+            return ModelOutput(*self.encoder(self.norm(features_BTF), lens_B))
+        with capture(self.encoder.taps(), taps) as kept:  # type: ignore[operator]
             hidden_BTD, out_lens_B = self.encoder(self.norm(features_BTF), lens_B)
-        logits = {name: head(hidden_BTD, out_lens_B, batch) for name, head in self.heads.items()}
-        return ModelOutput(hidden_BTD, out_lens_B, logits, kept)
+        return ModelOutput(hidden_BTD, out_lens_B, taps=kept)
+
+    def with_heads(self, out: ModelOutput, batch: Batch | None) -> ModelOutput:
+        """What :meth:`encode` gave with all heads' outputs added; those that need a text, if there is one."""
+        found = {name: head(out.hidden_BTD, out.lens_B, batch) for name, head in self.heads.items()}
+        return replace(
+            out,
+            logits={name: x for name, x in found.items() if isinstance(x, Tensor)},
+            lattices={name: x for name, x in found.items() if isinstance(x, Lattice)},
+        )
+
+    def greedy(self, out: ModelOutput, head: str | None = None) -> list[list[int]]:
+        """Tokens by greedy search of ``head``; None: of the first, by which the model is judged."""
+        chosen: Any = self.heads[head or next(iter(self.heads))]
+        tokens: list[list[int]] = chosen.greedy(out.hidden_BTD, out.lens_B)
+        return tokens
 
     @property
     def num_params(self) -> int:
@@ -147,6 +164,6 @@ def model_info(model: AsrModel, vocab_id: str, feature_frame_shift_s: float = 0.
         vocab_id=vocab_id,
         vocab_size=int(sizes[0]) if sizes else 0,  # type: ignore[arg-type]
         frame_shift_s=round(feature_frame_shift_s * encoder.subsampling, 9),
-        heads=tuple(model.heads),
+        heads={name: tuple(head.target_kinds) for name, head in model.heads.items()},  # type: ignore[arg-type]
         taps={name: dim for name, (_, dim) in encoder.taps().items()},
     )

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kdrecipe.data.audio import SAMPLE_RATE, Utterance, read_audio, resample
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import BundleLike
+from kdrecipe.interfaces import Exporter
+from kdrecipe.sections import Named
+from kdrecipe.suitable import measured_exporter
+
+if TYPE_CHECKING:
+    from kdrecipe.bundle import Bundle
 
 NUM_SYNTHETIC = 20
 SYNTHETIC_S = (2.0, 10.0)  # durations of the synthetic utterances, evenly spread between these
@@ -20,7 +27,8 @@ def bench(path: Path | str, audio_files: Sequence[Path | str] = ()) -> list[dict
     """Measure every variant and print a table.
 
     Args:
-        path: a bundle's directory (exported for the purpose), an export's directory, or an ``.onnx`` file.
+        path: a bundle's directory (exported for the purpose, by its first head), an export's directory,
+            or an ``.onnx`` file of one.
         audio_files: what to recognise; none: 20 synthetic utterances of 2 to 10 s. The search is greedy,
             so the time does not depend on what is said.
 
@@ -52,40 +60,74 @@ def table(rows: Sequence[dict[str, object]]) -> str:
     return "\n".join([head, *lines])
 
 
-def _models(path: Path, scratch: Path) -> list[Path]:
-    """The ONNX files that ``path`` means; a bundle is exported to ``scratch``."""
-    from kdrecipe.measure.runtime import MODEL_FILES
+@dataclass(frozen=True)
+class _Measured:
+    """What to measure: files (part -> path) in a runtime; ``label`` ends the runtime's name."""
 
-    if path.is_file() and path.suffix == ".onnx":
-        return [path]
+    name: str
+    runtime: str
+    files: dict[str, Path]
+    label: str = ""
+
+
+def _models(path: Path, scratch: Path) -> list[_Measured]:
+    """What ``path`` means; a bundle is exported to ``scratch``."""
+    from kdrecipe.measure.exports import find_exports
+    from kdrecipe.plugins import load_plugins
+
     if (path / "bundle.json").exists():
         from kdrecipe.bundle import Bundle
 
-        _export(Bundle.load(path), scratch)
-        path = scratch
-    found = [path / name for name in MODEL_FILES.values() if (path / name).is_file()]
+        bundle = Bundle.load(path)
+        _exporter(bundle).export(bundle, scratch)
+        path, registry = scratch, bundle.registry
+    else:
+        registry = load_plugins().registry
+    found = [
+        _Measured(_name(e.files), e.exporter.runtime, e.files, e.variant)
+        for e in find_exports(path, registry)
+        if e.exporter.runtime
+    ]
+    if not found and path.is_file() and path.suffix == ".onnx":  # a CTC model from elsewhere
+        found = [_Measured(path.name, "sherpa-onnx ctc", {"model": path})]
     if not found:
         raise KdrecipeError(
-            "there is neither a bundle (bundle.json) nor an ONNX export (model.onnx) in it",
+            "there is neither a bundle (bundle.json) nor an export that can be measured",
             where=str(path),
             remedy="give exp/systems/<system>/seed<k>, or exp/exports/<system>/seed<k>/onnx_ctc",
         )
     return found
 
 
-def _export(bundle: BundleLike, directory: Path) -> None:
-    from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc
+def _name(files: dict[str, Path]) -> str:
+    """The file's name, of several the first one's and how many more."""
+    first, *more = (path.name for path in files.values())
+    return f"{first} +{len(more)}" if more else first
 
-    OnnxCtc(OnnxCtc.Config()).export(bundle, directory)
+
+def _exporter(bundle: Bundle) -> Exporter:
+    """The exporter of a bundle's first head."""
+    registry = bundle.registry
+    heads = list(bundle.meta["model"]["heads"])
+    wanted = measured_exporter(heads, [Named(name) for name in registry.names("exporters")], registry)
+    if wanted is None:
+        raise KdrecipeError(
+            f"no exporter with a runtime is known for the head {heads[0]!r}",
+            where=str(bundle.path),
+            remedy="kdrecipe plugins list",
+        )
+    cls = registry.get("exporters", wanted.name)
+    exporter: Exporter = cls(cls.Config())
+    return exporter
 
 
-def _row(model: Path, utterances: Sequence[Utterance]) -> dict[str, object]:
-    from kdrecipe.measure.runtime import measure_model
+def _row(model: _Measured, utterances: Sequence[Utterance]) -> dict[str, object]:
+    from kdrecipe.measure.runtime import measure_files
 
-    measured = measure_model(model, utterances)
+    measured = measure_files(model.runtime, model.files, utterances, label=model.label)
     return {
         "model": model.name,
-        "params": _num_params(model),
+        "params": _num_params(next(iter(model.files.values()))),
         "size_mb": measured.size_mb,
         "rtf_median": measured.rtf_median,
         "rtf_p95": measured.rtf_p95,
@@ -97,7 +139,7 @@ def _row(model: Path, utterances: Sequence[Utterance]) -> dict[str, object]:
 
 
 def _num_params(model: Path) -> str:
-    """As its metadata says; ``?`` for models from elsewhere."""
+    """Of the whole export, as its metadata says; ``?`` for models from elsewhere."""
     import onnx
 
     properties = {p.key: p.value for p in onnx.load(model).metadata_props}

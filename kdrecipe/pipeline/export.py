@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from kdrecipe.artifacts import write_json
-from kdrecipe.schema import Recipe, System
+from kdrecipe.schema import Named, Recipe, System
 from kdrecipe.stages import Job, Layout, Plan
+from kdrecipe.suitable import exporters_for
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
-    """One job per system and seed, for all of the recipe's exporters."""
+    """One job per system and seed, for all of the recipe's exporters that suit the system."""
     registry = recipe.plugins.registry
     for name in recipe.build_order():
         system = recipe.systems[name]
+        exporters = _exporters(recipe, recipe.model_of(name))
         for seed in system.seeds:
             inputs = {
-                "export": [{"name": e.name, **e.options} for e in recipe.export],
-                "plugins": {e.name: registry.fingerprint("exporters", e.name) for e in recipe.export},
+                "export": [{"name": e.name, **e.options} for e in exporters],
+                "plugins": {e.name: registry.fingerprint("exporters", e.name) for e in exporters},
                 "parity": recipe.parity.model_dump(mode="json"),
                 "split": parity_split(recipe),
             }
@@ -33,6 +37,11 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                     alone=False,
                 )
             )
+
+
+def _exporters(recipe: Recipe, model: Mapping[str, Any] | None) -> tuple[Named, ...]:
+    """Those that suit a model of this description; all where it is not known yet."""
+    return recipe.export if model is None else exporters_for(model, recipe.export, recipe.plugins.registry)
 
 
 def parity_split(recipe: Recipe) -> str:
@@ -55,7 +64,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     cuts = load_cuts(layout.features, parity_split(recipe))
     sample = utterances_from_cuts(cuts, recipe.parity.num_utterances)
     found = {}
-    for wanted in recipe.export:
+    for wanted in _exporters(recipe, bundle.meta["model"]):
         cls = recipe.plugins.registry.get("exporters", wanted.name)
         exporter = cls(cls.Config.model_validate(wanted.options))
         files = exporter.export(bundle, out / wanted.name)

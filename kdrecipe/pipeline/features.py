@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from kdrecipe.artifacts import fingerprint, read_json
+from kdrecipe.data.subsets import read_ids
+from kdrecipe.errors import DataError
 from kdrecipe.schema import Recipe
 from kdrecipe.stages import Job, Layout, Plan
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """Add the stage's one job."""
-    inputs = {"features": recipe.features.model_dump(mode="json"), "subsets": recipe.corpus.subsets}
+    corpus = recipe.corpus
+    inputs: dict[str, Any] = {
+        "features": recipe.features.model_dump(mode="json"),
+        "subsets": corpus.subsets,
+    }
+    if corpus.lists:
+        inputs["lists"] = {name: _digest(corpus.list_path(name)) for name in corpus.lists}
     plan.add(
         Job(
             1,
@@ -24,6 +34,14 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     )
 
 
+def _digest(path: Path) -> str | None:
+    """Of the ids that are listed there; None: there are none, which the job itself tells."""
+    try:
+        return fingerprint(read_ids(path))
+    except DataError:
+        return None
+
+
 def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     """Compute and store features."""
     import torch
@@ -33,5 +51,12 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     # The transforms are too small to share: two threads on two busy cores were 50 times slower than one.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    compute_features(layout.manifests, out, recipe.features.model_dump(), subsets=recipe.corpus.subsets)
+    corpus = recipe.corpus
+    listed = {name: corpus.list_path(name) for name in corpus.lists}
+    rules = corpus.subsets | {name: {"listed_in": str(path)} for name, path in listed.items()}
+    compute_features(layout.manifests, out, recipe.features.model_dump(), subsets=rules)
     torch.set_num_threads(threads)
+    chosen = read_json(out / "subsets.json")
+    for name, path in listed.items():
+        found = set(read_ids(path)) & set(chosen[name])
+        print(f"  subset {name}: {len(found)} of the {len(read_ids(path))} utterances listed in {path}")

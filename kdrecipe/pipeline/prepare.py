@@ -28,7 +28,8 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
     """Prepare, validate, write.
 
     Raises:
-        DataError: the corpus is absent, or has mistakes and ``corpus.on_error`` is ``stop``.
+        DataError: the corpus or a list of a subset's utterances is absent, or the corpus has
+            mistakes and ``corpus.on_error`` is ``stop``.
     """
     from kdrecipe.data.manifests import finish, validate_corpus
 
@@ -39,6 +40,14 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
             where=corpus.location.where if corpus.location else "",
             remedy="set it to where the corpus lies, in the file or with --set corpus.root=DIR",
         )
+    for name in corpus.lists:
+        path = corpus.list_path(name)
+        if not path.exists():  # stage 1 reads it; better to know now
+            raise DataError(
+                f"the utterances of the subset {name!r} are to be listed in {path}, which is not there",
+                where=corpus.lists[name].where,
+                remedy="put it there, or say with listed_in: where it is",
+            )
     cls = recipe.plugins.registry.get("corpora", corpus.name)
     prepared = cls(cls.Config.model_validate(corpus.options)).prepare(root, out)
     prepared.problems += validate_corpus(prepared)

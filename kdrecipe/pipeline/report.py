@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import read_json
-from kdrecipe.pipeline.score import hypotheses
+from kdrecipe.pipeline.score import hypotheses, search_facts
 from kdrecipe.schema import Recipe, System
 from kdrecipe.stages import Job, Layout, Plan
 
 if TYPE_CHECKING:
     import numpy as np
 
-SECTIONS_PRINTED = 3  # title, reading, table of systems; the rest is in the file
+SECTIONS_PRINTED = 3  # title, reading, table of systems, and claims if any; the rest is in the file
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """The stage's one job."""
     each = [f"{name}/seed{seed}" for name in recipe.build_order() for seed in recipe.systems[name].seeds]
     needs = ("score", *each, *(f"{verb}/{e}" for verb in ("export", "decode") for e in each))
-    inputs = {"systems": list(recipe.systems), "profile": recipe.profile}
+    claims = [claim.model_dump(mode="json") for claim in recipe.claims]
+    inputs = {"systems": list(recipe.systems), "profile": recipe.profile, "claims": claims}
     plan.add(Job(10, "report", layout.report, inputs, lambda out: run(recipe, layout, out), needs))
 
 
@@ -31,11 +32,14 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     """Write the report; the recipe as it stands, run in its own place, also renews its tables."""
     from kdrecipe.results.report import write_report
 
+    scores = read_json(layout.scores / "scores.json")
     data = {
         "recipe": _facts(recipe, layout),
         "corpus_summary": _corpus_summary(layout),
         "systems": [_row(system, recipe, layout) for system in recipe.systems.values()],
-        "scores": read_json(layout.scores / "scores.json"),
+        "scores": scores,
+        "searches": _searches(scores["searches"], search_facts(recipe, layout)),
+        "claims": [claim.model_dump(mode="json") for claim in recipe.claims],
     }
     found = recipe.plugins.pm.hook.report_sections(recipe=recipe, results=data)
     data["sections"] = [{"title": title, "markdown": text} for part in found for title, text in part or ()]
@@ -44,8 +48,20 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     if published and recipe.profile is None and not recipe.overrides:
         for name in ("RESULTS.md", "results.json"):
             shutil.copyfile(out / name, recipe.dir / name)
-    shown = (out / "RESULTS.md").read_text(encoding="utf-8").split("\n## ")[:SECTIONS_PRINTED]
+    shown = (out / "RESULTS.md").read_text(encoding="utf-8").split("\n## ")
+    shown = shown[: SECTIONS_PRINTED + bool(recipe.claims)]
     print("\n## ".join(shown).rstrip(), flush=True)
+
+
+def _searches(
+    scored: list[dict[str, Any]], facts: dict[str, dict[int, dict[str, dict[str, Any]]]]
+) -> list[dict[str, Any]]:
+    """What stage 9 found of each search, with what stage 8 noted; time averaged over seeds."""
+    rows = []
+    for row in scored:
+        seeds = [labels[row["search"]] for labels in facts[row["system"]].values()]
+        rows.append({**row, **seeds[0], "rtf": _mean(found["rtf"] for found in seeds)})
+    return rows
 
 
 def _corpus_summary(layout: Layout) -> dict[str, Any]:
@@ -91,10 +107,10 @@ def _row(system: System, recipe: Recipe, layout: Layout) -> dict[str, Any]:
         "seeds": list(system.seeds),
         "params": first["params"],
         "size_mb": decoded[0]["size_mb"],
-        "rtf": {key: _mean(d["rtf"][key] for d in decoded) for key in ("median", "p95", "total")},
-        "peak_rss_mb": max(d["peak_rss_mb"] for d in decoded),
+        "rtf": _rtf([d["rtf"] for d in decoded]),
+        "peak_rss_mb": max((d["peak_rss_mb"] for d in decoded if d["peak_rss_mb"]), default=None),
         "runtime": decoded[0]["runtime"],
-        "same_text_as_bundle": _mean(d["same_text_as_bundle"] for d in decoded),
+        "same_text_as_bundle": _mean_or_none(d["same_text_as_bundle"] for d in decoded),
         "parity": {name: found["parity"] for name, found in parity.items()},
         "compression": first["compression"],
         "train": _effort([b["training"] for b in bundles]) if first.get("training") else None,
@@ -102,6 +118,12 @@ def _row(system: System, recipe: Recipe, layout: Layout) -> dict[str, Any]:
         "data": system.data,
         "unlabelled": system.unlabelled,
     }
+
+
+def _rtf(found: list[dict[str, float] | None]) -> dict[str, float] | None:
+    """Averaged over seeds; None where nothing was measured."""
+    known = [one for one in found if one is not None]
+    return {key: _mean(one[key] for one in known) for key in ("median", "p95", "total")} if known else None
 
 
 def _effort(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -118,6 +140,12 @@ def _effort(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def _mean(values: Any) -> float:
     listed = list(values)
     return float(sum(listed) / len(listed))
+
+
+def _mean_or_none(values: Any) -> float | None:
+    """The mean, None where some are not known."""
+    listed = list(values)
+    return None if None in listed else _mean(listed)
 
 
 def _logs(recipe: Recipe, layout: Layout) -> dict[str, dict[int, Path]]:

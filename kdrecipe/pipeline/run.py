@@ -34,6 +34,7 @@ def build_plan(recipe: Recipe, layout: Layout) -> Plan:
         decode,
         export,
         features,
+        lm,
         prepare,
         report,
         score,
@@ -46,6 +47,7 @@ def build_plan(recipe: Recipe, layout: Layout) -> Plan:
     prepare.add_jobs(plan, recipe, layout)
     features.add_jobs(plan, recipe, layout)
     tokens.add_jobs(plan, recipe, layout)
+    lm.add_jobs(plan, recipe, layout)
     train.add_teachers(plan, recipe, layout)
     targets.add_jobs(plan, recipe, layout)
     train.add_students(plan, recipe, layout)

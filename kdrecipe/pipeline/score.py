@@ -1,11 +1,16 @@
-"""Stage 9: hypotheses -> error rates with intervals, significance, fidelity to the teacher."""
+"""Stage 9: hypotheses -> error rates with intervals, significance, fidelity to the teacher.
+
+The same for the searches of a system, against its main one.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from kdrecipe.artifacts import write_json
+from kdrecipe.artifacts import read_json, write_json
+from kdrecipe.data.hypotheses import hyps_file
 from kdrecipe.schema import Recipe, System
 from kdrecipe.stages import Job, Layout, Plan
 
@@ -36,9 +41,32 @@ def hypotheses(recipe: Recipe, layout: Layout) -> dict[str, dict[int, dict[str, 
     }
 
 
+def search_facts(recipe: Recipe, layout: Layout) -> dict[str, dict[int, dict[str, dict[str, Any]]]]:
+    """System -> seed -> label of the search, the main one first -> what stage 8 noted of it."""
+    return {
+        name: {seed: read_json(layout.hyps(name, seed) / "decode.json")["searches"] for seed in system.seeds}
+        for name, system in recipe.systems.items()
+    }
+
+
+def _search_hypotheses(
+    recipe: Recipe, layout: Layout, facts: dict[str, dict[int, dict[str, dict[str, Any]]]]
+) -> dict[str, dict[str, dict[int, dict[str, Path]]]]:
+    """System -> label -> seed -> split -> hypotheses file."""
+    found: dict[str, dict[str, dict[int, dict[str, Path]]]] = {}
+    for name, seeds in facts.items():
+        for seed, labels in seeds.items():
+            main, directory = next(iter(labels)), layout.hyps(name, seed)
+            for label in labels:
+                files = {split: hyps_file(directory, label, main, split) for split in recipe.decode.splits}
+                found.setdefault(name, {}).setdefault(label, {})[seed] = files
+    return found
+
+
 def run(recipe: Recipe, layout: Layout, out: Path) -> None:
-    """Score all splits of all systems."""
+    """Score all splits of all systems, and the searches of each against each other."""
     from kdrecipe.results.scoring import Question, score
+    from kdrecipe.results.searches import score_searches
 
     registry = recipe.plugins.registry
     metrics = {}
@@ -48,7 +76,12 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     hyps = hypotheses(recipe, layout)
     teachers = {n: s.teachers[0] for n, s in recipe.systems.items() if s.teachers}
     question = Question(teachers=teachers, baselines=baselines(recipe), compare=comparisons(recipe))
-    result = score(hyps, metrics, question, speakers=_speakers(hyps))
+    speakers = _speakers(hyps)
+    result = score(hyps, metrics, question, speakers=speakers)
+    facts = search_facts(recipe, layout)
+    files = _search_hypotheses(recipe, layout, facts)
+    first_seed = {name: next(iter(seeds.values())) for name, seeds in facts.items()}
+    result["searches"] = score_searches(files, first_seed, metrics, speakers=speakers)
     write_json(out / "scores.json", result)
     first, metric = recipe.decode.splits[0], next(iter(metrics))
     for name, facts in result["splits"][first]["systems"].items():

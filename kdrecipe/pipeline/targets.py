@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from kdrecipe.artifacts import read_json
 from kdrecipe.schema import Recipe
 from kdrecipe.stages import Job, Layout, Plan
 
@@ -19,7 +20,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
             continue
         for seed in recipe.systems[teacher].seeds:
             name = f"{teacher}/seed{seed}"
-            inputs = {"specs": [vars(need) for need in needs]}
+            inputs = {"specs": [vars(need) for need in needs], "unlabelled": unlabelled(recipe, teacher)}
             plan.add(
                 Job(
                     4,
@@ -34,6 +35,12 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
             )
 
 
+def unlabelled(recipe: Recipe, teacher: str) -> list[str]:
+    """Subsets whose transcripts some student of ``teacher`` does not have."""
+    students = [system for system in recipe.systems.values() if teacher in system.teachers]
+    return sorted({system.unlabelled for system in students if system.unlabelled})
+
+
 def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> None:
     """Run the teacher over all training cuts that some student learns from."""
     import torch
@@ -41,7 +48,7 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
     from kdrecipe.bundle import Bundle
     from kdrecipe.data.batches import CutBatches
     from kdrecipe.data.features import load_cuts
-    from kdrecipe.data.targets import write_targets
+    from kdrecipe.data.target_cache import write_targets
     from kdrecipe.train.inputs import all_needs
     from kdrecipe.train.session import target_key
 
@@ -51,6 +58,7 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
     batches = CutBatches(
         cuts, bundle.tokens, batch_duration_s=120.0, seed=0, labelled_ids=None, shuffle=False
     )
+    subsets: dict[str, list[str]] = read_json(layout.features / "subsets.json")
     write_targets(
         cuts,
         batches,
@@ -58,4 +66,5 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
         all_needs(recipe, teacher),
         out,
         key_parts=target_key(bundle, recipe),
+        own_ids={cut for name in unlabelled(recipe, teacher) for cut in subsets[name]},
     )

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import write_json
+from kdrecipe.errors import RecipeError
 from kdrecipe.schema import Recipe, System
 from kdrecipe.stages import Job, Layout, Plan
+
+if TYPE_CHECKING:
+    from kdrecipe.model.asr import AsrModel
 
 
 def add_teachers(plan: Plan, recipe: Recipe, layout: Layout) -> None:
@@ -86,8 +92,9 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     stats = np.load(layout.features / "norm.npz")
     model.norm = FeatureNorm.from_stats(torch.from_numpy(stats["mean"]), torch.from_numpy(stats["std"]))
     if system.init_from:
-        parent = layout.system(system.init_from, recipe.seed_of(system.init_from, seed))
-        model.load_state_dict(Bundle.load(parent, recipe.plugins.registry).model.state_dict())
+        place = layout.system(system.init_from, recipe.seed_of(system.init_from, seed))
+        parent = Bundle.load(place, recipe.plugins.registry)
+        start_from(model, parent.model, shared_parts(system.model, parent.meta["model"]))
     result = session.run(model, out / "train", system.training)
     meta = {
         "name": system.name,
@@ -103,6 +110,25 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     }
     Bundle.save(out, model, session.tokens, meta)
     shutil.rmtree(out / "train" / "checkpoints", ignore_errors=True)
+
+
+def shared_parts(model: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The parts of ``model`` that ``other`` has, too: the encoder and equal heads.
+
+    Raises:
+        RecipeError: the encoders differ.
+    """
+    mine, its = ({k: v for k, v in m.items() if k != "heads"} for m in (model, other))
+    if mine != its:
+        raise RecipeError(f"init_from: the weights are those of {its}, the model is {mine}")
+    heads = [n for n, options in model["heads"].items() if other["heads"].get(n, ...) == options]
+    return ["norm", "encoder", *(f"heads.{name}" for name in heads)]
+
+
+def start_from(model: AsrModel, parent: AsrModel, parts: Sequence[str]) -> None:
+    """Take over the weights of these parts."""
+    for part in parts:
+        model.get_submodule(part).load_state_dict(parent.get_submodule(part).state_dict())
 
 
 def copy_plugin_files(recipe: Recipe, out: Path) -> list[str]:

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from kdrecipe.data.audio import SAMPLE_RATE, read_audio, resample
 from kdrecipe.errors import DataError, KdrecipeError, Problem
-from kdrecipe.interfaces import Hypothesis, Options, Runner
+from kdrecipe.interfaces import Hypothesis, Options
 
 WORD_START = "\u2581"  # SentencePiece's mark on a piece that begins a word
+
+
+class Recogniser(Protocol):
+    """A bundle or an export, loaded."""
+
+    def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
+        """Recognise one utterance of any sampling rate, samples in [-1, 1]."""
 
 
 def transcribe(
     path: Path | str,
     audio_files: Sequence[Path | str],
     *,
-    decoder: str = "ctc_greedy",
+    decoder: str | None = None,
     variant: str | None = None,
 ) -> list[Hypothesis]:
     """Recognise files and print, per file, the text and the start of each word and token.
 
     Args:
-        path: a bundle's directory, an export's directory, or its ``.onnx`` or ``.pt`` file.
+        path: a bundle's directory, an export's directory, or an ``.onnx`` or ``.pt`` file of one.
         audio_files: of any sampling rate, read by libsndfile.
-        decoder: the search, for bundles (exports bring their runtime's own).
+        decoder: the search, for bundles (exports bring their runtime's own); None: the greedy one of
+            the model's first head.
         variant: ``fp32`` or ``int8`` of an export's directory; None: int8 if it is there.
 
     Returns:
@@ -52,66 +61,78 @@ def transcribe(
 
 
 def open_runner(
-    path: Path, *, decoder: str = "ctc_greedy", variant: str | None = None
-) -> tuple[Runner, list[str]]:
+    path: Path, *, decoder: str | None = None, variant: str | None = None
+) -> tuple[Recogniser, list[str]]:
     """What recognises, and its tokens by id; arguments as of :func:`transcribe`."""
-    from kdrecipe_plugins.exporters.ctc import read_pieces
+    from kdrecipe_plugins.exporters.shared import read_pieces
 
     if (path / "bundle.json").exists():
         runner = BundleRunner(path, decoder)
         return runner, runner.pieces
-    model = _model_file(path, variant)
-    pieces = read_pieces(model.parent / "tokens.txt")
-    if model.suffix == ".pt":
-        from kdrecipe_plugins.exporters.torchscript import TorchScriptRunner
+    opened = _open_export(path, variant)
+    if opened is None:
+        wanted = "an export" if variant is None else f"an export in {variant}"
+        raise KdrecipeError(
+            f"there is neither a bundle (bundle.json) nor {wanted}",
+            where=str(path),
+            remedy="give exp/systems/<system>/seed<k>, exp/exports/<system>/seed<k>/<exporter>, or a file",
+        )
+    return opened, read_pieces((path if path.is_dir() else path.parent) / "tokens.txt")
 
-        return TorchScriptRunner(model), pieces
-    from kdrecipe_plugins.exporters.onnx_ctc import OnnxRunner
 
-    return OnnxRunner(model), pieces
+def _open_export(path: Path, variant: str | None) -> Recogniser | None:
+    from kdrecipe.measure.exports import find_exports
+    from kdrecipe.plugins import load_plugins
 
+    exports = {export.variant: export for export in find_exports(path, load_plugins().registry)}
+    wanted = (variant,) if variant is not None and path.is_dir() else ("int8", "fp32", *exports)
+    for name in wanted:
+        if name in exports:
+            return exports[name].load()
+    if path.is_file() and path.suffix == ".onnx":  # by another name: a CTC model from elsewhere
+        from kdrecipe_plugins.exporters.onnx_ctc import OnnxRunner
 
-def _model_file(path: Path, variant: str | None) -> Path:
-    """The exported model that ``path`` means."""
-    if path.is_file() and path.suffix in (".onnx", ".pt"):
-        return path
-    names = [f"model{infix}.{suffix}" for suffix in ("onnx", "pt") for infix in (".int8", "")]
-    if variant is not None:
-        names = [name for name in names if (".int8." in name) == (variant == "int8")]
-    for name in names:
-        if (path / name).is_file():
-            return path / name
-    raise KdrecipeError(
-        f"there is neither a bundle (bundle.json) nor an export ({' or '.join(names)})",
-        where=str(path),
-        remedy="give exp/systems/<system>/seed<k>, exp/exports/<system>/seed<k>/onnx_ctc, or a model file",
-    )
+        runner: Recogniser = OnnxRunner(path)
+        return runner
+    return None
 
 
 class BundleRunner:
-    """A bundle as a :class:`~kdrecipe.interfaces.Runner`: torch, Lhotse's features, any decoder.
+    """A bundle as a :class:`Recogniser`: torch, Lhotse's features, any decoder.
 
     Args:
         path: the bundle's directory.
-        decoder: name of the search; its options are the defaults.
+        decoder: name of the search; its options are the defaults. None: the greedy one of the
+            model's first head.
+
+    Raises:
+        KdrecipeError: the model lacks the decoder's head.
     """
 
-    def __init__(self, path: Path, decoder: str = "ctc_greedy") -> None:
+    def __init__(self, path: Path, decoder: str | None = None) -> None:
         from kdrecipe.bundle import Bundle
 
         self.bundle = Bundle.load(path)
         self.pieces: list[str] = self.bundle.tokens.pieces
-        cls = self.bundle.registry.get("decoders", decoder)
+        self._decoder = self._build(decoder)
+
+    def _build(self, name: str | None) -> Any:
+        heads = list(self.bundle.meta["model"]["heads"])
+        cls = self.bundle.registry.get("decoders", name or f"{heads[0]}_greedy")
+        if cls.head not in heads:
+            fitting = [
+                n
+                for n in self.bundle.registry.names("decoders")
+                if self.bundle.registry.get("decoders", n).head in heads
+            ]
+            raise KdrecipeError(
+                f"{name!r} searches the head {cls.head!r}, the model has {', '.join(heads)}",
+                where=str(self.bundle.path),
+                remedy=f"give one of {', '.join(fitting)}",
+            )
         config: Options = cls.Config()
-        self._decoder = cls(config, self.bundle.tokens, self.bundle.meta["frame_shift_s"])
-
-    def log_probs(self, features_BTF: np.ndarray, lens_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B, T, V) log-posteriors of the ``ctc`` head and (B,) lengths."""
-        import torch
-
-        with torch.no_grad():
-            out = self.bundle.model(torch.from_numpy(features_BTF).float(), torch.from_numpy(lens_B).long())
-        return out.logits["ctc"].log_softmax(-1).numpy(), out.lens_B.numpy()
+        lm = (None,) if "lm_weight" in cls.Config.model_fields else ()
+        return cls(config, self.bundle.tokens, self.bundle.meta["frame_shift_s"], *lm)
 
     def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
         """Recognise one utterance of any sampling rate."""

@@ -16,7 +16,7 @@ from kdrecipe.results.text import Code, Section, Table, sections, split_names
 
 _ASSETS = Path(__file__).parent.parent / "templates" / "report"
 _VERDICTS = {"better": "▲", "worse": "▼", "same": "=", "fact": "•", "caution": "!"}
-_BEFORE_PLOTS = ("Claims", "Systems", "Comparisons")
+_BEFORE_PLOTS = ("Claims", "Systems", "Searches", "Comparisons")
 DEV_RATE, DEV_LOSS, TRAIN_LOSS = "dev_ter", "dev_loss", "loss"  # keys in log.jsonl
 
 
@@ -215,7 +215,10 @@ def _blocks(section: Section) -> str:
 
 
 def _table(table: Table) -> str:
-    look = [' class="number"' if i in table.numeric else "" for i in range(len(table.headers))]
+    kinds = [
+        "number" if i in table.numeric else "prose" * (i in table.prose) for i in range(len(table.headers))
+    ]
+    look = [f' class="{kind}"' if kind else "" for kind in kinds]
     head = "".join(
         f'<th scope="col"{x}>{_inline(cell)}</th>' for x, cell in zip(look, table.headers, strict=True)
     )

@@ -98,6 +98,7 @@ def reading(results: Mapping[str, Any]) -> list[dict[str, str]]:
     for system in systems.values():
         said += _recovered(system)
         said += _shrunk(system, systems)
+    said += _searched(results["searches"])
     said += _cautions(results)
     return [{"verdict": verdict, "text": text} for verdict, text in said]
 
@@ -168,6 +169,48 @@ def _shrunk(system: System, systems: Mapping[str, System]) -> list[tuple[Verdict
         else:
             text += f", and is slower: {speed} times the speed"
     return [("fact", text + ".")]
+
+
+def _searched(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Verdict, str]]:
+    """Searches that differ for certain, one sentence for all systems of which that holds."""
+    rtfs = {(row["system"], row["search"]): row["rtf"] for row in rows}
+    groups: dict[tuple[str, str, str, bool], list[tuple[str, Mapping[str, Any]]]] = {}
+    for row in rows:
+        for c in row["comparisons"]:
+            p = c["p"] if c.get("p_adjusted") is None else c["p_adjusted"]
+            if p < SIGNIFICANT:
+                key = (c["a"], c["b"], c["split"], c["difference"] < 0)
+                groups.setdefault(key, []).append((row["system"], {**c, "p": p}))
+    said: list[tuple[Verdict, str]] = []
+    timed: set[tuple[str, str]] = set()  # the time is measured once, not on every split
+    for (a, b, split, better), found in groups.items():
+        changes = "; ".join(_search_change(system, c, better) for system, c in found)
+        word = "better" if better else "worse"
+        text = f"**Search by {a} is {word} than by {b}** on {split}: {changes}."
+        ratios = [
+            rtfs[system, a] / rtfs[system, b] for system, _ in found if rtfs[system, a] and rtfs[system, b]
+        ]
+        time = "" if (a, b) in timed else _time_taken(ratios)
+        timed.add((a, b))
+        said.append(("better" if better else "worse", text + time))
+    return said
+
+
+def _search_change(system: str, c: Mapping[str, Any], better: bool) -> str:
+    """What another search changed for one system."""
+    metric = str(c.get("metric", "wer")).upper()
+    text = f"{system} {percent(c['b_mean'])} → {percent(c['a_mean'])} % {metric}, {_p_phrase(c['p'])}"
+    won, seeds = c.get("seed_pairs") or (0, 0)
+    agree = won if better else seeds - won
+    return text if agree == seeds else f"{text}, in {agree} of {seeds} seeds"
+
+
+def _time_taken(ratios: Sequence[float]) -> str:
+    """How much longer or shorter that takes, where it clearly does for every system."""
+    if not ratios or min(max(r, 1 / r) for r in ratios) < CLEARLY_FASTER:
+        return ""
+    low, high = figure(min(ratios), 2), figure(max(ratios), 2)
+    return f" It takes {low if low == high else f'{low} to {high}'} times as long."
 
 
 def _cautions(results: Mapping[str, Any]) -> list[tuple[Verdict, str]]:

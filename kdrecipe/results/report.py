@@ -13,6 +13,7 @@ from typing import Any
 from kdrecipe.artifacts import write_atomic
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.results import html, reading, text
+from kdrecipe.results.claims import beside
 from kdrecipe.results.listen import Audio, Listening
 
 FORMAT = 1
@@ -21,6 +22,7 @@ UNITS = {
     "rtf": "seconds of computing per second of audio, one thread",
     "size_mb, peak_rss_mb": "10^6 bytes",
     "std": "over seeds; null for a single one",
+    "value, measured and ci95 of claims": "percent for wer, fractions for ratios",
     "ci95": "[low, high], 95 % interval; null where it is undefined",
 }
 _OPTIONAL = (
@@ -53,8 +55,10 @@ def write_report(
     Args:
         data: ``recipe``, ``corpus_summary``, ``systems``, and optionally ``scores`` (what
             :func:`kdrecipe.results.scoring.score` returned: fills ``splits`` of each system,
-            ``comparisons``, ``method``), ``comparisons``, ``sections`` (``{title, markdown}``)
-            and ``claims`` (``{text, holds, evidence}`` or sentences).
+            ``comparisons``, ``method``), ``comparisons``, ``searches`` (what
+            :func:`kdrecipe.results.searches.score_searches` returned, with ``rtf``, ``decoder`` and
+            ``options`` of each), ``sections`` (``{title, markdown}``) and ``claims`` (fields of
+            :class:`kdrecipe.sections.Claim`).
         hyps: system -> seed -> split -> hypotheses file, for the page to listen to.
         logs: system -> seed -> the training's ``log.jsonl``.
         out_dir: created if need be.
@@ -95,17 +99,20 @@ def assemble(data: Mapping[str, Any]) -> dict[str, Any]:
         "corpus_summary": dict(data.get("corpus_summary") or {}),
         "systems": [_system(system, by_split) for system in data["systems"]],
         "comparisons": list(comparisons),
+        "searches": [dict(row) for row in data.get("searches") or []],
         "method": scores.get("method"),
         "splits": {
             split: {key: facts.get(key) for key in ("utterances", "words", "speakers", "notes")}
             for split, facts in by_split.items()
         },
-        "claims": list(data.get("claims") or []),
+        "claims": [],
         "sections": [dict(section) for section in data.get("sections") or []],
     }
     names = [system["name"] for system in results["systems"]]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise KdrecipeError(f"systems of the same name: {', '.join(twice)}", remedy="give each its own name")
+    claims, corpus = data.get("claims") or [], _corpus_name(recipe)
+    results["claims"] = beside(claims, results["systems"], corpus)
     cleaned: dict[str, Any] = _clean(results)
     cleaned["subtitle"] = _subtitle(cleaned["recipe"])
     cleaned["reading"] = reading.reading(cleaned)
@@ -155,11 +162,15 @@ def _clean(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
+def _corpus_name(recipe: Mapping[str, Any]) -> str:
+    corpus = recipe.get("corpus")
+    return str((corpus.get("name") if isinstance(corpus, Mapping) else corpus) or "")
+
+
 def _subtitle(recipe: Mapping[str, Any]) -> str:
     """Corpus, profile, seeds and date in one line."""
     seeds = [str(seed) for seed in recipe.get("seeds") or []]
-    corpus = recipe.get("corpus")
-    corpus = corpus.get("name") if isinstance(corpus, Mapping) else corpus
+    corpus = _corpus_name(recipe)
     facts = [
         f"corpus {corpus}" if corpus else "",
         f"profile {recipe['profile']}" if recipe.get("profile") else "",

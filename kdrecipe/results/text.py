@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kdrecipe.results.claims import claimed_text, measured_text
 from kdrecipe.results.reading import (
     NONE,
     System,
@@ -37,11 +38,12 @@ _PARITY = {
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; columns named in ``numeric`` are set flush right."""
+    """Rows of text; columns in ``numeric`` are set flush right, cells in ``prose`` may break."""
 
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
     numeric: frozenset[int] = frozenset()
+    prose: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,35 @@ def main_table(results: Mapping[str, Any], split: str) -> Table:
         origin = [system["name"], system["kind"], _parents(system)]
         rows.append([*origin, *rates, count(system["params"]), *costs])
     return Table(headers, rows, frozenset(range(3, 10)))
+
+
+def search_table(results: Mapping[str, Any], split: str, *, timed: bool) -> Table:
+    """One row per search of the systems that have several; ``timed``: with the real-time factor."""
+    headers = ["system", "search", "WER %", "95 % interval", "CER %", "points to the first", "p (Holm)"]
+    headers += ["RTF (torch, 1 thread)"] if timed else []
+    rows: list[list[str]] = []
+    main: dict[str, str] = {}
+    for row in results["searches"]:
+        scores, system = row["splits"].get(split, {}), row["system"]
+        first = main.setdefault(system, row["search"])
+        wer = scores.get("wer") or {}
+        rates = [spread(wer), span(wer.get("ci95")), spread(scores.get("cer"))]
+        against = [c for c in row["comparisons"] if c["split"] == split and c["b"] == first]
+        change = [f"{100 * c['difference']:+.2f}".replace("-", "−") for c in against] or [NONE]
+        p = [p_value(c["p_adjusted"]) for c in against] or [NONE]
+        time = [figure(row["rtf"])] if timed else []
+        rows.append([system, row["search"], *rates, *change, *p, *time])
+    return Table(headers, rows, frozenset(range(2, 8)))
+
+
+def _search_section(results: Mapping[str, Any], split: str, first: bool) -> Section:
+    """The searches on a split; what they are is said once."""
+    section = Section(f"Searches on {split}", [search_table(results, split, timed=first)])
+    if first:
+        described = {row["search"]: _flat(row.get("options") or {}) for row in results["searches"]}
+        names = {row["search"]: row["decoder"] for row in results["searches"]}
+        section.blocks.append([", ".join([f"{x}: {names[x]}", *options]) for x, options in described.items()])
+    return section
 
 
 def _errors_table(results: Mapping[str, Any], split: str) -> Table:
@@ -157,7 +188,10 @@ def _made_section(results: Mapping[str, Any]) -> Section:
     for system in results["systems"]:
         if system["runtime"]:
             runtimes.setdefault(str(system["runtime"]), []).append(system["name"])
-    lines += [f"{', '.join(names)}: measured in {runtime}" for runtime, names in runtimes.items()]
+    lines += [
+        f"{', '.join(names)}: {runtime if runtime.startswith('not measured') else f'measured in {runtime}'}"
+        for runtime, names in runtimes.items()
+    ]
     if method := results.get("method"):
         lines.append(f"intervals: {method['interval']}")
         lines.append(f"test: {method['test']}; p (Holm) allows for the number of comparisons")
@@ -229,12 +263,17 @@ def _parity_rows(system: str, found: Any, export: str = "") -> list[list[str]]:
     ]
 
 
-def claim_text(claim: Any) -> str:
-    """A claim (``{"text", "holds", "evidence"}``, or a sentence) as one line."""
-    if not isinstance(claim, Mapping):
-        return str(claim)
-    verdict = {True: "holds", False: "does not hold"}.get(claim.get("holds"), "not decided")  # type: ignore[arg-type]
-    return f"**{verdict}**: {claim['text']}" + (f" ({claim['evidence']})" if claim.get("evidence") else "")
+def _claims_section(claims: Sequence[Mapping[str, Any]]) -> Section:
+    """What others published, beside what was measured."""
+    rows = [
+        [claim["text"], claimed_text(claim) or NONE, measured_text(claim) or NONE, claim["note"]]
+        for claim in claims
+    ]
+    table = Table(["claim", "claimed", "measured", "note"], rows, prose=frozenset(range(4)))
+    section = Section("Claims beside what was measured", [table])
+    if sources := list(dict.fromkeys(claim["source"] for claim in claims if claim["source"])):
+        section.blocks.append(f"Claimed in: {'; '.join(sources)}.")
+    return section
 
 
 def sections(results: Mapping[str, Any]) -> list[Section]:
@@ -242,7 +281,7 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
     said: list[Block] = [[item["text"] for item in results["reading"]]]
     found = [Section("What the numbers say", said if results["reading"] else ["Nothing was compared."])]
     if results["claims"]:
-        found.append(Section("Claims", [[claim_text(claim) for claim in results["claims"]]]))
+        found.append(_claims_section(results["claims"]))
     for i, split in enumerate(split_names(results)):
         table = main_table(results, split)
         if i:  # what a system costs does not depend on the split
@@ -253,6 +292,8 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
             people = f" by {facts['speakers']} speakers" if facts.get("speakers") else ""
             blocks.insert(0, f"{facts['utterances']} utterances{people}, {facts['words']} words.")
         found.append(Section(f"Systems on {split}", blocks))
+        if results["searches"]:
+            found.append(_search_section(results, split, first=i == 0))
     if not results["systems"] or not split_names(results):
         found.append(Section("Systems", [main_table(results, "")]))
     if results["comparisons"]:

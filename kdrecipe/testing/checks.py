@@ -1,8 +1,8 @@
 """The contract kit's frame: checks with stable ids, their results, and how they are run.
 
 A check is a plain function of a *case* (a plugin class with its options). It passes by returning,
-fails by raising anything, and is skipped by raising :class:`CheckSkipped` with the reason. Its first
-docstring line says what it demands.
+fails by raising anything, and is skipped by raising :class:`CheckSkipped` with the reason, or by the
+plugin's raising :class:`kdrecipe.errors.MissingExtra`. Its first docstring line says what it demands.
 
 A plugin class may carry two attributes for it: ``contract_options``, the options to check it with
 (small ones for an architecture; the required ones if there are any), and
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from kdrecipe.errors import PluginError
+from kdrecipe.errors import MissingExtra, PluginError
 from kdrecipe.interfaces import Options
 
 Check = Callable[[Any], None]
@@ -97,6 +97,8 @@ def _run_one(case: Any, check_id: str, check: Check, expected: str | None) -> Ch
         check(case)
     except CheckSkipped as skipped:
         return result("skipped", str(skipped))
+    except MissingExtra as missing:
+        return result("skipped", str(missing))
     except Exception as error:  # a plugin may raise whatever it likes: that is a failure, too
         if expected is not None:
             return result("failed as expected", expected)

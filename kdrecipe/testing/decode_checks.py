@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from kdrecipe.data.frames import frame_mask
-from kdrecipe.interfaces import BLANK_ID, Hypothesis, ModelOutput
-from kdrecipe.testing.checks import by_id, check_config_strict, require
-from kdrecipe.testing.models import FRAME_SHIFT_S, VOCAB_SIZE, random_output, tiny_model
+from kdrecipe.heads.attention import AttentionHead, AttentionHeadOptions
+from kdrecipe.heads.rnnt import RnntHead, RnntHeadOptions
+from kdrecipe.interfaces import BLANK_ID, SOS_EOS_ID, Hypothesis, ModelOutput
+from kdrecipe.testing.checks import CheckSkipped, by_id, check_config_strict, require
+from kdrecipe.testing.models import (
+    FRAME_SHIFT_S,
+    VOCAB_SIZE,
+    WIDTH,
+    TinyModel,
+    random_output,
+    tiny_model,
+)
 
 LENS = (12, 7, 9)
+SEARCHED_HEADS: Mapping[str, Any] = {"attention": AttentionHead, "rnnt": RnntHead}
+"""Heads of which decoders read no logits, but ask the head step by step."""
 SENTENCES = ("one two three", "a", "two two words more")
 
 
@@ -37,6 +50,27 @@ class LetterTokens:
         return "".join(self.pieces[i] for i in ids if i > 2)
 
 
+class SpitefulModel:
+    """A language model of which ``hated`` is all but impossible; it notes the texts that it saw end."""
+
+    def __init__(self, hated: int) -> None:
+        self.hated = hated
+        self.ended: set[tuple[int, ...]] = set()
+
+    def start(self) -> tuple[int, ...]:
+        """States are texts."""
+        return ()
+
+    def score(self, state: tuple[int, ...], token: int) -> tuple[float, tuple[int, ...]]:
+        """1000 nats against the one, 1 against any other."""
+        return (-1000.0 if token == self.hated else -1.0), (*state, token)
+
+    def end(self, state: tuple[int, ...]) -> float:
+        """1 nat."""
+        self.ended.add(state)
+        return -1.0
+
+
 @dataclass(frozen=True)
 class DecoderCase:
     """A decoder class under test, with its options."""
@@ -44,17 +78,61 @@ class DecoderCase:
     cls: Any
     config: Any
 
-    def decode(self, out: ModelOutput) -> list[Hypothesis]:
-        """What it makes of a model's output."""
-        found: list[Hypothesis] = self.cls(self.config, LetterTokens(), FRAME_SHIFT_S).decode(
-            tiny_model(), out
-        )
+    def decode(self, out: ModelOutput, model: nn.Module | None = None, **lm: Any) -> list[Hypothesis]:
+        """What it makes of a model's output; ``lm``, if given, has weight 1."""
+        config = self.config.model_copy(update={"lm_weight": 1.0}) if lm else self.config
+        more = (lm.get("lm"),) if "lm_weight" in self.cls.Config.model_fields else ()
+        decoder = self.cls(config, LetterTokens(), FRAME_SHIFT_S, *more)
+        found: list[Hypothesis] = decoder.decode(model or tiny_recogniser(self.cls.head), out)
         return found
 
     def output(self) -> ModelOutput:
-        """Random logits of three utterances."""
+        """Random hidden states and frame logits of three utterances."""
         out = random_output(LENS, num_padding=4)
-        return replace(out, logits={self.cls.head: 3 * out.logits["ctc"]})
+        logits_BTV = 3 * out.logits["ctc"]
+        return replace(out, logits={"ctc": logits_BTV} | self.own_logits(logits_BTV))
+
+    def own_logits(self, logits_BTV: Tensor) -> dict[str, Tensor]:
+        """Frame logits under the name of the decoder's head, unless that one is searched itself."""
+        return {} if self.cls.head in SEARCHED_HEADS else {self.cls.head: logits_BTV}
+
+
+def tiny_recogniser(head: str) -> TinyModel:
+    """A model with ``head`` ahead of ``ctc``, sure enough of itself to say something."""
+    if head not in SEARCHED_HEADS:
+        return tiny_model()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        searched = SEARCHED_HEADS[head](SEARCHED_HEADS[head].Config(), WIDTH, VOCAB_SIZE)
+        for weight in searched.parameters():
+            weight.data *= 3
+        return TinyModel(heads={head: searched}).eval()
+
+
+class SureAttention(AttentionHead):
+    """Says one text whatever it hears."""
+
+    text = (3, 4, 4, 5)
+
+    def step(self, tokens_N: Tensor, state: Any, memory: Any) -> tuple[Tensor, Any]:
+        """All but certain of the next token, or the end."""
+        log_probs_NV, state = super().step(tokens_N, state, memory)
+        place = state.keys[0].shape[2] - 1
+        sure_NV = torch.full_like(log_probs_NV, -20.0)
+        sure_NV[:, self.text[place] if place < len(self.text) else SOS_EOS_ID] = 20.0
+        return sure_NV.log_softmax(-1), state
+
+
+class SureRnnt(RnntHead):
+    """Takes hidden states for joined logits."""
+
+    def encode(self, hidden_BTD: Tensor) -> Tensor:
+        """As they are."""
+        return hidden_BTD
+
+    def join(self, encoder: Tensor, predictor: Tensor) -> Tensor:
+        """Whatever was said before."""
+        return encoder + 0 * predictor[..., :1]
 
 
 def check_well_formed(case: DecoderCase) -> None:
@@ -77,10 +155,12 @@ def check_well_formed(case: DecoderCase) -> None:
 def check_padding_invariance(case: DecoderCase) -> None:
     """Hypotheses do not depend on what lies in the padding."""
     out = case.output()
-    logits_BTV = out.logits[case.cls.head]
-    padding_BT = ~frame_mask(out.lens_B, logits_BTV.shape[1])
-    loud_BTV = torch.where(padding_BT[..., None], logits_BTV.flip(-1) * 5, logits_BTV)
-    want, got = case.decode(out), case.decode(replace(out, logits={case.cls.head: loud_BTV}))
+    padding_BT1 = ~frame_mask(out.lens_B, out.hidden_BTD.shape[1])[..., None]
+
+    def loud(x: Tensor) -> Tensor:
+        return torch.where(padding_BT1, x.flip(-1) * 5, x) if x.dim() == 3 else x
+
+    want, got = case.decode(out), case.decode(out.map(loud))
     same = all(a.tokens == b.tokens for a, b in zip(want, got, strict=True))
     require(same, "hypotheses change when only the padding does")
 
@@ -93,25 +173,58 @@ def check_batch_invariance(case: DecoderCase) -> None:
         require(alone.tokens == together.tokens, f"utterance {row} is decoded otherwise when it is alone")
 
 
+def check_no_frames(case: DecoderCase) -> None:
+    """An utterance without frames is an empty hypothesis."""
+    out = case.output()
+    found = case.decode(replace(out, lens_B=torch.zeros_like(out.lens_B)))
+    require(len(found) == len(LENS), f"{len(found)} hypotheses for {len(LENS)} utterances")
+    require(not any(h.tokens or h.times_s or h.text for h in found), f"from no frames: {found}")
+
+
 def check_certain_output(case: DecoderCase) -> None:
-    """Where the model is certain, the hypothesis is what it says, repeats merged and blanks dropped."""
-    path = [0, 3, 3, 0, 4, 0, 4, 5, 5]
-    logits_TV = torch.full((len(path), VOCAB_SIZE), -20.0)
-    logits_TV[torch.arange(len(path)), torch.tensor(path)] = 20.0
-    lens_B = torch.tensor([len(path)])
-    out = ModelOutput(torch.zeros(1, len(path), 1), lens_B, {case.cls.head: logits_TV[None]})
-    tokens = case.decode(out)[0].tokens
-    require(tokens == [3, 4, 4, 5], f"tokens {tokens} from the certain path {path}")
+    """Where the model is certain, the hypothesis is what it says, for CTC with repeats and blanks dropped."""
+    wanted = [*SureAttention.text]
+    path = [0, 3, 0, 0, 4, 0, 4, 5, 0] if case.cls.head == "rnnt" else [0, 3, 3, 0, 4, 0, 4, 5, 5]
+    logits_BTV = torch.full((1, len(path), VOCAB_SIZE), -20.0)
+    logits_BTV[0, torch.arange(len(path)), torch.tensor(path)] = 20.0
+    hidden_BTD = logits_BTV if case.cls.head == "rnnt" else torch.zeros(1, len(path), WIDTH)
+    logits = {"ctc": logits_BTV} | case.own_logits(logits_BTV)
+    if case.cls.head == "attention":
+        model = TinyModel(heads={"attention": SureAttention(AttentionHeadOptions(), WIDTH, VOCAB_SIZE)})
+    elif case.cls.head == "rnnt":
+        model = TinyModel(heads={"rnnt": SureRnnt(RnntHeadOptions(), VOCAB_SIZE, VOCAB_SIZE)})
+    else:
+        model = tiny_model()
+    out = ModelOutput(hidden_BTD, torch.tensor([len(path)]), logits)
+    tokens = case.decode(out, model.eval())[0].tokens
+    require(tokens == wanted, f"tokens {tokens} where {wanted} are certain")
+
+
+def check_language_model(case: DecoderCase) -> None:
+    """With ``lm_weight`` the language model weighs in, at every token and at the end of the text."""
+    if "lm_weight" not in case.cls.Config.model_fields:
+        raise CheckSkipped("it has no option lm_weight")
+    if getattr(case.cls, "needs_lm", False):
+        raise CheckSkipped("it needs a language model of its own kind")
+    out = case.output()
+    said = Counter(token for h in case.decode(out) for token in h.tokens)
+    lm = SpitefulModel(hated=said.most_common(1)[0][0])
+    for hypothesis in case.decode(out, lm=lm):
+        tokens = hypothesis.tokens
+        require(lm.hated not in tokens, f"the language model all but forbids {lm.hated}, and yet: {tokens}")
+        require(tuple(tokens) in lm.ended, f"the language model was never asked how probably {tokens} ends")
 
 
 DECODER_CHECKS = by_id(
     check_well_formed,
     check_padding_invariance,
     check_batch_invariance,
+    check_no_frames,
     check_certain_output,
+    check_language_model,
     check_config_strict,
 )
-"""Contract of a CTC decoder, by check id."""
+"""Contract of a decoder, by check id."""
 
 
 @dataclass(frozen=True)

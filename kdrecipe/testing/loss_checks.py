@@ -80,22 +80,23 @@ class LossCase:
     def example(self, *, noise: float = 1.0, lens: tuple[int, ...] = LENS, seed: int = 0) -> Example:
         """Random student, a teacher that differs from it by noise, and labels."""
         num_views = getattr(self.cls, "num_views", 1)
-        out = random_output(
-            lens,
-            taps=tuple(getattr(self.build(), "taps", ())),
-            num_views=num_views,
-            info=self.models.student,
-            seed=seed,
-        )
-        targets = targets_like(
-            out, self.specs(), noise=noise, teacher=self.models.teacher or model_info(), seed=seed + 1
-        )
         batch = random_batch(
             [SUBSAMPLING * n for n in lens],
             input_dim=INPUT_DIM,
             vocab_size=self.models.student.vocab_size,
             num_tokens=[max(1, n // 4) for n in lens],
             seed=seed,
+        )
+        out = random_output(
+            lens,
+            taps=tuple(getattr(self.build(), "taps", ())),
+            num_views=num_views,
+            info=self.models.student,
+            batch=batch,
+            seed=seed,
+        )
+        targets = targets_like(
+            out, self.specs(), noise=noise, teacher=self.models.teacher or model_info(), seed=seed + 1
         )
         return Example(out, targets, batch.repeat(num_views))
 
@@ -138,23 +139,28 @@ def check_padding_invariance(case: LossCase) -> None:
 
 
 def _other_padding(example: Example) -> Example:
-    """Three more frames of padding, all padding filled with other noise."""
+    """Three more frames of padding and two more tokens, all padding filled with other noise."""
     rng = torch.Generator().manual_seed(99)
-    lens_B = example.out.lens_B
-    num_frames = example.out.hidden_BTD.shape[1]
+    num_frames, num_tokens = example.out.hidden_BTD.shape[1], example.batch.tokens_BU.shape[1]
+    valid = {
+        num_frames: example.out.lens_B,
+        num_tokens: example.batch.token_lens_B,
+        num_tokens + 1: example.batch.token_lens_B + 1,
+    }
 
     def change(x: Tensor) -> Tensor:
-        if x.dim() < 2 or x.shape[1] != num_frames:
+        if x.dim() < 2 or x.shape[1] not in valid:
             return x
-        more = torch.cat([x, x[:, :3]], dim=1)
+        more = torch.cat([x, x[:, :1].repeat_interleave(3 if x.shape[1] == num_frames else 2, 1)], dim=1)
         if x.is_floating_point():
             noise = -10 * torch.rand(more.shape, generator=rng)
         else:
             noise = more.flip(1)
-        keep = frame_mask(lens_B, more.shape[1]).view(*more.shape[:2], *[1] * (x.dim() - 2))
+        keep = frame_mask(valid[x.shape[1]], more.shape[1]).view(*more.shape[:2], *[1] * (x.dim() - 2))
         return torch.where(keep, more, noise)
 
-    return Example(example.out.map(change), example.targets.map(change), example.batch)
+    batch = replace(example.batch, tokens_BU=change(example.batch.tokens_BU))
+    return Example(example.out.map(change), example.targets.map(change), batch)
 
 
 def check_doubling(case: LossCase) -> None:
@@ -207,7 +213,15 @@ def _leaves(out: ModelOutput) -> ModelOutput:
 
 
 def _floats(out: ModelOutput) -> list[Tensor]:
-    return [out.hidden_BTD, *out.logits.values(), *out.taps.values()]
+    found: list[Tensor] = []
+
+    def note(x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            found.append(x)
+        return x
+
+    out.map(note)
+    return found
 
 
 def check_no_gradient_into_targets(case: LossCase) -> None:
@@ -232,12 +246,10 @@ def check_gradcheck(case: LossCase) -> None:
         loss = loss.double()
     example = cast(case.example(lens=(4, 3)), torch.float64)
     student = _leaves(example.out)
-    names = [*student.logits], [*student.taps]
 
-    def total(hidden: Tensor, *rest: Tensor) -> Tensor:
-        logits = dict(zip(names[0], rest, strict=False))
-        taps = dict(zip(names[1], rest[len(logits) :], strict=True))
-        out = replace(student, hidden_BTD=hidden, logits=logits, taps=taps)
+    def total(*floats: Tensor) -> Tensor:
+        given = iter(floats)
+        out = student.map(lambda x: next(given) if x.is_floating_point() else x)
         return call(loss, Example(out, example.targets, example.batch)).total
 
     try:
@@ -277,7 +289,7 @@ def check_top_k_limit(case: LossCase) -> None:
     want = float(call(loss, example).total)
     for what, change in (("all but one class", _all_but_one), ("all classes, permuted", _permuted)):
         items = {k: change(v) if isinstance(v, Posteriors) else v for k, v in example.targets.items.items()}
-        got = float(call(loss, replace(example, targets=Targets(items))).total)
+        got = float(call(loss, replace(example, targets=replace(example.targets, items=items))).total)
         require(_same(got, want), f"total is {got:.6g} from {what}, and {want:.6g} from full targets")
 
 
@@ -293,15 +305,12 @@ def _permuted(item: Posteriors) -> Posteriors:
 def check_empty_selection(case: LossCase) -> None:
     """No valid frame and no label: total and count are 0, and so is the gradient."""
     loss, example = case.build(), case.example()
-    student = _leaves(replace(example.out, lens_B=torch.zeros_like(example.out.lens_B)))
-    items = {k: replace(v, lens_B=torch.zeros_like(v.lens_B)) for k, v in example.targets.items.items()}
-    batch = replace(
-        example.batch,
-        lens_B=torch.zeros_like(example.batch.lens_B),
-        token_lens_B=torch.zeros_like(example.batch.token_lens_B),
-        labelled_B=torch.zeros_like(example.batch.labelled_B),
-    )
-    result = call(loss, Example(student, Targets(items), batch))
+    if any(spec.kind == "token_logits" for spec in case.specs()):
+        nothing = example.map(lambda x: x[:0])  # without words, too, there is the end of the sentence
+    else:
+        nothing = example.map(lambda x: x if x.dim() != 1 else torch.zeros_like(x))
+    student = _leaves(nothing.out)
+    result = call(loss, Example(student, nothing.targets, nothing.batch))
     total, count = _values(result)
     require(total == 0, f"total is {total}, not 0")
     require(count == 0, f"count is {count:g}, not 0")

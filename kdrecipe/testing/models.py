@@ -5,21 +5,29 @@ B utterances, T frames, F feature bins, D width, V vocabulary, U tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from kdrecipe.data.frames import frame_mask, keep_top
+from kdrecipe.data.lattice import full_lattice_posteriors
+from kdrecipe.heads.ctc import CtcHead, CtcHeadOptions
 from kdrecipe.interfaces import (
+    FORCED_KINDS,
+    UNK_ID,
     Batch,
     Hidden,
+    Lattice,
+    LatticePosteriors,
     LossSetup,
     ModelInfo,
     ModelOutput,
     Options,
     Posteriors,
+    TargetKind,
     Targets,
     TargetSpec,
 )
@@ -29,6 +37,11 @@ INPUT_DIM = 8
 WIDTH = 4
 FRAME_SHIFT_S = 0.04
 SUBSAMPLING = 4
+HEADS: Mapping[str, tuple[TargetKind, ...]] = {
+    "ctc": ("frame_logits",),
+    "attention": ("token_logits",),
+    "rnnt": ("rnnt_lattice",),
+}
 
 
 class TinyEncoder(nn.Module):
@@ -74,12 +87,25 @@ class TinyEncoder(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """An encoder under a linear CTC head, called like :class:`kdrecipe.model.asr.AsrModel`."""
+    """An encoder under a CTC head, called like :class:`kdrecipe.model.asr.AsrModel`.
 
-    def __init__(self, encoder: nn.Module | None = None, *, vocab_size: int = VOCAB_SIZE) -> None:
+    Args:
+        encoder: None: a :class:`TinyEncoder`.
+        vocab_size: V.
+        heads: further heads by name, ahead of ``ctc``.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module | None = None,
+        *,
+        vocab_size: int = VOCAB_SIZE,
+        heads: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.encoder: nn.Module = encoder or TinyEncoder(TinyEncoder.Config(), INPUT_DIM)
-        self.heads = nn.ModuleDict({"ctc": nn.Linear(int(self.encoder.output_dim), vocab_size)})  # type: ignore[arg-type]
+        width = int(self.encoder.output_dim)  # type: ignore[arg-type]
+        self.heads = nn.ModuleDict({**(heads or {}), "ctc": CtcHead(CtcHeadOptions(), width, vocab_size)})
 
     def forward(
         self,
@@ -90,13 +116,30 @@ class TinyModel(nn.Module):
         batch: Batch | None = None,
     ) -> ModelOutput:
         """All that the model computes for a batch."""
+        return self.with_heads(self.encode(features_BTF, lens_B, taps=taps), batch)
+
+    def encode(self, features_BTF: Tensor, lens_B: Tensor, *, taps: Sequence[str] = ()) -> ModelOutput:
+        """The encoder's part of it."""
         kept: dict[str, Tensor] = {}
         declared: dict[str, tuple[nn.Module, int]] = self.encoder.taps()  # type: ignore[operator]
         hooks = [declared[name][0].register_forward_hook(_keep(kept, name)) for name in taps]
         hidden_BTD, lens_B = self.encoder(features_BTF, lens_B)
         for hook in hooks:
             hook.remove()
-        return ModelOutput(hidden_BTD, lens_B, {"ctc": self.heads["ctc"](hidden_BTD)}, kept)
+        return ModelOutput(hidden_BTD, lens_B, taps=kept)
+
+    def with_heads(self, out: ModelOutput, batch: Batch | None) -> ModelOutput:
+        """The heads' part of it."""
+        found = {name: head(out.hidden_BTD, out.lens_B, batch) for name, head in self.heads.items()}
+        logits = {name: x for name, x in found.items() if isinstance(x, Tensor)}
+        lattices = {name: x for name, x in found.items() if isinstance(x, Lattice)}
+        return replace(out, logits=logits, lattices=lattices)
+
+    def greedy(self, out: ModelOutput, head: str | None = None) -> list[list[int]]:
+        """Tokens by greedy search of ``head``; None: of the first."""
+        chosen: Any = self.heads[head or next(iter(self.heads))]
+        tokens: list[list[int]] = chosen.greedy(out.hidden_BTD, out.lens_B)
+        return tokens
 
 
 def _keep(kept: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -126,13 +169,13 @@ def random_batch(
     Args:
         lens: feature frames of each utterance.
         input_dim: F.
-        vocab_size: V; labels are drawn from 1 to V - 1.
+        vocab_size: V; labels are drawn from UNK_ID to V - 1.
         num_tokens: labels of each utterance; None: one for every 16 feature frames.
         seed: of the noise.
     """
     rng = torch.Generator().manual_seed(seed)
     counts = list(num_tokens) if num_tokens is not None else [n // 16 for n in lens]
-    tokens_BU = torch.randint(1, vocab_size, (len(lens), max([*counts, 1])), generator=rng)
+    tokens_BU = torch.randint(UNK_ID, vocab_size, (len(lens), max([*counts, 1])), generator=rng)
     token_lens_B = torch.tensor(counts)
     return Batch(
         ids=[f"utterance-{i}" for i in range(len(lens))],
@@ -146,9 +189,9 @@ def random_batch(
 
 
 def model_info(*, vocab_size: int = VOCAB_SIZE, width: int = WIDTH, num_layers: int = 24) -> ModelInfo:
-    """A description of a model with a CTC head and the taps ``front``, ``encoder.0``, ``encoder.1``, ..."""
+    """A description of a model with every head and the taps ``front``, ``encoder.0``, ``encoder.1``, ..."""
     taps = {"front": width, **{f"encoder.{i}": width for i in range(num_layers)}}
-    return ModelInfo("tiny", vocab_size, FRAME_SHIFT_S, ("ctc",), taps)
+    return ModelInfo("tiny", vocab_size, FRAME_SHIFT_S, HEADS, taps)
 
 
 def loss_setup() -> LossSetup:
@@ -163,6 +206,7 @@ def random_output(
     num_padding: int = 2,
     num_views: int = 1,
     info: ModelInfo | None = None,
+    batch: Batch | None = None,
     seed: int = 0,
 ) -> ModelOutput:
     """What a student might say: random logits (spread over some nats) and the same noise at all taps.
@@ -173,6 +217,7 @@ def random_output(
         num_padding: frames behind the longest utterance.
         num_views: different copies of the batch, one after the other.
         info: gives vocabulary and widths; None: :func:`model_info`.
+        batch: one view; with it, the heads that go along a text speak, too.
         seed: of the noise.
     """
     info = info or model_info()
@@ -184,7 +229,34 @@ def random_output(
     }
     lens_B = torch.tensor(list(lens) * num_views)
     tapped = {name: hidden[info.taps[name]].clone() for name in taps}
-    return ModelOutput(hidden[WIDTH].clone(), lens_B, {"ctc": logits_BTV}, tapped, num_views)
+    out = ModelOutput(hidden[WIDTH].clone(), lens_B, {"ctc": logits_BTV}, tapped, num_views)
+    if batch is not None:
+        batch = batch.repeat(num_views)
+        num_places = batch.tokens_BU.shape[1] + 1
+        out.logits["attention"] = 2 * torch.randn(rows, num_places, info.vocab_size, generator=rng)
+        out.lattices["rnnt"] = _random_lattice(num_frames, lens_B, batch, info.vocab_size, rng)
+    return out
+
+
+def _random_lattice(
+    num_frames: int, lens_B: Tensor, batch: Batch, vocab_size: int, rng: torch.Generator
+) -> Lattice:
+    rows, num_places = len(lens_B), batch.tokens_BU.shape[1] + 1
+    weight_JV = torch.randn(WIDTH, vocab_size, generator=rng)
+
+    def noise(length: int, width: int) -> Tensor:
+        return torch.randn(rows, length, width, generator=rng)
+
+    return Lattice(
+        am_BTV=noise(num_frames, vocab_size),
+        lm_BPV=noise(num_places, vocab_size),
+        encoder_BTJ=noise(num_frames, WIDTH),
+        predictor_BPJ=noise(num_places, WIDTH),
+        tokens_BU=batch.tokens_BU,
+        lens_B=lens_B,
+        token_lens_B=batch.token_lens_B,
+        join=lambda a, b: torch.tanh(a + b) @ weight_JV.to(a.dtype),
+    )
 
 
 def targets_like(
@@ -199,7 +271,7 @@ def targets_like(
 
     Args:
         out: the student's output; its taps all hold the same.
-        specs: the targets; kinds ``frame_logits`` and ``hidden``.
+        specs: the targets; all kinds but ``codebooks`` and ``hypotheses``.
         noise: standard deviation of the difference; 0: the teacher says what the student does.
         teacher: gives the width of its taps; None: :func:`model_info`.
         seed: of the noise.
@@ -209,12 +281,18 @@ def targets_like(
     """
     teacher = teacher or model_info()
     rng = torch.Generator().manual_seed(seed)
-    items: dict[str, Posteriors | Hidden] = {}
+    items: dict[str, Posteriors | Hidden | LatticePosteriors] = {}
+    texts: tuple[Tensor, ...] = ()
     for spec in specs:
-        if spec.kind == "frame_logits":
+        if spec.kind in ("frame_logits", "token_logits"):
             logits_BTV = out.logits[spec.tap].detach()
             logits_BTV = logits_BTV + noise * torch.randn(logits_BTV.shape, generator=rng)
-            items[spec.key] = keep_top(Posteriors(logits_BTV.log_softmax(-1), out.lens_B), spec.top_k)
+            lens_B = out.lens_B if spec.kind == "frame_logits" else out.lattices["rnnt"].token_lens_B + 1
+            items[spec.key] = keep_top(Posteriors(logits_BTV.log_softmax(-1), lens_B), spec.top_k)
+        elif spec.kind == "rnnt_lattice":
+            other = out.lattices[spec.tap].map(Tensor.detach)
+            other.encoder_BTJ += noise * torch.randn(other.encoder_BTJ.shape, generator=rng)
+            items[spec.key] = full_lattice_posteriors(other)
         elif spec.kind == "hidden":
             dim = teacher.taps.get(spec.tap, WIDTH)
             same = [x.detach() for x in (*out.taps.values(), out.hidden_BTD) if x.shape[-1] == dim]
@@ -224,4 +302,6 @@ def targets_like(
             items[spec.key] = Hidden(values_BTD, out.lens_B)
         else:
             raise ValueError(f"there are no random targets of kind {spec.kind!r}")
-    return Targets(items)
+    if any(spec.kind in FORCED_KINDS for spec in specs):
+        texts = out.lattices["rnnt"].tokens_BU, out.lattices["rnnt"].token_lens_B
+    return Targets(items, *texts)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from kdrecipe.data.batches import CutBatches
-from kdrecipe.heads.ctc import ctc_greedy
 from kdrecipe.interfaces import Batch, Loss, LossOutput, ModelOutput, Targets
 from kdrecipe.train.log import Meter, normalised
 from kdrecipe.train.step import Stepper
@@ -20,7 +19,7 @@ class DevScore:
 
     Args:
         loss: the supervised terms, weighted; None if the objective has none.
-        ter: token errors per reference token, greedy search; None without a CTC head.
+        ter: token errors per reference token, greedy search of the first head; None without labels.
     """
 
     loss: float | None
@@ -43,9 +42,10 @@ def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
         out = out.map(lambda x: x.float() if x.is_floating_point() else x)
         for term in supervised:
             meter.add([term.name], [_supervised_loss(term.loss, out, batch)])
-        if "ctc" in out.logits:
-            wrong, length = token_errors(out, batch)
-            errors, tokens = errors + wrong, tokens + length
+        with stepper.autocast():
+            found = model.greedy(out)  # type: ignore[operator]
+        wrong, length = token_errors(found, batch)
+        errors, tokens = errors + wrong, tokens + length
     model.train()
     stepper.objective.module.train()
     numbers = workers.sum_numbers({**meter.numbers(), "errors|": errors, "tokens|": tokens})
@@ -60,9 +60,8 @@ def _supervised_loss(loss: Loss, out: ModelOutput, batch: Batch) -> LossOutput:
     return loss(out.select(batch.labelled_B), Targets(), batch.select(batch.labelled_B))
 
 
-def token_errors(out: ModelOutput, batch: Batch) -> tuple[int, int]:
-    """(errors, reference tokens) of greedy CTC search on the labelled utterances."""
-    found, _ = ctc_greedy(out.logits["ctc"], out.lens_B)
+def token_errors(found: Sequence[Sequence[int]], batch: Batch) -> tuple[int, int]:
+    """(errors, reference tokens) of ``found`` on the labelled utterances."""
     errors = length = 0
     rows = zip(
         found, batch.tokens_BU.tolist(), batch.token_lens_B.tolist(), batch.labelled_B.tolist(), strict=True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,10 +19,11 @@ from torch import nn
 from kdrecipe.bundle import Bundle
 from kdrecipe.data.batches import CutBatches
 from kdrecipe.data.features import load_cuts
-from kdrecipe.data.targets import LiveTargets, TargetCache
+from kdrecipe.data.target_cache import TargetCache
+from kdrecipe.data.targets import LiveTargets
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import RecipeError
-from kdrecipe.interfaces import Batch, LossSetup, ModelInfo, TargetSpec
+from kdrecipe.interfaces import FRAME_KINDS, Batch, LossSetup, ModelInfo, TargetSpec
 from kdrecipe.model.asr import model_info
 from kdrecipe.train.inputs import needs_of
 from kdrecipe.train.loop import Objective, TargetSource, Term, TrainResult, train
@@ -112,11 +114,14 @@ class Session:
     def objective(self, student: ModelInfo) -> Objective:
         """The weighted terms; a term that names no teacher is shared evenly among all.
 
+        Terms of one loss are told apart by what they learn from: ``kl:attention``, ``kl:ctc``.
+
         Raises:
             RecipeError: a teacher can't give what a loss needs.
         """
         registry = self.recipe.plugins.registry
         terms = []
+        count = Counter(term.name for term in self.system.terms)
         for term in self.system.terms:
             cls = registry.get("losses", term.name)
             config = cls.Config.model_validate(term.options)
@@ -125,11 +130,12 @@ class Session:
                 terms.append(Term(term.name, term.weight, cls(config, LossSetup(student)), None))
                 continue
             names = [term.teacher] if term.teacher else list(self.system.teachers)
+            loss_name = term.name if count[term.name] == 1 else f"{term.name}:{needs[0].tap}"
             for name in names:
                 teacher = self.teacher_bundles[name].info
                 self._check(term.name, needs, student, name, teacher)
                 loss = cls(config, LossSetup(student, teacher))
-                label = term.name if len(names) == 1 else f"{term.name}@{name}"
+                label = loss_name if len(names) == 1 else f"{loss_name}@{name}"
                 terms.append(Term(label, term.weight / len(names), loss, name))
         return Objective(terms)
 
@@ -203,15 +209,10 @@ def pinned(need: TargetSpec, student: ModelInfo) -> TargetSpec:
     must count in the same vocabulary."""
     from dataclasses import replace
 
-    if need.kind == "frame_logits":
-        return replace(
-            need,
-            dim=student.vocab_size,
-            vocab_id=student.vocab_id,
-            frame_shift_s=need.frame_shift_s or student.frame_shift_s,
-        )
-    if need.kind == "hidden":
-        return replace(need, frame_shift_s=need.frame_shift_s or student.frame_shift_s)
+    if need.kind in FRAME_KINDS:
+        need = replace(need, frame_shift_s=need.frame_shift_s or student.frame_shift_s)
+    if need.kind in ("frame_logits", "token_logits", "rnnt_lattice"):
+        need = replace(need, dim=student.vocab_size, vocab_id=student.vocab_id)
     return need
 
 

@@ -201,11 +201,9 @@ class Stepper:
     def _micro(self, batch: Batch, slot: int) -> Micro:
         device = self.workers.device
         moved = batch if device.type == "cpu" else batch.map(lambda x: x.to(device, non_blocking=True))
-        return Micro(
-            moved,
-            self.objective.targets(self.teachers, moved),
-            slot * self.workers.world_size + self.workers.rank,
-        )
+        targets = self.objective.targets(self.teachers, moved)
+        number = slot * self.workers.world_size + self.workers.rank
+        return Micro(along_with(moved, targets), targets, number)
 
     def _forward(self, micro: Micro, step: int) -> tuple[list[LossOutput], ModelOutput]:
         """The terms of a micro-batch; the same random numbers whenever asked."""
@@ -306,3 +304,29 @@ def _detached(output: LossOutput) -> LossOutput:
 
 def _full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def along_with(batch: Batch, targets: Mapping[str, Targets]) -> Batch:
+    """The batch with the texts that its teachers' targets go along, so that the student goes along them, too.
+
+    Labelled utterances have their transcripts there; the others stay unlabelled.
+
+    Raises:
+        TrainingError: two teachers go along different texts.
+    """
+    spoken = {name: t for name, t in targets.items() if t.tokens_BU is not None}
+    if not spoken or bool(batch.labelled_B.all()):
+        return batch
+    first, *others = spoken.values()
+    assert first.tokens_BU is not None
+    assert first.token_lens_B is not None
+    for other in others:
+        assert other.tokens_BU is not None
+        if not torch.equal(first.tokens_BU, other.tokens_BU):
+            raise TrainingError(
+                f"the teachers {' and '.join(spoken)} hear different words in an unlabelled utterance, and "
+                "a student's decoder can go along one text only",
+                where="training",
+                remedy="give all but one of them a loss on frames (kl with head: ctc, hidden_mse)",
+            )
+    return replace(batch, tokens_BU=first.tokens_BU, token_lens_B=first.token_lens_B)

@@ -10,15 +10,8 @@ from torch import Tensor, nn
 
 from kdrecipe import hookimpl
 from kdrecipe.interfaces import Options
-from kdrecipe_plugins.architectures.layers import (
-    ConvFront,
-    ConvModule,
-    Dropout,
-    FeedForward,
-    RotaryPositions,
-    SelfAttention,
-    valid_mask,
-)
+from kdrecipe.layers import Dropout, FeedForward, valid_mask
+from kdrecipe_plugins.architectures.layers import ConvFront, ConvModule, RotaryPositions, SelfAttention
 
 
 class ConformerOptions(Options):

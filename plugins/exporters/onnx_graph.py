@@ -22,6 +22,7 @@ MIN_SCALE = 1e-12
 
 def slim(model: ModelProto) -> ModelProto:
     """Fold constants, merge equal ones, drop all names and notes: the same function in less space."""
+    _split_gemms(model.graph)
     for _ in range(2):  # equal constants merged, onnxruntime finds more equal nodes
         model = _folded(model)
         _merge_initialisers(model.graph)
@@ -39,19 +40,26 @@ def slim(model: ModelProto) -> ModelProto:
 
 
 def quantise(
-    model: ModelProto, *, keep_float: Collection[bytes] = (), convs: bool = True, reduce_range: bool = False
+    model: ModelProto,
+    *,
+    keep_float: Collection[bytes] = (),
+    convs: bool = True,
+    embeddings: bool = False,
+    reduce_range: bool = False,
 ) -> ModelProto:
     """An int8 copy: products with constant matrices in integers, activations quantised as they come.
 
     A product ``MatMul(a, W)`` becomes ``MatMulInteger`` of 8-bit ``a`` (one scale per call) and int8
     ``W`` (one scale per column, symmetric), the pattern that onnxruntime runs as one kernel.
     Convolutions keep computing in float32, since few runtimes have integer ones, but their weights
-    are stored as int8 (one scale per output channel), decoded when the model is loaded.
+    are stored as int8 (one scale per output channel), decoded when the model is loaded; embeddings
+    (one scale per row), decoded row by row when they are looked up.
 
     Args:
         model: as :func:`slim` gives it.
         keep_float: ``tobytes()`` of matrices (I, O) that must stay as they are.
         convs: store the weights of convolutions as int8, too.
+        embeddings: and those of embeddings.
         reduce_range: use 7 bits for the weights of products.
     """
     result = ModelProto()
@@ -73,6 +81,11 @@ def quantise(
             _set_int8(graph, weight.name, numpy_helper.to_array(weight), axis=0, steps=QMAX)
             nodes.extend(_decoded(weight.name))
             node.input[1] = f"{weight.name}_d"
+        table = weights.get(node.input[0]) if node.op_type == "Gather" else None
+        if embeddings and table is not None and table.data_type == TensorProto.FLOAT and len(table.dims) == 2:
+            _set_int8(graph, table.name, numpy_helper.to_array(table), axis=0, steps=QMAX)
+            nodes.extend(_looked_up(node))
+            continue
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
@@ -100,6 +113,15 @@ def _decoded(weight: str) -> Iterator[NodeProto]:
     """``weight_d`` in float32. Not by DequantizeLinear: onnxruntime would run that at every call."""
     yield helper.make_node("Cast", [f"{weight}_q"], [f"{weight}_f"], to=TensorProto.FLOAT)
     yield helper.make_node("Mul", [f"{weight}_f", f"{weight}_s"], [f"{weight}_d"])
+
+
+def _looked_up(node: NodeProto) -> Iterator[NodeProto]:
+    """The nodes that stand for ``Gather(table, ids)``."""
+    (table, ids), out = node.input, node.output[0]
+    yield helper.make_node("Gather", [f"{table}_q", ids], [f"{out}_q"])
+    yield helper.make_node("Gather", [f"{table}_s", ids], [f"{out}_s"])
+    yield helper.make_node("Cast", [f"{out}_q"], [f"{out}_f"], to=TensorProto.FLOAT)
+    yield helper.make_node("Mul", [f"{out}_f", f"{out}_s"], [out])
 
 
 def _set_int8(graph: GraphProto, name: str, weight: np.ndarray, axis: int, steps: int) -> None:
@@ -130,6 +152,36 @@ def _folded(model: ModelProto) -> ModelProto:
         folded = onnx.load(path)
     folded.ir_version = model.ir_version
     return folded
+
+
+def _split_gemms(graph: GraphProto) -> None:
+    """``Gemm`` of a constant matrix, which is how a linear layer of (N, I) is traced, as product and sum."""
+    weights = {t.name: t for t in graph.initializer}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        weight = weights.get(node.input[1]) if node.op_type == "Gemm" else None
+        plain = (options.pop("alpha", 1.0), options.pop("beta", 1.0), options.pop("transA", 0)) == (
+            1.0,
+            1.0,
+            0,
+        )
+        if weight is None or not plain:
+            nodes.append(node)
+            continue
+        matrix_IO = numpy_helper.to_array(weight)
+        if options.get("transB"):
+            matrix_IO = np.ascontiguousarray(matrix_IO.T)
+        out, name = node.output[0], f"{node.output[0]}_w"
+        graph.initializer.append(numpy_helper.from_array(matrix_IO, name))
+        has_bias = len(node.input) == 3
+        product = f"{out}_p" if has_bias else out
+        nodes.append(helper.make_node("MatMul", [node.input[0], name], [product]))
+        if has_bias:
+            nodes.append(helper.make_node("Add", [product, node.input[2]], [out]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    _drop_unused_initialisers(graph)
 
 
 def _nodes(graph: GraphProto) -> Iterator[NodeProto]:

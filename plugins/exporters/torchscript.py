@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,27 @@ from kdrecipe import hookimpl
 from kdrecipe.data.audio import SAMPLE_RATE, resample
 from kdrecipe.data.features import extract
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import BLANK_ID, BundleLike, Hypothesis, Options, Runner, float_copy
-from kdrecipe_plugins.exporters.ctc import CtcLogProbs, check_head, existing, read_pieces
+from kdrecipe.interfaces import BundleLike, Hypothesis, Options, Runner, float_copy
+from kdrecipe_plugins.exporters.shared import (
+    CtcLogProbs,
+    best_path,
+    check_head,
+    existing,
+    join_pieces,
+    read_pieces,
+    valid_rows,
+)
 
-FILES = {"fp32": "model.pt", "int8": "model.int8.pt"}
 NOTES = "kdrecipe.json"  # within the file: features and frame shift
 
 
 class TorchScript:
     """Exporter ``torchscript``; int8 only of int8 bundles, and that for the CPU."""
 
+    head = "ctc"
+    runtime = None
     variants = ("fp32", "int8")
+    files = {"fp32": {"model": "model.pt"}, "int8": {"model": "model.int8.pt"}}
 
     class Config(Options):
         """Nothing to choose."""
@@ -40,7 +51,7 @@ class TorchScript:
         Raises:
             KdrecipeError: the model has no CTC head.
         """
-        check_head(bundle, "torchscript")
+        check_head(bundle, self.head, "torchscript")
         directory.mkdir(parents=True, exist_ok=True)
         models = {"fp32": float_copy(bundle.model)}
         if bundle.is_int8:
@@ -48,9 +59,11 @@ class TorchScript:
         notes = {"features": bundle.meta["features"], "frame_shift_s": bundle.meta["frame_shift_s"]}
         for variant, model in models.items():
             traced = _trace(model, int(bundle.meta["features"]["num_mel_bins"]))
-            traced.save(str(directory / FILES[variant]), _extra_files={NOTES: json.dumps(notes)})
+            traced.save(
+                str(directory / self.files[variant]["model"]), _extra_files={NOTES: json.dumps(notes)}
+            )
         shutil.copyfile(bundle.path / "tokens.txt", directory / "tokens.txt")
-        return {variant: [FILES[variant], "tokens.txt"] for variant in models}
+        return {variant: [self.files[variant]["model"], "tokens.txt"] for variant in models}
 
     def load(self, directory: Path, variant: str, *, num_threads: int = 1) -> Runner:
         """Load a variant; ``num_threads`` is the process's to set, with ``torch.set_num_threads``.
@@ -58,7 +71,7 @@ class TorchScript:
         Raises:
             KdrecipeError: there is no such file, or it is damaged.
         """
-        return TorchScriptRunner(Path(directory) / FILES[variant])
+        return TorchScriptRunner(Path(directory) / self.files[variant]["model"])
 
 
 class TorchScriptRunner:
@@ -83,17 +96,27 @@ class TorchScriptRunner:
         )
         return log_probs_BTV.numpy(), out_lens_B.numpy()
 
+    def log_probs_along(
+        self, features_BTF: np.ndarray, lens_B: np.ndarray, paths: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        """Per utterance, (T, V) log-posteriors; CTC needs no path."""
+        return valid_rows(*self.log_probs(features_BTF, lens_B))
+
+    def greedy(self, features_TF: np.ndarray) -> list[int]:
+        """Tokens of the best path."""
+        return best_path(self._log_probs_of_one(features_TF))[0]
+
     def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
         """Recognise one utterance of any sampling rate."""
         features_TF = extract(resample(samples_S, sample_rate), SAMPLE_RATE, self._notes["features"])
-        log_probs_BTV, lens_B = self.log_probs(features_TF[None], np.array([len(features_TF)]))
-        best_T = log_probs_BTV[0, : lens_B[0]].argmax(-1)
-        previous_T = np.concatenate([[BLANK_ID], best_T[:-1]])
-        frames = np.flatnonzero((best_T != BLANK_ID) & (best_T != previous_T))
-        tokens = best_T[frames].tolist()
-        text = "".join(self._pieces[i] for i in tokens).replace("\u2581", " ").strip()
+        log_probs_TV = self._log_probs_of_one(features_TF)
+        tokens, frames = best_path(log_probs_TV)
         times_s = (frames * self._notes["frame_shift_s"]).tolist()
-        return Hypothesis(text, tokens, times_s, float(log_probs_BTV[0, : lens_B[0]].max(-1).sum()))
+        text = join_pieces(self._pieces[i] for i in tokens)
+        return Hypothesis(text, tokens, times_s, float(log_probs_TV.max(-1).sum()))
+
+    def _log_probs_of_one(self, features_TF: np.ndarray) -> np.ndarray:
+        return valid_rows(*self.log_probs(features_TF[None], np.array([len(features_TF)])))[0]
 
 
 def _trace(model: nn.Module, num_bins: int) -> torch.jit.ScriptModule:

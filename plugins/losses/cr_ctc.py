@@ -35,6 +35,7 @@ class CrCtc:
 
     def __init__(self, config: Config, setup: LossSetup) -> None:
         self.config = config
+        setup.require_head("ctc", "cr_ctc")
 
     @staticmethod
     def requires(config: Config) -> list[TargetSpec]:

@@ -1,4 +1,4 @@
-"""KL between a teacher's and the student's CTC posteriors, frame by frame."""
+"""KL between a teacher's and the student's posteriors: CTC's by frames, an attention decoder's by tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from kdrecipe import hookimpl
@@ -20,26 +20,30 @@ from kdrecipe.interfaces import (
     ModelOutput,
     Options,
     Posteriors,
+    TargetKind,
     Targets,
     TargetSpec,
 )
 
 
 class KlLoss:
-    """``T^2 * sum over frames of KL(teacher || student)``, both softened by the temperature T.
+    """``T^2 * sum over frames (or tokens) of KL(teacher || student)``, both softened by the temperature T.
 
-    The factor T^2 keeps the size of the gradient while T changes (Hinton 2015). CTC posteriors
-    are blank on most frames; ``blank`` says what to do about them (Hilmes 2025, arXiv 2506.01503,
-    compares elimination and symmetric selection; the weights are TutorNet's, Yoon 2021,
+    The factor T^2 keeps the size of the gradient while T changes (Hinton 2015). With ``head: ctc`` it
+    compares frames, with ``head: attention`` the tokens of the transcript and the end of the sentence,
+    each given those before it; on unlabelled utterances those of the teacher's own hypothesis.
+
+    CTC posteriors are blank on most frames; ``blank`` says what to do about them (Hilmes 2025, arXiv
+    2506.01503, compares elimination and symmetric selection; the weights are TutorNet's, Yoon 2021,
     arXiv 2008.00671).
 
     With top-k targets, the K kept classes and the mass of all others together are K + 1 classes,
     in teacher and student alike: the loss is 0 where they agree, and the full KL for K = V.
 
-    Count: the frames used. Metric ``agree``: frames whose best class is the teacher's.
+    Count: the frames or tokens used. Metric ``agree``: those whose best class is the teacher's.
 
     Raises:
-        RecipeError: teacher and student have different tokens.
+        RecipeError: teacher and student have different tokens, or the student lacks the head.
         DataError: their frame counts differ.
     """
 
@@ -47,10 +51,11 @@ class KlLoss:
         """Options of ``kl``.
 
         Args:
+            head: whose posteriors: ``ctc`` or ``attention``, of teacher and student alike.
             temperature: T, above 0; 1 leaves the posteriors as they are.
-            blank: ``keep``: all frames; ``drop``: not where the teacher's blank posterior is above
-                ``blank_threshold``; ``select``: the others of ``drop`` and ``neighbours`` frames on
-                each side of them; ``weight``: all, weighted by 1 - blank posterior.
+            blank: of ``head: ctc``; ``keep``: all frames; ``drop``: not where the teacher's blank
+                posterior is above ``blank_threshold``; ``select``: the others of ``drop`` and
+                ``neighbours`` frames on each side of them; ``weight``: all, weighted by 1 - blank posterior.
             blank_threshold: in [0.5, 1), for ``drop`` and ``select``; 0.5 drops the frames whose best class
                 is the blank, save those where it wins with less than half.
             neighbours: frames on each side, for ``select``.
@@ -58,6 +63,7 @@ class KlLoss:
             top_k: classes kept per frame; None: all.
         """
 
+        head: Literal["ctc", "attention"] = "ctc"
         temperature: float = Field(1.0, gt=0)
         blank: Literal["keep", "drop", "select", "weight"] = "keep"
         # From 0.5 on, a blank above the threshold is the best class and so among any top k.
@@ -66,8 +72,17 @@ class KlLoss:
         direction: Literal["forward", "reverse"] = "forward"
         top_k: int | None = Field(None, ge=1)
 
+        @model_validator(mode="after")
+        def _blank_is_ctc(self) -> KlLoss.Config:
+            if self.head != "ctc" and self.blank != "keep":
+                raise ValueError(
+                    f"blank: {self.blank} is for head: ctc; the tokens of {self.head} have no blank"
+                )
+            return self
+
     def __init__(self, config: Config, setup: LossSetup) -> None:
         self.config = config
+        setup.require_head(config.head, "kl")
         teacher = setup.teacher
         if teacher is not None and teacher.vocab_id != setup.student.vocab_id:
             raise RecipeError(
@@ -78,14 +93,19 @@ class KlLoss:
 
     @staticmethod
     def requires(config: Config) -> list[TargetSpec]:
-        """The teacher's CTC posteriors."""
-        return [TargetSpec("frame_logits", "ctc", top_k=config.top_k)]
+        """The teacher's posteriors."""
+        kind: TargetKind = "frame_logits" if config.head == "ctc" else "token_logits"
+        return [TargetSpec(kind, config.head, top_k=config.top_k)]
 
     def __call__(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
-        """Sum over the used frames; see the class."""
+        """Sum over the used frames or tokens; see the class."""
         config = self.config
-        teacher = keep_top(targets.posteriors("ctc"), config.top_k)
-        log_p_NK, log_q_NK = frame_log_probs(out.logits["ctc"], out.lens_B, teacher)
+        if config.head == "ctc":
+            found, lens_B = targets.posteriors("ctc"), out.lens_B
+        else:
+            found, lens_B = targets.posteriors(config.head, "token_logits"), batch.token_lens_B + 1
+        teacher = keep_top(found, config.top_k)
+        log_p_NK, log_q_NK = frame_log_probs(out.logits[config.head], lens_B, teacher)
         if config.blank in ("drop", "select"):
             used_N = valid_frames(_used_frames(teacher, config), teacher.lens_B)
             log_p_NK, log_q_NK = log_p_NK[used_N], log_q_NK[used_N]

@@ -259,6 +259,7 @@ MODELS: list[type[BaseModel]] = [
     parsing.CompressSection,
     parsing.PretrainedSection,
     parsing.TermSection,
+    parsing.LmSection,
     parsing.DecodeSection,
     sections.Subset,
     sections.Features,
@@ -267,6 +268,7 @@ MODELS: list[type[BaseModel]] = [
     sections.SpecAugment,
     sections.TargetOptions,
     sections.Parity,
+    sections.Claim,
 ]
 
 

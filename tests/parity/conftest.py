@@ -1,4 +1,4 @@
-"""A tiny recogniser of the tone corpus, trained here, as a bundle on disk."""
+"""Tiny recognisers of the tone corpus, trained here, as bundles on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from kdrecipe.bundle import Bundle
 from kdrecipe.data.audio import Utterance
 from kdrecipe.data.features import extract
 from kdrecipe.data.tokens import Tokenizer
-from kdrecipe.interfaces import CompressContext
+from kdrecipe.heads.attention import AttentionLoss
+from kdrecipe.heads.rnnt import RnntLoss
+from kdrecipe.interfaces import Batch, CompressContext, Targets
 from kdrecipe.model.asr import FeatureNorm, build_model
 from kdrecipe.plugins import load_plugins
 from kdrecipe.testing.corpus import WORDS, speak
@@ -21,6 +23,11 @@ from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic
 
 FEATURES = {"name": "fbank", "num_mel_bins": 80}
 MODEL = {"name": "conformer", "num_layers": 1, "dim": 48, "dropout": 0.0, "heads": {"ctc": {}}}
+ALL_HEADS = {
+    "rnnt": {"predictor_dim": 32, "joiner_dim": 48, "dropout": 0.0},
+    "attention": {"num_layers": 2, "ff_dim": 96, "dropout": 0.0},
+    "ctc": {},
+}
 
 
 @dataclass
@@ -51,20 +58,30 @@ def spoken(num: int, seed: int) -> list[Utterance]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Trained:
-    directory = tmp_path_factory.mktemp("bundles")
+    """A model with a CTC head."""
+    return train(tmp_path_factory.mktemp("bundles"), MODEL)
+
+
+@pytest.fixture(scope="session")
+def all_heads(tmp_path_factory) -> Trained:
+    """A model with the heads ``rnnt``, ``attention`` and ``ctc``."""
+    return train(tmp_path_factory.mktemp("bundles_of_all_heads"), {**MODEL, "heads": ALL_HEADS})
+
+
+def train(directory: Path, description: dict) -> Trained:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     train = spoken(48, seed=1)
     tokens = Tokenizer.train([u.text for u in train], "bpe", 48, directory / "tokens")
     features = [torch.from_numpy(extract(u.samples_S, 16000, FEATURES)) for u in train]
     registry = load_plugins().registry
-    model = build_model(MODEL, input_dim=80, vocab_size=len(tokens), registry=registry)
+    model = build_model(description, input_dim=80, vocab_size=len(tokens), registry=registry)
     frames = torch.cat(features)
     model.norm = FeatureNorm.from_stats(frames.mean(0), frames.std(0))
     _fit(model, features, [tokens.encode(u.text) for u in train])
     meta = {
-        "name": "tiny", "kind": "trained", "parent": None, "seed": 0, "model": MODEL, "features": FEATURES,
-        "compression": [], "plugin_files": [],
+        "name": "tiny", "kind": "trained", "parent": None, "seed": 0, "model": description,
+        "features": FEATURES, "compression": [], "plugin_files": [],
     }  # fmt: skip
     Bundle.save(directory / "float", model, tokens, meta)
     compressor = Int8Dynamic(Int8Dynamic.Config())
@@ -79,23 +96,13 @@ def trained(tmp_path_factory) -> Trained:
 
 
 def _fit(model, features, tokens, num_epochs: int = 26) -> None:
-    """A few seconds of CTC: enough to read most words."""
+    """A few seconds of all heads' losses: enough to read most words."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     num_steps = num_epochs * 6
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, num_steps)
     for _ in range(num_epochs):
         for rows in torch.randperm(len(features)).view(-1, 8).tolist():
-            lens_B = torch.tensor([len(features[i]) for i in rows])
-            features_BTF = torch.nn.utils.rnn.pad_sequence([features[i] for i in rows], batch_first=True)
-            labels = [torch.tensor(tokens[i]) for i in rows]
-            out = model(features_BTF, lens_B)
-            loss = torch.nn.functional.ctc_loss(
-                out.logits["ctc"].log_softmax(-1).transpose(0, 1),
-                torch.cat(labels),
-                out.lens_B,
-                torch.tensor([len(x) for x in labels]),
-                zero_infinity=True,
-            )
+            loss = _loss(model, [features[i] for i in rows], [torch.tensor(tokens[i]) for i in rows])
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -104,13 +111,58 @@ def _fit(model, features, tokens, num_epochs: int = 26) -> None:
     model.eval()
 
 
+def _loss(model, features, labels) -> torch.Tensor:
+    pad = torch.nn.utils.rnn.pad_sequence
+    lens_B, token_lens_B = (torch.tensor([len(x) for x in xs]) for xs in (features, labels))
+    batch = Batch(
+        ids=[str(i) for i in range(len(labels))],
+        features_BTF=pad(features, batch_first=True),
+        lens_B=lens_B,
+        tokens_BU=pad(labels, batch_first=True),
+        token_lens_B=token_lens_B,
+        labelled_B=torch.ones(len(labels), dtype=torch.bool),
+    )
+    out = model(batch.features_BTF, batch.lens_B, batch=batch)
+    loss = torch.nn.functional.ctc_loss(
+        out.logits["ctc"].log_softmax(-1).transpose(0, 1),
+        torch.cat(labels),
+        out.lens_B,
+        token_lens_B,
+        zero_infinity=True,
+    )
+    for name, cls in {"rnnt": RnntLoss, "attention": AttentionLoss}.items():
+        if name in model.heads:
+            found = cls(cls.Config())(out, Targets(), batch)
+            loss = loss + found.total / found.count
+    return loss
+
+
 @pytest.fixture(scope="session")
 def exports(trained, tmp_path_factory) -> Path:
     """``onnx_ctc`` of both bundles, in ``float`` and ``int8``."""
     from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc
 
-    directory = tmp_path_factory.mktemp("exports")
-    exporter = OnnxCtc(OnnxCtc.Config())
+    return _exported(OnnxCtc, trained, tmp_path_factory.mktemp("exports"))
+
+
+@pytest.fixture(scope="session")
+def transducers(all_heads, tmp_path_factory) -> Path:
+    """``onnx_transducer`` of both bundles, in ``float`` and ``int8``."""
+    from kdrecipe_plugins.exporters.onnx_transducer import OnnxTransducer
+
+    return _exported(OnnxTransducer, all_heads, tmp_path_factory.mktemp("transducers"))
+
+
+@pytest.fixture(scope="session")
+def attentions(all_heads, tmp_path_factory) -> Path:
+    """``onnx_attention`` of both bundles, in ``float`` and ``int8``."""
+    from kdrecipe_plugins.exporters.onnx_attention import OnnxAttention
+
+    return _exported(OnnxAttention, all_heads, tmp_path_factory.mktemp("attentions"))
+
+
+def _exported(cls, trained: Trained, directory: Path) -> Path:
+    exporter = cls(cls.Config())
     exporter.export(trained.bundle, directory / "float")
     exporter.export(trained.int8, directory / "int8")
     return directory

@@ -14,7 +14,8 @@ from onnx import helper, numpy_helper
 from kdrecipe.bundle import Bundle
 from kdrecipe.errors import KdrecipeError, ParityError
 from kdrecipe.interfaces import float_copy
-from kdrecipe.measure.parity import Edits, check_parity, edits
+from kdrecipe.measure.edits import Edits, edits
+from kdrecipe.measure.parity import check_parity
 from kdrecipe.sections import Parity
 from kdrecipe_plugins.compressors.int8_dynamic import Int8Linear
 from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc, OnnxRunner

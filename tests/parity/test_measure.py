@@ -12,10 +12,11 @@ import torchaudio
 
 from kdrecipe.data.audio import Utterance, read_audio, resample
 from kdrecipe.errors import DataError, KdrecipeError
-from kdrecipe.measure.parity import edits
+from kdrecipe.measure.edits import edits
 from kdrecipe.measure.runtime import measure_export
 from kdrecipe.pipeline.bench import bench
 from kdrecipe.pipeline.transcribe import transcribe
+from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def audio(trained, tmp_path):
 
 
 def test_measure_gives_speed_memory_and_texts(exports, trained):
-    measured = measure_export(exports / "float", "int8", trained.utterances)
+    measured = measure_export(OnnxCtc, exports / "float", "int8", trained.utterances)
     assert [u.id for u in measured.utterances] == [u.id for u in trained.utterances]
     assert 0 < measured.rtf_median <= measured.rtf_p95 < 1
     assert 0 < measured.rtf_total < 1
@@ -52,17 +53,17 @@ def test_worker_loads_neither_torch_nor_lhotse():
 
 
 def test_measure_says_what_is_missing(exports, trained, tmp_path):
-    with pytest.raises(KdrecipeError, match=r"no such file\n.*onnx_ctc"):
-        measure_export(tmp_path, "fp32", trained.utterances)
+    with pytest.raises(KdrecipeError, match=r"no such file\n.*rerun the export stage"):
+        measure_export(OnnxCtc, tmp_path, "fp32", trained.utterances)
     with pytest.raises(KdrecipeError, match="no utterance"):
-        measure_export(exports / "float", "fp32", [])
+        measure_export(OnnxCtc, exports / "float", "fp32", [])
     shutil.copytree(exports / "float", tmp_path / "broken")
     (tmp_path / "broken" / "tokens.txt").write_text("x 0\n")
     with pytest.raises(KdrecipeError, match="sherpa-onnx could not run the model"):
-        measure_export(tmp_path / "broken", "fp32", trained.utterances)
+        measure_export(OnnxCtc, tmp_path / "broken", "fp32", trained.utterances)
     (tmp_path / "broken" / "model.onnx").write_bytes(b"no model")
     with pytest.raises(KdrecipeError, match="not an ONNX model"):
-        measure_export(tmp_path / "broken", "fp32", trained.utterances)
+        measure_export(OnnxCtc, tmp_path / "broken", "fp32", trained.utterances)
 
 
 @pytest.mark.parametrize("kind", ["bundle", "int8 bundle", "directory", "file"])

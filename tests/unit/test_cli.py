@@ -269,7 +269,7 @@ def test_transcribe_and_bench_pass_on(tmp_path, monkeypatch):
     monkeypatch.setattr(kdrecipe.pipeline.bench, "bench", lambda *a, **k: calls.append((a, k)))
     assert main(["transcribe", "bundle", "a.wav", "b.wav", "--variant", "int8"]) == 0
     assert main(["bench", "bundle"]) == 0
-    options = {"decoder": "ctc_greedy", "variant": "int8"}
+    options = {"decoder": None, "variant": "int8"}
     assert calls == [((Path("bundle"), (Path("a.wav"), Path("b.wav"))), options), ((Path("bundle"), ()), {})]
     assert main(["transcribe", "bundle"]) == 2
 

@@ -241,6 +241,8 @@ def test_librispeech_parts_can_be_chosen(tmp_path: Path) -> None:
         "dev": 1,
         "test_clean": 1,
     }
+    without = LibriSpeech(LibriSpeech.Config(parts=chosen | {"dev": None})).prepare(root, tmp_path)
+    assert set(without.splits) == {"train", "test_clean"}
     with pytest.raises(DataError, match="no part 'dev-other'") as caught:
         LibriSpeech(LibriSpeech.Config(parts={"train": ["dev-other"]})).prepare(root, tmp_path)
     assert "dev-clean, test-clean, test-other, train-clean-100" in str(caught.value)

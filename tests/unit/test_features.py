@@ -22,7 +22,7 @@ from kdrecipe.data.features import (
     perturb_speed,
     read_cuts,
 )
-from kdrecipe.data.subsets import choose_subsets
+from kdrecipe.data.subsets import choose_subsets, read_ids
 from kdrecipe.errors import DataError, KdrecipeError, RecipeError
 from kdrecipe.testing.corpus import make_corpus, speak
 
@@ -126,6 +126,41 @@ def test_subsets_are_nested_and_hang_on_the_seed_not_on_the_order(corpus):
 def test_subsets_that_can_not_be_made(corpus, rules, message):
     with pytest.raises(DataError, match=message):
         choose_subsets(read_cuts(corpus, "train"), rules, 0)
+
+
+def test_a_subset_can_be_listed(corpus, tmp_path):
+    cuts = read_cuts(corpus, "train")
+    wanted = [cuts[5].id, cuts[2].id]
+    (tmp_path / "list.txt").write_text(f"{wanted[0]} SOME WORDS\n\n{wanted[1]}\nelsewhere-1\n", "utf-8")
+    chapter = tmp_path / "part" / "17" / "4"
+    chapter.mkdir(parents=True)
+    (chapter / "17-4.trans.txt").write_text(f"{wanted[0]} SOME WORDS\n")
+    (chapter / "17-5.trans.txt").write_text(f"{wanted[1]} MORE\n")
+    (chapter / "notes.txt").write_text(f"{cuts[0].id} IS NO TRANSCRIPT\n")
+    for path in ("list.txt", "part"):
+        rules = {"some": {"listed_in": str(tmp_path / path)}, "others": {"except": "some"}}
+        chosen = choose_subsets(cuts, rules, 0)
+        assert chosen["some"] == [cuts[2].id, cuts[5].id]
+        assert sorted(chosen["some"] + chosen["others"]) == sorted(c.id for c in cuts)
+    assert read_ids(tmp_path / "list.txt") == sorted([*wanted, "elsewhere-1"])
+
+
+def test_lists_that_are_of_no_use(corpus, tmp_path):
+    cuts = read_cuts(corpus, "train")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes("Müller-1 WORDS\n".encode("latin-1"))
+    (tmp_path / "others.txt").write_text("b-2 WORDS\na-1 WORDS\n")
+    told = {
+        "absent.txt": "no such file or directory",
+        "empty": r"no \*.trans.txt below this directory",
+        "blank.txt": "an empty list",
+        "latin.txt": "not UTF-8",
+        "others.txt": rf"2 utterances \(such as 'a-1'\), none of which is among .* {len(cuts)} \(such as",
+    }
+    for name, message in told.items():
+        with pytest.raises(DataError, match=message):
+            choose_subsets(cuts, {"some": {"listed_in": str(tmp_path / name)}}, 0)
 
 
 def test_changing_the_speed_of_cuts_with_arrays_is_refused(features):

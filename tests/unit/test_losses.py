@@ -181,7 +181,7 @@ def test_misaligned_frames_are_refused_with_their_counts():
 
 
 def test_other_tokens_are_refused():
-    other = ModelInfo("other", VOCAB_SIZE, 0.04, ("ctc",), {})
+    other = ModelInfo("other", VOCAB_SIZE, 0.04, {"ctc": ("frame_logits",)}, {})
     with pytest.raises(RecipeError, match="same tokens"):
         KlLoss(KlLoss.Config(), LossSetup(model_info(), other))
 

@@ -15,18 +15,12 @@ from torch import Tensor, nn
 
 from kdrecipe.errors import PluginError, RecipeError
 from kdrecipe.heads.ctc import CtcHead
+from kdrecipe.layers import MASKED, Dropout, attend
 from kdrecipe.model.asr import AsrModel, FeatureNorm, build_model, model_info
 from kdrecipe.model.taps import capture
 from kdrecipe_plugins.architectures import conformer, transformer
 from kdrecipe_plugins.architectures.conformer import Conformer
-from kdrecipe_plugins.architectures.layers import (
-    MASKED,
-    ConvFront,
-    Dropout,
-    RotaryPositions,
-    SelfAttention,
-    attend,
-)
+from kdrecipe_plugins.architectures.layers import ConvFront, RotaryPositions, SelfAttention
 from kdrecipe_plugins.architectures.transformer import Transformer
 
 BINS, VOCAB = 80, 12
@@ -279,7 +273,12 @@ def test_shapes_that_do_not_fit_are_refused(options: dict[str, int], message: st
 def test_model_info_and_size() -> None:
     model = tiny("conformer")
     info = model_info(model, "abc")
-    assert (info.vocab_id, info.vocab_size, info.frame_shift_s, info.heads) == ("abc", VOCAB, 0.04, ("ctc",))
+    assert (info.vocab_id, info.vocab_size, info.frame_shift_s, info.heads) == (
+        "abc",
+        VOCAB,
+        0.04,
+        {"ctc": ("frame_logits",)},
+    )
     assert info.taps == {"front": 16, "encoder.0": 16, "encoder.1": 16}
     assert {s.key for s in info.provides()} == {"frame_logits:ctc"} | {f"hidden:{t}" for t in info.taps}
     assert model.num_params == sum(p.numel() for p in model.parameters())

@@ -330,6 +330,15 @@ def test_fingerprint_of_a_file_is_that_of_its_code(tmp_path):
     assert registry.fingerprint("losses", "plain") != before
 
 
+def test_fingerprint_of_a_folder_is_that_of_all_its_files(tmp_path):
+    (tmp_path / "__init__.py").write_text("from more import f\n")
+    (tmp_path / "more.py").write_text("f = 1\n")
+    source = Source("plugin", path=tmp_path / "__init__.py")
+    before = source.fingerprint()
+    (tmp_path / "more.py").write_text("f = 2\n")
+    assert source.fingerprint() != before
+
+
 def test_fingerprint_of_a_package_has_its_version():
     registry = Registry()
     registry.add("losses", "one", Plain, Source("one", "package", "1.0"))

@@ -22,6 +22,8 @@ from kdrecipe.results.html import from_markdown, per_epoch, read_log
 from kdrecipe.results.listen import Listening, aligned, encode
 from kdrecipe.results.report import assemble, write_report
 from kdrecipe.results.scoring import Question, score
+from kdrecipe.results.searches import score_searches
+from kdrecipe.sections import Claim
 from kdrecipe_plugins.metrics.cer import Cer
 from kdrecipe_plugins.metrics.wer import TextOptions, Wer
 
@@ -171,6 +173,7 @@ def make_inputs(
         },
         "systems": systems,
         "scores": score(hyps, METRICS, question, speakers=speakers, resamples=500),
+        "searches": make_searches(directory, hyps),
         "sections": [
             {
                 "title": "From a plugin",
@@ -178,11 +181,45 @@ def make_inputs(
             }
         ],
         "claims": [
-            {"text": "Distillation helps", "holds": True, "evidence": "kd against scratch"},
-            "A sentence.",
+            Claim(
+                text=f"Small {EVIL}", system="kd", figure="params_ratio", of="teacher", value=0.25
+            ).model_dump(),
+            Claim(
+                text="A tenth of the words are wrong",
+                system="kd",
+                figure="wer",
+                value=10,
+                on="LibriSpeech test-clean",
+                source="an article",
+            ).model_dump(),
+            Claim(text="Fast on a phone").model_dump(),
         ],
     }
     return data, hyps, logs
+
+
+def make_searches(directory: Path, hyps: Hyps) -> list[dict[str, Any]]:
+    """A second search of one system, a bit better than what it says otherwise."""
+    searches: dict[str, dict[str, Any]] = {
+        "greedy": {"decoder": "ctc_greedy", "options": {}, "lm": False, "head": "ctc", "rtf": 0.01},
+        "beam": {
+            "decoder": "ctc_prefix_beam",
+            "options": {"beam": 8},
+            "lm": False,
+            "head": "ctc",
+            "rtf": 0.03,
+        },
+    }
+    better: dict[int, dict[str, Path]] = {}
+    for seed, splits in hyps["scratch"].items():
+        for split, path in splits.items():
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            rows = [row | {"hyp": row["ref"]} if i % 3 == 0 else row for i, row in enumerate(rows)]
+            file = directory / f"hyps/scratch/seed{seed}/beam/{split}.jsonl"
+            better.setdefault(seed, {})[split] = write_jsonl(file, rows)
+    files = {"scratch": {"greedy": hyps["scratch"], "beam": better}}
+    rows = score_searches(files, {"scratch": searches}, METRICS, resamples=500)
+    return [{**row, **searches[row["search"]]} for row in rows]
 
 
 def tone(split: str, utterance: str) -> tuple[np.ndarray, int]:
@@ -299,6 +336,38 @@ def test_reading_warns_of_what_is_missing() -> None:
         "Not tested against any other system: kd and kd2.",
         "No baseline of the same model and data, without a teacher, beside kd2.",
     ]
+
+
+def test_searches_and_claims_are_shown(made: tuple[Path, Any]) -> None:
+    results = json.loads((made[0] / "results.json").read_text())
+    assert [(row["system"], row["search"]) for row in results["searches"]] == [
+        ("scratch", "greedy"),
+        ("scratch", "beam"),
+    ]
+    assert any(item["text"].startswith("**Search by beam is better than by") for item in results["reading"])
+    ratio, rate, other = results["claims"]
+    assert ratio["measured"] == pytest.approx(812 / 11300, abs=1e-6)
+    assert rate["measured"] == pytest.approx(
+        100 * results["systems"][3]["splits"]["test"]["wer"]["mean"], abs=1e-3
+    )
+    assert rate["measured_on"] == "an4 test"
+    assert "another test set" in rate["note"]
+    assert other["note"] == "not measured: nothing here measures it"
+    text, page = ((made[0] / name).read_text() for name in ("RESULTS.md", "report.html"))
+    titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert titles[:4] == [
+        "What the numbers say",
+        "Claims beside what was measured",
+        "Systems on test",
+        "Searches on test",
+    ]
+    assert re.search(r"^\| scratch +\| beam +\|.* 0\.0300 \|$", text, re.MULTILINE)
+    assert "- beam: ctc_prefix_beam, beam 8" in text
+    assert "Claimed in: an article." in text
+    for title in titles[:4]:
+        assert f">{title}</h2>" in page
+    assert "10 % WER on LibriSpeech test-clean" in text
+    assert '<td class="prose">' in page
 
 
 def test_markdown(made: tuple[Path, Any]) -> None:

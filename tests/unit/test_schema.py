@@ -36,6 +36,39 @@ class Plain:
         """None."""
 
 
+class Head(Plain):
+    target_kinds = ("frame_logits",)
+
+
+class Search(Plain):
+    head = "ctc"
+
+
+class BeamSearch:
+    head = "ctc"
+
+    class Config(Options):
+        beam: int = Field(default=4, ge=1)
+
+
+class OtherSearch(Plain):
+    head = "rnnt"
+
+
+class Export(Plain):
+    head = "ctc"
+    runtime = "a runtime"
+
+
+class OtherExport(Export):
+    head = "rnnt"
+
+
+class Unmeasured(Plain):
+    head = "ctc"
+    runtime = None
+
+
 class Encoder:
     """Taps as many as layers, each as wide as the encoder."""
 
@@ -100,14 +133,19 @@ def plugins():
     found = Plugins()
     for kind, name, cls in (
         ("architectures", "enc", Encoder),
-        ("heads", "ctc", Plain),
+        ("heads", "ctc", Head),
+        ("heads", "rnnt", Head),
         ("losses", "ctc", Supervised),
         ("losses", "soft", Soft),
         ("losses", "hidden", HiddenLoss),
         ("losses", "views", TwoViews),
         ("compressors", "halve", Plain),
-        ("exporters", "onnx", Plain),
-        ("decoders", "ctc_greedy", Plain),
+        ("exporters", "onnx", Export),
+        ("exporters", "onnx_transducer", OtherExport),
+        ("exporters", "torchscript", Unmeasured),
+        ("decoders", "ctc_greedy", Search),
+        ("decoders", "ctc_beam", BeamSearch),
+        ("decoders", "rnnt_greedy", OtherSearch),
         ("metrics", "wer", Plain),
         ("metrics", "cer", Plain),
         ("corpora", "toy", Plain),
@@ -404,14 +442,35 @@ MISTAKES = [
     ("training", [1], "training: is [1], it must be a mapping", ""),
     ("targets.mode", "cache", "should be 'cached' or 'live'", ""),
     ("parity.slak", 1, "parity.slak: unknown key", "did you mean 'slack'?"),
-    ("decode.decoder", "ctc_greedy", "it must be a mapping", "write {name: ctc_greedy}"),
-    ("decode.decoder", {"name": "greedy"}, "unknown decoder 'greedy'", "did you mean 'ctc_greedy'?"),
+    ("decode.decoder", {"name": "ctc_greedy"}, "decode.decoder: unknown key", "did you mean 'decoders'?"),
+    ("decode.decoders", {}, "decode.decoders: is empty", ""),
+    ("decode.decoders", {"name": "ctc_greedy"}, "labels of your own", "ctc_greedy: {name: ctc_greedy}"),
+    ("decode.decoders.a", "ctc_greedy", "decoders.a: is 'ctc_greedy', it must", "write {name: ctc_greedy}"),
+    ("decode.decoders.a", {"name": "ctc_gredy"}, "unknown decoder", "did you mean 'ctc_greedy'?"),
+    ("decode.decoders.a", {"name": "ctc_beam", "bem": 3}, "a.bem: unknown key", "did you mean 'beam'?"),
+    ("decode.decoders.a", {"name": "ctc_beam", "beam": 0}, "decode.decoders.a.beam: is 0", ""),
+    ("decode.decoders.a/b", {"name": "ctc_beam"}, "letters, digits", ""),
+    ("decode.decoders.a", None, "no decoder in decode.decoders searches the head 'ctc'", "ctc_greedy"),
+    ("decode.decoders.a", {"name": "rnnt_greedy"}, "searches the head 'rnnt', which no system has", "remove"),
     ("decode.metrics", [{"name": "wr"}], "decode.metrics[0].name: unknown metric", "did you mean 'wer'?"),
     ("decode.splits", [], "decode.splits: is empty", ""),
     ("decode.compare", [["kd", "plian"]], "decode.compare[0]: unknown system", "did you mean 'plain'?"),
     ("export", {"name": "onnx"}, "it must be a list", "write [{name: onnx_ctc}]"),
     ("export.0.name", "onx", "unknown exporter 'onx'", "did you mean 'onnx'?"),
     ("export", [{"name": "onnx"}, {"name": "onnx"}], "listed twice", ""),
+    ("export", [{"name": "torchscript"}], "the head 'ctc' of systems 'teacher', 'plain'", "{name: onnx}"),
+    ("export", [], "measured on an export", "add {name: onnx}"),
+    ("claims", {"text": "x"}, "it must be a list", "write [{text:"),
+    ("claims", [{"txt": "x"}], "claims[0].txt: unknown key", "did you mean 'text'?"),
+    ("claims", [{"system": "kd"}], "claims[0]: text is missing", ""),
+    ("claims", [{"text": "x", "system": "kd"}], "needs a figure and its value", ""),
+    ("claims", [{"text": "x", "figure": "wer"}], "figure and value go together", ""),
+    ("claims", [{"text": "x", "system": "kd", "figure": "wr", "value": 1}], "should be 'wer'", ""),
+    ("claims", [{"text": "x", "system": "kd", "figure": "size_ratio", "value": 1}], "names the system", ""),
+    ("claims", [{"text": "x", "figure": "wer", "value": 1, "of": "kd"}], "taken of another system", ""),
+    ("claims", [{"text": "x", "figure": "size_ratio", "value": 1, "split": "a"}], "only a wer is of a", ""),
+    ("claims", [{"text": "x", "system": "absent", "figure": "wer", "value": 1}], "", None),  # not measured
+    ("claims", [{"text": "no figure at all"}], "", None),
     ("profiles", {"tiny": 3}, "mapping of mappings", ""),
     ("plugins", {"file": ["x.py"]}, "must be a mapping with files", "write plugins: {files: [plugin.py]}"),
     ("plugins", {"files": ["absent.py"]}, "there is no file 'absent.py'", ""),
@@ -527,6 +586,127 @@ def test_several_teachers(load):
     assert "no loss learns from teacher" in found
     data["systems"]["kd"]["distill"]["losses"].append({"name": "soft", "teacher": "teacher"})
     load(data)
+
+
+# ---------------------------------------------------------------- heads, decoders, exports
+
+
+def two_heads():
+    """The sound recipe with a transducer before CTC in some of its systems, and the default exports."""
+    data = base()
+    for path in ("systems.plain.train.model.heads", "systems.kd.distill.model.heads"):
+        change(data, path, {"rnnt": {}, "ctc": {}})
+    del data["export"]
+    return data
+
+
+def test_decoders_of_a_recipe_that_names_none(load):
+    recipe = load(base())
+    assert {x: d.name for x, d in recipe.decode.decoders.items()} == {
+        "ctc_greedy": "ctc_greedy",
+        "rnnt_greedy": "rnnt_greedy",
+    }, "of the default ones, those that are installed"
+    assert list(recipe.searches_of("kd")) == ["ctc_greedy"]
+
+
+def test_the_main_search_is_the_first_of_the_first_head(load, plugins):
+    data = two_heads()
+    searches = {
+        "beam": {"name": "ctc_beam"},
+        "plain": {"name": "ctc_greedy"},
+        "rnnt": {"name": "rnnt_greedy"},
+    }
+    plugins.registry.add("exporters", "onnx_ctc", Export, "stand-in")
+    recipe = load(change(data, "decode.decoders", searches))
+    assert recipe.heads_of("kd") == ("rnnt", "ctc")
+    assert recipe.heads_of("small") == ("rnnt", "ctc"), "a compressed system has its parent's"
+    assert list(recipe.searches_of("kd")) == list(recipe.searches_of("small")) == ["rnnt", "beam", "plain"]
+    assert list(recipe.searches_of("teacher")) == ["beam", "plain"]
+    assert recipe.searches_of("kd")["beam"].options == {"beam": 4}
+
+
+def test_exports_of_a_recipe_that_names_none_suit_its_systems(load, plugins):
+    plugins.registry.add("exporters", "onnx_ctc", Export, "stand-in")
+    data = base()
+    del data["export"]
+    assert [e.name for e in load(data).export] == ["onnx_ctc", "torchscript"]
+    assert [e.name for e in load(two_heads()).export] == ["onnx_ctc", "onnx_transducer", "torchscript"]
+
+
+def test_a_head_that_nothing_searches_or_measures(load, plugins):
+    plugins.registry.add("exporters", "onnx_ctc", Export, "stand-in")
+    data = change(two_heads(), "decode.decoders", {"greedy": {"name": "ctc_greedy"}})
+    change(data, "export", [{"name": "onnx_ctc"}])
+    search, export = sorted(problems(load, data))
+    assert "decode.decoders: no decoder in decode.decoders searches the head 'rnnt' of systems" in search
+    assert "'plain', 'kd', 'small'" in search
+    assert "add one of rnnt_greedy" in search
+    assert "none of those listed is of the head 'rnnt'" in export
+    assert "add {name: onnx_transducer}" in export
+
+
+def test_a_decoder_that_reads_a_head_which_a_system_lacks(load, plugins):
+    class Joint(plugins.registry.get("decoders", "rnnt_greedy")):
+        @staticmethod
+        def beside(config):
+            return ["ctc", "attention"]
+
+    plugins.registry.add("exporters", "onnx_ctc", Export, "stand-in")
+    plugins.registry.add("decoders", "joint", Joint, "stand-in")
+    data = change(two_heads(), "decode.decoders", {"a": {"name": "ctc_greedy"}, "b": {"name": "joint"}})
+    found = problems(load, data)
+    assert len(found) == 3, "one for each of plain, kd and small"
+    assert all(
+        "decode.decoders.b: 'joint' with these options also reads the head 'attention'" in f for f in found
+    )
+    assert all("add attention: {} to the model's heads" in f for f in found)
+
+
+def test_a_decoder_that_could_not_be_read_is_told_once(load):
+    [found] = problems(load, change(base(), "decode.decoders", {"a": {"name": "ctc_gredy"}}))
+    assert "unknown decoder" in found
+    [found] = problems(load, change(base(), "export", [{"name": "onx"}]))
+    assert "unknown exporter" in found
+
+
+def test_a_label_that_is_not_there_can_not_be_changed(load):
+    data = change(base(), "decode.decoders", {"beam": {"name": "ctc_beam"}})
+    assert (
+        load(data, overrides=["decode.decoders.beam.beam=9"]).searches_of("kd")["beam"].options["beam"] == 9
+    )
+    [found] = problems(load, data, overrides=["decode.decoders.bean.beam=9"])
+    assert "there is no decode.decoders.bean" in found
+    assert "did you mean 'beam'?" in found
+
+
+def test_heads_of_a_pretrained_bundle(load, tmp_path):
+    data = change(base(), "systems.teacher", {"pretrained": {"bundle": "big"}})
+    change(data, "systems.quantised", {"compress": {"from": "teacher", "steps": [{"name": "halve"}]}})
+    change(data, "decode.decoders", {"a": {"name": "ctc_greedy"}, "b": {"name": "rnnt_greedy"}})
+    recipe = load(data)  # b may be the bundle's
+    assert recipe.heads_of("quantised") is None
+    assert list(recipe.searches_of("teacher")) == ["a", "b"]
+    (tmp_path / "big").mkdir()
+    bundle = '{"model": {"name": "enc", "num_layers": 3, "heads": {"rnnt": {}, "ctc": {}}}}'
+    (tmp_path / "big" / "bundle.json").write_text(bundle, encoding="utf-8")
+    [found] = problems(load, data)
+    assert "head 'rnnt' of systems 'teacher', 'quantised'" in found, "nothing measures it"
+    recipe = load(change(data, "export", [{"name": "onnx"}, {"name": "onnx_transducer"}]))
+    assert recipe.heads_of("quantised") == ("rnnt", "ctc")
+    assert list(recipe.searches_of("teacher")) == ["b", "a"]
+
+
+def test_claims(load):
+    claim = {"text": "6.5 %", "system": "kd", "figure": "wer", "value": 6.5, "on": "LibriSpeech test-clean"}
+    [found] = load(change(base(), "claims", [claim])).claims
+    assert (found.text, found.system, found.value, found.split, found.source) == (
+        "6.5 %",
+        "kd",
+        6.5,
+        None,
+        None,
+    )
+    assert load(base()).claims == ()
 
 
 # ---------------------------------------------------------------- teachers that do not fit

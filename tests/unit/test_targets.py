@@ -12,11 +12,15 @@ import torch
 from lhotse.audio import Recording
 from lhotse.cut import CutSet
 
-from kdrecipe.data.targets import LiveTargets, TargetCache, write_targets
-from kdrecipe.errors import DataError
+from kdrecipe.data.target_cache import TargetCache, write_targets
+from kdrecipe.data.targets import LiveTargets
+from kdrecipe.errors import DataError, TrainingError
+from kdrecipe.heads.attention import AttentionHead, AttentionHeadOptions
+from kdrecipe.heads.rnnt import RnntHead, RnntHeadOptions
 from kdrecipe.interfaces import Batch, TargetSpec
-from kdrecipe.testing.models import INPUT_DIM, VOCAB_SIZE, TinyModel, random_batch, tiny_model
+from kdrecipe.testing.models import INPUT_DIM, VOCAB_SIZE, WIDTH, TinyModel, random_batch, tiny_model
 from kdrecipe.train.inputs import merge_specs
+from kdrecipe.train.step import along_with
 
 KEY = {"teacher": "weights-1", "tokens": "tokens-1", "features": {"num_mel_bins": 80}}
 FULL = TargetSpec("frame_logits", "ctc")
@@ -276,3 +280,88 @@ def test_arrays_are_lhotse_fields_in_half_precision(cuts, tmp_path):
     assert ids.dtype == np.int16
     assert json.loads((tmp_path / "t" / "key.json").read_text())["parts"] == KEY
     assert INPUT_DIM == 8
+
+
+# ---------------------------------------------------------------- along a text
+
+TOKEN = TargetSpec("token_logits", "attention", dtype="float32")
+TOKEN_3 = replace(TOKEN, top_k=3, dtype="float16")
+LATTICE = TargetSpec("rnnt_lattice", "rnnt", dtype="float32")
+
+
+def speaker(seed=0):
+    """A teacher with a decoder, a transducer and a CTC head, which it is judged by."""
+    torch.manual_seed(seed)
+    attention = AttentionHead(AttentionHeadOptions(num_layers=1, dim=4, num_heads=2), WIDTH, VOCAB_SIZE)
+    rnnt = RnntHead(RnntHeadOptions(predictor_dim=4, joiner_dim=4), WIDTH, VOCAB_SIZE)
+    model = TinyModel(heads={"attention": attention, "rnnt": rnnt})
+    return model.eval()
+
+
+def withheld(batch, *rows):
+    """The batch without the labels of these rows, as a student's that has not got them."""
+    labelled = batch.labelled_B.clone()
+    labelled[list(rows)] = False
+    tokens, lens = batch.tokens_BU.clone(), batch.token_lens_B.clone()
+    tokens[list(rows)], lens[list(rows)] = 0, 0
+    return replace(batch, labelled_B=labelled, tokens_BU=tokens, token_lens_B=lens)
+
+
+@pytest.mark.parametrize("specs", [(TOKEN,), (TOKEN_3, FULL), (LATTICE, HIDDEN), (LATTICE, TOKEN)])
+def test_targets_along_a_text_are_the_same_cached_and_live(cuts, tmp_path, specs):
+    model = speaker()
+    write(cuts, tmp_path / "t", specs, model, own_ids={"c", "b"})
+    cache = TargetCache.open(tmp_path / "t", KEY, cuts=cuts)
+    live = LiveTargets(model, specs)
+    for ids, hidden_rows in ((["a", "c"], ()), (["a", "c"], (1,)), (["b", "d"], (0,))):
+        batch = withheld(Batches().load(ids), *hidden_rows)
+        got, want = cache.targets(batch), live.targets(batch)
+        assert torch.equal(got.tokens_BU, want.tokens_BU)
+        assert torch.equal(got.token_lens_B, want.token_lens_B)
+        for key, item in want.items.items():
+            for name, value in vars(item).items():
+                if value is not None:
+                    # along other texts the batch has another shape, and products another rounding
+                    torch.testing.assert_close(getattr(got.items[key], name), value, atol=2e-3, rtol=0)
+
+
+def test_unlabelled_utterances_are_spoken_along_the_teachers_own_words():
+    model = speaker()
+    batch = Batches().load(["a", "c"])
+    out = model.encode(batch.features_BTF, batch.lens_B)
+    own = model.greedy(out.select(torch.tensor([False, True])))[0]
+    found = LiveTargets(model, [TOKEN, LATTICE]).targets(withheld(batch, 1))
+    assert found.tokens_BU[1, : int(found.token_lens_B[1])].tolist() == own
+    assert found.tokens_BU[0, : int(found.token_lens_B[0])].tolist() == batch.tokens_BU[0].tolist()[:1]
+    assert found.posteriors("attention", "token_logits").lens_B.tolist() == [2, len(own) + 1]
+    assert found.lattice().token_lens_B.tolist() == [1, len(own)]
+    # the transcript's tokens must not shine through
+    other = replace(batch, tokens_BU=torch.full_like(batch.tokens_BU, 4))
+    again = LiveTargets(model, [TOKEN]).targets(withheld(other, 0, 1))
+    assert torch.equal(again.tokens_BU, LiveTargets(model, [TOKEN]).targets(withheld(batch, 0, 1)).tokens_BU)
+
+
+def test_a_text_that_the_cache_does_not_go_along_is_refused(cuts, tmp_path):
+    write(cuts, tmp_path / "t", [TOKEN], speaker(), own_ids={"c"})
+    cache = TargetCache.open(tmp_path / "t", KEY, cuts=cuts)
+    batch = Batches().load(["a", "c"])
+    cache.targets(withheld(batch, 1))
+    with pytest.raises(DataError, match=r"a: .*do not go along the teacher's own hypothesis"):
+        cache.targets(withheld(batch, 0))
+    changed = replace(batch, tokens_BU=batch.tokens_BU.where(batch.tokens_BU == 0, 5))
+    changed.tokens_BU[0, 0] = 4 if int(batch.tokens_BU[0, 0]) != 4 else 3
+    with pytest.raises(DataError, match="a: its transcript has changed"):
+        cache.targets(changed)
+
+
+def test_students_go_along_with_their_teachers_words():
+    model = speaker()
+    batch = withheld(Batches().load(["a", "c"]), 1)
+    targets = {"t": LiveTargets(model, [TOKEN]).targets(batch)}
+    along = along_with(batch, targets)
+    assert torch.equal(along.tokens_BU, targets["t"].tokens_BU)
+    assert along.labelled_B.tolist() == [True, False]
+    other = {**targets, "u": LiveTargets(speaker(5), [TOKEN]).targets(batch)}
+    other["u"].tokens_BU = other["u"].tokens_BU + 1
+    with pytest.raises(TrainingError, match="t and u hear different words"):
+        along_with(batch, other)

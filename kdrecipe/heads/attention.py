@@ -1,0 +1,349 @@
+"""Attention encoder-decoder: Transformer decoder (Vaswani 2017), its loss and greedy search.
+
+Given the encoder's output and the tokens so far, it says which token comes next; ``<sos/eos>``
+begins and ends every sentence.
+
+B utterances, N hypotheses, T frames, U tokens, V vocabulary, D width, H attention heads, d width of
+a head, L layers, P places of a hypothesis so far.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from kdrecipe import hookimpl
+from kdrecipe.interfaces import (
+    BLANK_ID,
+    SOS_EOS_ID,
+    Batch,
+    LossOutput,
+    LossSetup,
+    ModelOutput,
+    Options,
+    TargetKind,
+    Targets,
+    TargetSpec,
+)
+from kdrecipe.layers import Dropout, FeedForward, attend, attention_bias, valid_mask
+
+
+class AttentionHeadOptions(Options):
+    """Options of ``heads: {attention: {...}}``.
+
+    Args:
+        num_layers: Transformer blocks.
+        dim: width D, a multiple of ``num_heads``; by default the encoder's.
+        num_heads: attention heads.
+        ff_dim: width within the feed-forward modules; by default 4 * ``dim``.
+        dropout: share dropped after the embedding and in every module.
+    """
+
+    num_layers: int = Field(default=6, ge=1)
+    dim: int | None = Field(default=None, ge=2)
+    num_heads: int = Field(default=4, ge=1)
+    ff_dim: int | None = Field(default=None, ge=1)
+    dropout: float = Field(default=0.1, ge=0.0, lt=0.99)
+
+
+@dataclass
+class Memory:
+    """What every step of a search reads of the encoder's output.
+
+    Args:
+        keys: per layer, (N, H, T, d).
+        values: per layer, (N, H, T, d).
+        bias_N11T: added to the scores, so that padding is not looked at.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    bias_N11T: Tensor
+
+    def select(self, rows_N: Tensor) -> Memory:
+        """The rows with these numbers, in their order, repeated as often as they occur."""
+        keys, values = [k[rows_N] for k in self.keys], [v[rows_N] for v in self.values]
+        return Memory(keys, values, self.bias_N11T[rows_N])
+
+    def expand(self, num_rows: int) -> Memory:
+        """The only row, ``num_rows`` times: of one utterance for all its hypotheses, not copied."""
+
+        def view(x: Tensor) -> Tensor:
+            return x.expand(num_rows, *x.shape[1:])
+
+        return Memory([view(k) for k in self.keys], [view(v) for v in self.values], view(self.bias_N11T))
+
+
+@dataclass
+class State:
+    """The tokens so far of N hypotheses, as the layers' keys and values.
+
+    Args:
+        keys: per layer, (N, H, P, d).
+        values: per layer, (N, H, P, d).
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def select(self, rows_N: Tensor) -> State:
+        """The rows with these numbers, in their order, repeated as often as they occur."""
+        return State([k[rows_N] for k in self.keys], [v[rows_N] for v in self.values])
+
+
+class DecoderLayer(nn.Module):
+    """Attention to the tokens before, attention to the encoder's output, feed-forward.
+
+    Each has its norm before it and a residual around it.
+
+    Args:
+        dim: D.
+        input_dim: width of the encoder's output.
+        num_heads: H.
+        ff_dim: width within the feed-forward module.
+        dropout: share dropped.
+    """
+
+    def __init__(self, dim: int, input_dim: int, num_heads: int, ff_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_self = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out_self = nn.Linear(dim, dim)
+        self.norm_cross = nn.LayerNorm(dim)
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(input_dim, 2 * dim)
+        self.out_cross = nn.Linear(dim, dim)
+        self.ff = FeedForward(dim, ff_dim, dropout)
+        self.dropout = Dropout(dropout)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(N, P, D) to (N, H, P, d)."""
+        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+
+    def memory(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's output, (B, H, T, d)."""
+        k, v = self.kv(hidden_BTD).chunk(2, dim=-1)
+        return self.split(k), self.split(v)
+
+    def forward(
+        self,
+        x_NPD: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        bias: Tensor | None,
+        memory: tuple[Tensor, Tensor],
+        memory_bias_N11T: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(N, P, D) to (N, P, D), and the keys and values of all places, those of ``past`` first.
+
+        Args:
+            x_NPD: the new places.
+            past: keys and values of the places before; None: there are none.
+            bias: on the scores of new places to all places; None: all may be looked at.
+            memory: of :meth:`memory`.
+            memory_bias_N11T: on the scores of frames.
+        """
+        q, k, v = (self.split(y) for y in self.qkv(self.norm_self(x_NPD)).chunk(3, dim=-1))
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        y = attend(q, k, v, bias).transpose(1, 2).flatten(2)
+        x = x_NPD + self.dropout(self.out_self(y))
+        q = self.split(self.q(self.norm_cross(x)))
+        y = attend(q, *memory, memory_bias_N11T).transpose(1, 2).flatten(2)
+        x = x + self.dropout(self.out_cross(y))
+        return x + self.dropout(self.ff(x)), (k, v)
+
+
+class AttentionHead(nn.Module):
+    """A Transformer decoder.
+
+    Args:
+        config: its options.
+        input_dim: width of the encoder's output.
+        vocab_size: V.
+
+    Raises:
+        ValueError: the width is not a multiple of the number of attention heads.
+    """
+
+    Config: ClassVar[type[Options]] = AttentionHeadOptions
+    target_kinds: ClassVar[tuple[TargetKind, ...]] = ("token_logits",)
+
+    def __init__(self, config: AttentionHeadOptions, input_dim: int, vocab_size: int) -> None:
+        super().__init__()
+        dim = config.dim or input_dim
+        if dim % config.num_heads:
+            raise ValueError(f"attention: dim {dim} is not a multiple of num_heads {config.num_heads}")
+        self.vocab_size = vocab_size
+        self.dim = dim
+        self.embedding = nn.Embedding(vocab_size, dim)
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)  # scaled up below, as in the paper
+        self.dropout = Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            DecoderLayer(dim, input_dim, config.num_heads, config.ff_dim or 4 * dim, config.dropout)
+            for _ in range(config.num_layers)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.proj = nn.Linear(dim, vocab_size)
+
+    def forward(self, hidden_BTD: Tensor, lens_B: Tensor, batch: Batch | None = None) -> Tensor | None:
+        """(B, U + 1, V) logits of the batch's tokens and the sentence's end; None without a batch."""
+        if batch is None:
+            return None
+        sos_B1 = batch.tokens_BU.new_full((len(hidden_BTD), 1), SOS_EOS_ID)
+        x = self.embed(torch.cat([sos_B1, batch.tokens_BU], dim=1), 0)
+        num_places = x.shape[1]
+        causal = torch.ones(num_places, num_places, dtype=torch.bool, device=x.device).tril()
+        memory = self.memory(hidden_BTD, lens_B)
+        bias = attention_bias(causal, memory.keys[0].dtype)[None, None]
+        for number, layer in enumerate(self.layers):
+            x, _ = layer(x, None, bias, (memory.keys[number], memory.values[number]), memory.bias_N11T)
+        logits: Tensor = self.proj(self.norm(x))
+        return logits
+
+    def embed(self, tokens_NP: Tensor, position: int | Tensor) -> Tensor:
+        """(N, P, D) of tokens whose first stands at ``position``."""
+        x = self.embedding(tokens_NP) * math.sqrt(self.dim)
+        places_P = torch.arange(tokens_NP.shape[1], device=x.device) + position
+        return self.dropout(x + sinusoids(places_P, self.dim).to(x.dtype))  # type: ignore[no-any-return]
+
+    # ------------------------------------------------------------ search
+
+    def memory(self, hidden_BTD: Tensor, lens_B: Tensor) -> Memory:
+        """What a search reads of the encoder's output, once for all its steps."""
+        pairs = [layer.memory(hidden_BTD) for layer in self.layers]  # type: ignore[operator]
+        bias_BT = attention_bias(valid_mask(lens_B, hidden_BTD.shape[1]), pairs[0][0].dtype)
+        return Memory([k for k, _ in pairs], [v for _, v in pairs], bias_BT[:, None, None, :])
+
+    def start(self, num_rows: int) -> State:
+        """No token yet."""
+        layer: Any = self.layers[0]
+        empty = self.embedding.weight.new_zeros(num_rows, layer.num_heads, 0, self.dim // layer.num_heads)
+        return State([empty] * len(self.layers), [empty] * len(self.layers))
+
+    def step(self, tokens_N: Tensor, state: State, memory: Memory) -> tuple[Tensor, State]:
+        """One token further: (N, V) log-posteriors of the next one, and the new state.
+
+        Args:
+            tokens_N: int64, the last token of each hypothesis (at first ``<sos/eos>``).
+            state: of the tokens before it.
+            memory: a row for each hypothesis.
+        """
+        x = self.embed(tokens_N[:, None], state.keys[0].shape[2])
+        keys, values = [], []
+        for number, layer in enumerate(self.layers):
+            past = (state.keys[number].to(x.dtype), state.values[number].to(x.dtype))
+            cross = (memory.keys[number], memory.values[number])
+            x, (k, v) = layer(x, past, None, cross, memory.bias_N11T)
+            keys.append(k)
+            values.append(v)
+        log_probs_NV = self.proj(self.norm(x))[:, 0].float().log_softmax(-1)
+        return log_probs_NV, State(keys, values)
+
+    def greedy(self, hidden_BTD: Tensor, lens_B: Tensor) -> list[list[int]]:
+        """Tokens of each utterance, the best one at each step, at most one per frame."""
+        return self.best_path(hidden_BTD, lens_B)[0]
+
+    @torch.no_grad()
+    def best_path(self, hidden_BTD: Tensor, lens_B: Tensor) -> tuple[list[list[int]], Tensor]:
+        """What :meth:`greedy` gives, and (B,) log-posteriors: of the tokens and, unless cut off, the end."""
+        num_rows, max_tokens = len(lens_B), int(lens_B.max()) if len(lens_B) else 0
+        memory, state = self.memory(hidden_BTD, lens_B), self.start(num_rows)
+        last_B = torch.full((num_rows,), SOS_EOS_ID, device=hidden_BTD.device)
+        done_B = lens_B == 0
+        scores_B = torch.zeros(num_rows, device=hidden_BTD.device)
+        found: list[Tensor] = []
+        for _ in range(max_tokens):
+            log_probs_BV, state = self.step(last_B, state, memory)
+            log_probs_BV[:, BLANK_ID] = -math.inf
+            best_B, last_B = log_probs_BV.max(-1)
+            done_B = done_B | (lens_B <= len(found))
+            scores_B = scores_B + best_B.masked_fill(done_B, 0.0)
+            done_B = done_B | (last_B == SOS_EOS_ID)
+            if bool(done_B.all()):
+                break
+            found.append(last_B.masked_fill(done_B, SOS_EOS_ID))
+        rows = torch.stack(found, dim=1).tolist() if found else [[] for _ in range(num_rows)]
+        return [row[: row.index(SOS_EOS_ID)] if SOS_EOS_ID in row else row for row in rows], scores_B
+
+
+def sinusoids(places_P: Tensor, dim: int) -> Tensor:
+    """(P, D) positions as sines and cosines of falling frequency (Vaswani 2017, section 3.5)."""
+    half = (dim + 1) // 2
+    rates = torch.exp(torch.arange(half, device=places_P.device) * (-math.log(10000.0) / half))
+    angles = places_P[:, None].float() * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :dim]
+
+
+class AttentionLossOptions(Options):
+    """Options of ``{name: attention}``.
+
+    Args:
+        label_smoothing: share of the target's mass that is spread over all tokens, in [0, 1).
+    """
+
+    label_smoothing: float = Field(default=0.1, ge=0.0, lt=1.0)
+
+
+class AttentionLoss:
+    """Cross entropy of the transcripts' tokens and their ends, summed; counted in these tokens.
+
+    Args:
+        config: its options.
+        setup: the models it works between; the student must have the head.
+
+    Raises:
+        RecipeError: the student has no head ``attention``.
+    """
+
+    Config: ClassVar[type[Options]] = AttentionLossOptions
+    supervised = True
+
+    def __init__(self, config: AttentionLossOptions, setup: LossSetup | None = None) -> None:
+        self.config = config
+        if setup is not None:
+            setup.require_head("attention", "attention")
+
+    @staticmethod
+    def requires(config: Any) -> list[TargetSpec]:
+        """Nothing from a teacher."""
+        return []
+
+    def __call__(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
+        """Total in nats, count in tokens; unlabelled and empty utterances are left out."""
+        logits_BPV = out.logits["attention"]
+        if logits_BPV.dtype in (torch.float16, torch.bfloat16):
+            logits_BPV = logits_BPV.float()
+        used_B = batch.labelled_B & (batch.token_lens_B > 0)
+        places_BP = valid_mask(batch.token_lens_B + 1, logits_BPV.shape[1]) & used_B[:, None]
+        logits_NV = logits_BPV[places_BP]
+        wanted_N = with_end(batch.tokens_BU, batch.token_lens_B)[places_BP]
+        smoothing = self.config.label_smoothing
+        total = F.cross_entropy(logits_NV, wanted_N, reduction="sum", label_smoothing=smoothing)
+        correct = (logits_NV.argmax(-1) == wanted_N).sum()
+        return LossOutput(total, len(wanted_N), {"correct": correct})
+
+
+def with_end(tokens_BU: Tensor, token_lens_B: Tensor) -> Tensor:
+    """(B, U + 1) tokens with ``<sos/eos>`` after the last one of each row."""
+    places_BP = F.pad(tokens_BU, (0, 1), value=BLANK_ID)
+    return places_BP.scatter(1, token_lens_B[:, None], SOS_EOS_ID)
+
+
+@hookimpl
+def register_heads(register: Callable[[str, type], None]) -> None:
+    """Offer the head ``attention``."""
+    register("attention", AttentionHead)
+
+
+@hookimpl
+def register_losses(register: Callable[[str, type], None]) -> None:
+    """Offer the loss ``attention``."""
+    register("attention", AttentionLoss)

@@ -1,0 +1,68 @@
+"""How long a search takes: the bundle in torch, on one thread of the processor, from samples to text.
+
+Slower than what ships, but the same for every search, also for those that no runtime has.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from kdrecipe.data.audio import SAMPLE_RATE, Utterance
+from kdrecipe.errors import KdrecipeError
+from kdrecipe.interfaces import Decoder
+from kdrecipe.measure.runtime import NUM_WARM_UP
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def search_rtf(
+    model: nn.Module, decoder: Decoder, features: Mapping[str, Any], utterances: Sequence[Utterance]
+) -> float:
+    """Seconds of work per second of audio, features included, one utterance at a time.
+
+    Args:
+        model: on the CPU, in evaluation mode.
+        decoder: the search.
+        features: how the model's features are computed, as its bundle says.
+        utterances: at least one; the first three are recognised once before, unmeasured.
+
+    Raises:
+        KdrecipeError: there is no utterance.
+    """
+    if not utterances:
+        raise KdrecipeError("there is no utterance to measure a search on")
+    with _one_thread():
+        for utterance in utterances[:NUM_WARM_UP]:
+            _recognise(model, decoder, features, utterance)
+        start = time.perf_counter()
+        for utterance in utterances:
+            _recognise(model, decoder, features, utterance)
+        seconds = time.perf_counter() - start
+    return seconds / sum(u.duration_s for u in utterances)
+
+
+def _recognise(model: nn.Module, decoder: Decoder, features: Mapping[str, Any], utterance: Utterance) -> None:
+    import torch
+
+    from kdrecipe.data.features import extract
+
+    features_TF = extract(utterance.samples_S, SAMPLE_RATE, features)
+    with torch.no_grad():
+        out = model(torch.from_numpy(features_TF)[None], torch.tensor([len(features_TF)]))
+        decoder.decode(model, out)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,165 @@
+"""ONNX files of a model's parts, in fp32 and int8: traced, made small, quantised, written, opened."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from kdrecipe.errors import KdrecipeError
+from kdrecipe.interfaces import BundleLike, Options
+from kdrecipe_plugins.exporters.onnx_graph import quantise, slim
+
+OPSET = 17  # the first with LayerNormalization; any onnxruntime since 2022 reads it
+EXAMPLE_LENS = [77, 50]  # feature frames of the batch that is traced
+TOKENS = "tokens.txt"
+
+Axes = Mapping[str, Sequence[str]]  # names of tensors and of their axes; an empty name: fixed
+
+
+class OnnxOptions(Options):
+    """Options of the ONNX exporters.
+
+    Args:
+        conv_weights: how the int8 files store the weights of convolutions and embeddings; they
+            compute in float32 either way.
+        reduce_range: 7 instead of 8 bits for the weights of matrix products, for x86 processors
+            without VNNI (before 2019), whose 8-bit sums saturate; others lose precision by it.
+    """
+
+    conv_weights: Literal["int8", "float32"] = "int8"
+    reduce_range: bool = False
+
+
+@dataclass
+class Part:
+    """One file to be.
+
+    Args:
+        name: ``encoder`` is written to ``encoder.onnx`` and ``encoder.int8.onnx``.
+        module: what it computes, of a model with float weights.
+        example: its inputs, for the trace; sizes that vary are not 1.
+        inputs: names of the inputs and their axes.
+        outputs: names of the outputs and their axes.
+        metadata: what runtimes and persons read in the file.
+    """
+
+    name: str
+    module: nn.Module
+    example: tuple[Tensor, ...]
+    inputs: Axes
+    outputs: Axes
+    metadata: dict[str, str]
+
+
+def file_names(*parts: str) -> dict[str, dict[str, str]]:
+    """Variant -> part -> file name, as :func:`write` writes them."""
+    return {
+        "fp32": {part: f"{part}.onnx" for part in parts},
+        "int8": {part: f"{part}.int8.onnx" for part in parts},
+    }
+
+
+def write(
+    parts: Sequence[Part], bundle: BundleLike, config: OnnxOptions, directory: Path
+) -> dict[str, list[str]]:
+    """Write every part in both variants, and ``tokens.txt``; an int8 bundle's weights stay exactly.
+
+    Returns:
+        Variant -> file names that ship with it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    # Layers that an int8 bundle left in float stay so; in a float bundle there is no choice yet.
+    linears = [m for m in bundle.model.modules() if type(m) is nn.Linear] if bundle.is_int8 else []
+    keep_float = {m.weight.detach().t().contiguous().numpy().tobytes() for m in linears}
+    stored = config.conv_weights == "int8"
+    sizes = {p: p.numel() for part in parts for p in part.module.parameters()}
+    num_params = {"num_params": str(sum(sizes.values()))}  # of all files together
+    for part in parts:
+        fp32 = slim(_traced(part))
+        int8 = quantise(
+            fp32, keep_float=keep_float, convs=stored, embeddings=stored, reduce_range=config.reduce_range
+        )
+        for variant, model in (("fp32", fp32), ("int8", int8)):
+            onnx.helper.set_model_props(model, part.metadata | num_params)
+            onnx.checker.check_model(model)
+            path = directory / file_names(part.name)[variant][part.name]
+            path.write_bytes(model.SerializeToString())
+    shutil.copyfile(bundle.path / TOKENS, directory / TOKENS)
+    files = file_names(*(part.name for part in parts))
+    return {variant: [*names.values(), TOKENS] for variant, names in files.items()}
+
+
+def _traced(part: Part) -> onnx.ModelProto:
+    """Trace with torch's older exporter: the newer one needs a package more, and its graphs of the
+    same model differ from one torch version to the next."""
+    buffer = io.BytesIO()
+    module = part.module.eval()
+    axes = {**part.inputs, **part.outputs}
+    # Warnings are about the exporter's age and about traced Python numbers, and the parity gate
+    # finds any that matter.
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            part.example,
+            buffer,
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
+            dynamic_axes={
+                name: {i: axis for i, axis in enumerate(names) if axis} for name, names in axes.items()
+            },
+            opset_version=OPSET,
+            dynamo=False,
+        )
+        sizes = [tuple(x.shape) for x in module(*part.example)]
+    exported = onnx.load_from_string(buffer.getvalue())
+    # The trace forgets some fixed sizes; sherpa-onnx reads the vocabulary's from here.
+    for value, names, shape in zip(exported.graph.output, part.outputs.values(), sizes, strict=True):
+        for dim, name, size in zip(value.type.tensor_type.shape.dim, names, shape, strict=True):
+            if not name:
+                dim.dim_value = size
+    return exported
+
+
+def example_batch(num_bins: int) -> tuple[Tensor, Tensor]:
+    """Features (N, T, F) and their lengths, to trace encoders with."""
+    return torch.zeros(len(EXAMPLE_LENS), max(EXAMPLE_LENS), num_bins), torch.tensor(EXAMPLE_LENS)
+
+
+def metadata(bundle: BundleLike, model_type: str, **more: Any) -> dict[str, str]:
+    """What a person wants to know, with what the runtime wants to know as ``more``."""
+    kind = bundle.meta["model"]["name"]
+    return {
+        "model_type": model_type,
+        "version": "1",
+        "model_author": "kdrecipe",
+        "comment": f"{kind} {'+'.join(bundle.model.heads)}, system {bundle.name}",
+        "vocab_size": str(len(bundle.tokens)),
+        **{key: str(value) for key, value in more.items()},
+    }
+
+
+def session(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
+    """A file in onnxruntime, on the CPU.
+
+    Raises:
+        KdrecipeError: it is damaged.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own types, one for every kind of damage
+        raise KdrecipeError(f"onnxruntime can't load the model: {error}", where=str(path)) from error

@@ -1,0 +1,150 @@
+"""Distillation of a transducer over its lattice: next token, blank, or any other token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from kdrecipe import hookimpl
+from kdrecipe.data.frames import check_aligned, frame_mask
+from kdrecipe.data.lattice import MIN_RANGE, Cells, joined_cells, simple_pass, three_classes
+from kdrecipe.errors import DataError, RecipeError
+from kdrecipe.interfaces import (
+    Batch,
+    Lattice,
+    LatticePosteriors,
+    LossOutput,
+    LossSetup,
+    ModelOutput,
+    Options,
+    Targets,
+    TargetSpec,
+)
+
+ABSENT = -1e4  # logit of a class that there is not: finite, so that 0 * (a - b) is 0
+
+
+class RnntKlLoss:
+    """``T^2 * sum over frames of the mean of KL(teacher || student)`` over the frame's kept places.
+
+    The three classes are the text's next token, the blank, and all other tokens together
+    (Panchapagesan 2020, arXiv 2011.06110); after the last token there is no next one and there are
+    two. The places are those of the student's pruned lattice, which the loss ``rnnt`` needs as well:
+    both share one forward pass, if their ranges are the same and ``rnnt`` has its default ``lm_scale`` and
+    ``am_scale``. The text is the transcript, or the teacher's hypothesis where there is none.
+
+    The mean over the places of a frame, not the sum, so that a frame weighs as much as in ``kl``.
+
+    Count: the frames. Metric ``agree``: that share of the frames (by the places' weights) whose best
+    class is the teacher's.
+
+    Raises:
+        RecipeError: the student has no head ``rnnt``, or other tokens than the teacher.
+        DataError: their frame counts or their texts differ.
+    """
+
+    class Config(Options):
+        """Options of ``rnnt_kl``.
+
+        Args:
+            range: places per frame, at least 2.
+            temperature: T, above 0; it softens the three classes.
+            places: weights of a frame's places: ``uniform``, or ``occupancy``: the probability that a path
+                of the student's simple joiner passes there, divided by its sum over the places.
+            full: all places of the lattice: far more memory, for comparisons.
+        """
+
+        range: int = Field(5, ge=MIN_RANGE)
+        temperature: float = Field(1.0, gt=0)
+        places: Literal["uniform", "occupancy"] = "uniform"
+        full: bool = False
+
+    def __init__(self, config: Config, setup: LossSetup) -> None:
+        self.config = config
+        setup.require_head("rnnt", "rnnt_kl")
+        teacher = setup.teacher
+        if teacher is not None and teacher.vocab_id != setup.student.vocab_id:
+            raise RecipeError(
+                f"rnnt_kl follows a text in the same tokens; the student's are {setup.student.vocab_id} "
+                f"({setup.student.vocab_size}), the teacher's {teacher.vocab_id} ({teacher.vocab_size})",
+                remedy="train both on the same tokens (stage 2), or use a loss on hidden states (hidden_mse)",
+            )
+
+    @staticmethod
+    def requires(config: Config) -> list[TargetSpec]:
+        """The teacher's posteriors over the lattice."""
+        return [TargetSpec("rnnt_lattice", "rnnt")]
+
+    def __call__(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
+        """Sum over the valid frames; see the class."""
+        lattice, teacher = out.lattices["rnnt"], targets.lattice("rnnt")
+        check_same_lattice(lattice, targets)
+        cells = joined_cells(lattice, None if self.config.full else self.config.range)
+        log_q_NR3 = cells.log_probs_NR3
+        has_next_NR = cells.places_NR < lattice.token_lens_B[cells.rows_N, None]
+        log_p_NR3 = _at_cells(teacher, cells, has_next_NR).to(log_q_NR3.dtype)
+        absent_NR3 = F.pad(~has_next_NR[..., None], (0, 2), value=False)
+        log_p_NR3, log_q_NR3 = (
+            (x.masked_fill(absent_NR3, ABSENT) / self.config.temperature).log_softmax(-1)
+            for x in (log_p_NR3, log_q_NR3)
+        )
+        kl_NR = F.kl_div(log_q_NR3, log_p_NR3, reduction="none", log_target=True).sum(-1)
+        kl_NR = kl_NR.where(cells.valid_NR, torch.zeros_like(kl_NR))
+        weights_NR = self._weights(lattice, cells).to(kl_NR.dtype)
+        total = self.config.temperature**2 * (kl_NR * weights_NR).sum()
+        agree_NR = log_p_NR3.argmax(-1) == log_q_NR3.argmax(-1)
+        return LossOutput(total, len(kl_NR), {"agree": (agree_NR * weights_NR).sum()})
+
+    def _weights(self, lattice: Lattice, cells: Cells) -> Tensor:
+        """(N, R) of the places; those of a frame sum to 1."""
+        weights_NR = cells.valid_NR.float()
+        if self.config.places == "occupancy":
+            simple = simple_pass(lattice)
+            occupancy_BPT = simple.next_occupancy_BPT + simple.blank_occupancy_BPT
+            at = cells.rows_N[:, None], cells.places_NR, cells.frames_N[:, None]
+            # not 0: a frame whose places no path visits is still a frame
+            weights_NR = weights_NR * occupancy_BPT[at].float().clamp(min=1e-6)
+        return weights_NR / weights_NR.sum(1, keepdim=True)
+
+
+def _at_cells(teacher: LatticePosteriors, cells: Cells, has_next_NR: Tensor) -> Tensor:
+    """(N, R, 3) of the teacher at the student's cells, without gradient."""
+    log_probs_BTP2 = teacher.log_probs_BTP2.detach()
+    places_NR = cells.places_NR.clamp(max=log_probs_BTP2.shape[2] - 1)  # the student's may be padded more
+    two_NR2 = log_probs_BTP2[cells.rows_N[:, None], cells.frames_N[:, None], places_NR]
+    next_NR = two_NR2[..., 0].where(has_next_NR, -torch.inf)
+    return three_classes(torch.stack([next_NR, two_NR2[..., 1]], dim=-1))
+
+
+def check_same_lattice(student: Lattice, targets: Targets) -> None:
+    """Refuse targets over another lattice than the student's.
+
+    Raises:
+        DataError: with the first utterance that differs.
+    """
+    teacher = targets.lattice("rnnt")
+    check_aligned(student.lens_B, teacher.lens_B)
+    differs_B = student.token_lens_B != teacher.token_lens_B.to(student.token_lens_B.device)
+    if targets.tokens_BU is not None and not bool(differs_B.any()):
+        width = min(targets.tokens_BU.shape[1], student.tokens_BU.shape[1])
+        differs_BU = student.tokens_BU[:, :width] != targets.tokens_BU[:, :width]
+        differs_B = (differs_BU & frame_mask(student.token_lens_B, width)).any(1)
+    if bool(differs_B.any()):
+        row = int(differs_B.nonzero()[0])
+        raise DataError(
+            f"{int(differs_B.sum())} of {len(differs_B)} utterances have other texts in student and targets; "
+            f"utterance {row} of the batch has {int(student.token_lens_B[row])} and "
+            f"{int(teacher.token_lens_B[row])} tokens",
+            remedy="the student must be forced along the text of the targets (Targets.tokens_BU)",
+        )
+
+
+@hookimpl
+def register_losses(register: Callable[[str, type], None]) -> None:
+    """Make ``rnnt_kl`` known."""
+    register("rnnt_kl", RnntKlLoss)

@@ -1,0 +1,237 @@
+"""Several searches of one system: how they are built, timed, named and compared."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import Field
+from torch import nn
+
+from kdrecipe.data.audio import Utterance
+from kdrecipe.data.hypotheses import hyps_file
+from kdrecipe.errors import KdrecipeError
+from kdrecipe.interfaces import Hypothesis, Metric, ModelOutput, Options
+from kdrecipe.measure.search import search_rtf
+from kdrecipe.pipeline.decode import _same_texts, build_decoder
+from kdrecipe.registry import Registry
+from kdrecipe.results.reading import reading
+from kdrecipe.results.searches import pairs, score_searches
+from kdrecipe.results.text import search_table
+from kdrecipe.sections import Named
+from kdrecipe.testing.decode_checks import LetterTokens
+from kdrecipe_plugins.metrics.cer import Cer
+from kdrecipe_plugins.metrics.wer import TextOptions, Wer
+
+METRICS: dict[str, Metric] = {"wer": Wer(TextOptions()), "cer": Cer(TextOptions())}
+GREEDY = {"decoder": "ctc_greedy", "options": {}, "lm": False, "head": "ctc"}
+BEAM = {
+    "decoder": "ctc_beam",
+    "options": {"beam": 8, "lm_weight": 0.0, "length_bonus": 0.0},
+    "lm": False,
+    "head": "ctc",
+}
+BEAM_LM = {
+    "decoder": "ctc_beam",
+    "options": {"beam": 8, "lm_weight": 0.3, "length_bonus": 0.5},
+    "lm": True,
+    "head": "ctc",
+}
+
+
+class Plain:
+    head = "ctc"
+
+    class Config(Options):
+        """None."""
+
+    def __init__(self, config: Any, tokens: Any, frame_shift_s: float) -> None:
+        self.given = (tokens, frame_shift_s)
+
+
+class WithLm:
+    head = "ctc"
+
+    class Config(Options):
+        lm_weight: float = Field(default=0.0, ge=0)
+
+    def __init__(self, config: Any, tokens: Any, frame_shift_s: float, lm: Any) -> None:
+        self.lm = lm
+
+
+# ---------------------------------------------------------------- stage 8
+
+
+def test_only_a_weighted_language_model_is_given() -> None:
+    registry, lm = Registry(), object()
+    registry.add("decoders", "plain", Plain, "here")
+    registry.add("decoders", "fused", WithLm, "here")
+
+    def built(name: str, **options: Any) -> Any:
+        return build_decoder(registry, Named(name, options), LetterTokens(), 0.04, lm)  # type: ignore[arg-type]
+
+    assert built("plain").given[1] == 0.04
+    assert built("fused", lm_weight=0.0).lm is None
+    assert built("fused", lm_weight=0.3).lm is lm
+
+
+def test_hypotheses_of_other_searches_have_their_own_folder() -> None:
+    assert hyps_file(Path("h"), "greedy", "greedy", "test") == Path("h/test.jsonl")
+    assert hyps_file(Path("h"), "beam", "greedy", "test") == Path("h/beam/test.jsonl")
+
+
+def test_the_runtime_is_compared_with_a_greedy_search_of_the_first_head() -> None:
+    runtime = {"a": "one", "b": "two"}
+    said = {"beam": {"a": "one", "b": "ten"}, "greedy": {"a": "one", "b": "two"}, "ctc": {"a": "", "b": ""}}
+    facts = {"beam": BEAM, "greedy": GREEDY, "ctc": {**GREEDY, "head": "other"}}
+    assert _same_texts(runtime, said, facts) == 1
+    assert _same_texts(runtime, {"greedy": {"a": "one", "b": "ten"}}, {"greedy": GREEDY}) == 0.5
+    del facts["greedy"]
+    assert _same_texts(runtime, said, facts) is None
+
+
+class Model(nn.Module):
+    def forward(self, features_BTF: torch.Tensor, lens_B: torch.Tensor) -> ModelOutput:
+        assert features_BTF.shape[0] == 1
+        assert torch.get_num_threads() == 1
+        return ModelOutput(features_BTF, lens_B)
+
+
+class Sleeps:
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.calls = seconds, 0
+
+    def decode(self, model: nn.Module, out: ModelOutput) -> list[Hypothesis]:
+        self.calls += 1
+        time.sleep(self.seconds)
+        return [Hypothesis("")]
+
+
+def test_the_time_of_a_search() -> None:
+    features = {"name": "fbank", "num_mel_bins": 80}
+    sound = [Utterance(str(i), np.zeros(8000, np.float32)) for i in range(5)]
+    quick, slow = Sleeps(0.0), Sleeps(0.05)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rtf = [search_rtf(Model(), search, features, sound) for search in (quick, slow)]  # type: ignore[arg-type]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert quick.calls == slow.calls == 8, "three to warm up"
+    assert rtf[1] >= 0.1, "0.05 s of sleep per half second of audio"
+    assert 0 < rtf[0] < rtf[1]
+    with pytest.raises(KdrecipeError, match="no utterance"):
+        search_rtf(Model(), quick, features, [])  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- stage 9
+
+
+def test_what_is_compared_with_what() -> None:
+    other = {"decoder": "ctc_beam", "options": {"beam": 4, "lm_weight": 0.0}, "lm": False}
+    facts = {"greedy": GREEDY, "beam": BEAM, "narrow": other, "lm": BEAM_LM}
+    assert pairs(facts) == [("beam", "greedy"), ("narrow", "greedy"), ("lm", "greedy"), ("lm", "beam")]
+    assert pairs({"beam": BEAM, "lm": BEAM_LM}) == [("lm", "beam")], "once"
+    assert pairs({"lm": BEAM_LM, "beam": BEAM}) == [("beam", "lm")]
+    assert pairs({"greedy": GREEDY}) == []
+
+
+def say(path: Path, wrong: set[int], num_utterances: int = 40) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"id": f"u{i:02}", "ref": "one two three", "hyp": "one two" if i in wrong else "one two three"}
+        for i in range(num_utterances)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> list[dict[str, Any]]:
+    """Two systems of two seeds: the language model helps ``kd`` much, the beam by chance at most."""
+    wrong = {"greedy": set(range(20)), "beam": set(range(19)), "lm": set(range(4))}
+    hyps = {
+        system: {
+            label: {seed: {"test": say(tmp_path / system / label / str(seed), bad)} for seed in (1, 2)}
+            for label, bad in wrong.items()
+        }
+        for system in ("teacher", "kd")
+    }
+    hyps["kd"]["lm"][2] = {"test": say(tmp_path / "kd/lm/2", set(range(22)) - {0, 1})}
+    hyps["alone"] = {"greedy": hyps["kd"]["greedy"]}
+    facts = {system: {"greedy": GREEDY, "beam": BEAM, "lm": BEAM_LM} for system in ("teacher", "kd")}
+    return score_searches(hyps, {**facts, "alone": {"greedy": GREEDY}}, METRICS, resamples=2000)
+
+
+def test_searches_are_scored_like_systems(scored: list[dict[str, Any]]) -> None:
+    rows = {(row["system"], row["search"]): row for row in scored}
+    assert list(rows) == [(s, x) for s in ("teacher", "kd") for x in ("greedy", "beam", "lm")]
+    greedy, lm = rows["teacher", "greedy"], rows["teacher", "lm"]
+    assert greedy["splits"]["test"]["wer"]["mean"] == pytest.approx(20 / 120, abs=1e-6)
+    assert greedy["splits"]["test"]["del"] == pytest.approx(20 / 120, abs=1e-6)
+    assert greedy["comparisons"] == []
+    first, plain = lm["comparisons"]
+    assert (first["a"], first["b"], first["split"]) == ("lm", "greedy", "test")
+    assert (plain["a"], plain["b"]) == ("lm", "beam")
+    assert first["difference"] == pytest.approx(-16 / 120, abs=1e-6)
+    assert first["p"] < first["p_adjusted"] < 0.05, "all comparisons of searches are one family"
+    assert first["seed_pairs"] == [2, 2]
+    assert rows["kd", "lm"]["comparisons"][0]["seed_pairs"] == [1, 2], "of the same seed"
+    assert rows["teacher", "beam"]["comparisons"][0]["p_adjusted"] > 0.05
+
+
+def test_nothing_to_compare() -> None:
+    assert score_searches({"kd": {"greedy": {}}}, {"kd": {"greedy": GREEDY}}, METRICS) == []
+
+
+# ---------------------------------------------------------------- stage 10
+
+
+def results(scored: list[dict[str, Any]]) -> dict[str, Any]:
+    rtf = {"greedy": 0.01, "beam": 0.012, "lm": 0.05}
+    facts = {"greedy": GREEDY, "beam": BEAM, "lm": BEAM_LM}
+    rows = [{**row, **facts[row["search"]], "rtf": rtf[row["search"]]} for row in scored]
+    return {"systems": [], "comparisons": [], "splits": {}, "searches": rows}
+
+
+def test_the_reading_says_only_what_was_shown(scored: list[dict[str, Any]]) -> None:
+    said = reading(results(scored))
+    assert [item["verdict"] for item in said] == ["better", "better"]
+    first, second = (item["text"] for item in said)
+    assert first.startswith(
+        "**Search by lm is better than by greedy** on test: teacher 16.67 → 3.33 % WER, p "
+    )
+    assert "; kd 16.67 → 10.00 % WER, p " in first
+    assert "in 1 of 2 seeds" in first
+    assert first.endswith(" It takes 5.0 times as long.")
+    assert second.startswith("**Search by lm is better than by beam** on test: ")
+    assert not any("beam is" in item["text"] for item in said)
+
+
+def test_a_worse_search_is_called_so(scored: list[dict[str, Any]]) -> None:
+    rows = [row for row in results(scored)["searches"] if row["system"] == "teacher"]
+    for row in rows:
+        row["comparisons"] = [
+            {**c, "difference": -c["difference"], "seed_pairs": [0, 2]} for c in row["comparisons"]
+        ]
+    found = reading({"systems": [], "comparisons": [], "splits": {}, "searches": rows})
+    assert {item["verdict"] for item in found} == {"worse"}
+    assert "Search by lm is worse than by greedy" in found[0]["text"]
+    assert "seeds" not in found[0]["text"], "all agree"
+
+
+def test_the_table(scored: list[dict[str, Any]]) -> None:
+    table = search_table(results(scored), "test", timed=True)
+    rows = {(row[0], row[1]): dict(zip(table.headers, row, strict=True)) for row in table.rows}
+    assert rows["teacher", "greedy"]["points to the first"] == "–"
+    assert rows["teacher", "lm"]["points to the first"] == "−13.33"
+    assert rows["kd", "lm"]["RTF (torch, 1 thread)"] == "0.0500"
+    assert rows["kd", "beam"]["WER %"].startswith("15.83")
+    untimed = search_table(results(scored), "test", timed=False)
+    assert all("RTF" not in header for header in untimed.headers)
