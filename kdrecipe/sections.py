@@ -274,7 +274,7 @@ class Parity(Options):
         max_kl_int8: nats per frame (attention: per token), mean divergence of the int8 file's posteriors.
         max_token_error_int8: share of tokens, 0 to 1, that the int8 file recognises otherwise.
         max_token_error_runtime: share of tokens, 0 to 1, that the device's runtime recognises
-            otherwise than the same file does on the features of the training.
+            otherwise than the same fp32 file does on the features of the training (int8: as above).
         max_wer_increase_int8: percentage points.
         max_deletion_increase_int8: percentage points of words left out: what int8 breaks first.
         slack: tokens or words; a difference of so few is never held against an export, since a

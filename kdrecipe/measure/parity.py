@@ -124,7 +124,7 @@ def check_parity(
         if variant != "int8":  # its activations share a scale over the whole batch
             _add_padded_batch(found, runner, expected, features)
         result[variant] = found.figures()
-        problems += _broken(variant, found, own, limits, f"{bundle.name}, {variant}", STEPS[head])
+        problems += _broken(variant, found, own, limits, f"{bundle.name}, {head} {variant}", STEPS[head])
     if problems:
         raise ParityError(problems)
     return result
@@ -202,9 +202,12 @@ def _broken(
     ]
     if not found.same_length:
         problems.append(Problem(f"it gives other numbers of {step}s than the model", where, _FP32_REMEDY))
-    if runtime > limits.max_token_error_runtime:
+    # Features that are not the training's show in fp32. In int8, the last digits of a feature decide
+    # how activations are rounded, so it has the room there that int8 has anyway.
+    name = "max_token_error_int8" if variant == "int8" else "max_token_error_runtime"
+    if runtime > getattr(limits, name):
         what = f"share of tokens that the runtime changes: {runtime:.4g}, at most "
-        what += f"{limits.max_token_error_runtime:.4g} allowed (parity.max_token_error_runtime)"
+        what += f"{getattr(limits, name):.4g} allowed (parity.{name})"
         problems.append(Problem(what, where, _RUNTIME_REMEDY))
     return problems
 

@@ -291,7 +291,8 @@ def targets_like(
             items[spec.key] = keep_top(Posteriors(logits_BTV.log_softmax(-1), lens_B), spec.top_k)
         elif spec.kind == "rnnt_lattice":
             other = out.lattices[spec.tap].map(Tensor.detach)
-            other.encoder_BTJ += noise * torch.randn(other.encoder_BTJ.shape, generator=rng)
+            moved = noise * torch.randn(other.encoder_BTJ.shape, generator=rng)
+            other.encoder_BTJ = other.encoder_BTJ + moved  # not in place: the student has it, too
             items[spec.key] = full_lattice_posteriors(other)
         elif spec.kind == "hidden":
             dim = teacher.taps.get(spec.tap, WIDTH)

@@ -38,7 +38,7 @@ class Run:
     def results(self) -> dict:
         return json.loads((self.work / "report" / "results.json").read_text())
 
-    def first(self, kind: str) -> str:
+    def one(self, kind: str) -> str:
         """The first system of a kind; a recipe that has none skips the test."""
         names = [s["name"] for s in self.results()["systems"] if s["kind"] == kind]
         return names[0] if names else pytest.skip(f"no {kind} system")
@@ -65,7 +65,9 @@ def corpus_for(recipe: Path, root: Path) -> tuple[dict[str, Path], tuple[str, ..
         return {"CORPUS_ROOT": root}, ("--set", "tokens.vocab_size=40")  # so few words have no more
     if kind == "librispeech":
         make_corpus(root, num_speakers=6, utterances_per_speaker=5, layout="librispeech")
-        return {"LIBRISPEECH_ROOT": root}, ("--set", "tokens.vocab_size=40")
+        # Half a minute of speech, in several steps.
+        steps = ("--set", "training.batch_duration_s=5")
+        return {"LIBRISPEECH_ROOT": root}, ("--set", "tokens.vocab_size=40", *steps)
     if kind == "voice_commands":
         if importlib.util.find_spec("espeakng_loader") is None:
             pytest.skip("espeakng_loader is not installed: pip install 'kdrecipe[espeak]'")
@@ -141,8 +143,8 @@ def test_it_is_tiny(run):
 
 def test_int8_is_smaller_and_names_its_parent(run):
     systems = {s["name"]: s for s in run.results()["systems"]}
-    assert systems[run.first("distilled")]["parent"] == ["teacher"]
-    small = systems[run.first("compressed")]
+    assert systems[run.one("distilled")]["parent"] == ["teacher"]
+    small = systems[run.one("compressed")]
     assert small["name"].endswith("_int8")
     assert small["size_mb"] < 0.5 * systems[small["parent"]]["size_mb"]
     assert small["params"] == systems[small["parent"]]["params"]
@@ -160,7 +162,7 @@ def test_the_report_is_there_to_read_and_names_nobodys_directories(run):
 
 
 def test_what_ships_is_what_the_device_reads(run):
-    exports = list((run.work / "exports" / run.first("compressed") / "seed1").glob("onnx_*"))
+    exports = list((run.work / "exports" / run.one("compressed") / "seed1").glob("onnx_*"))
     assert exports
     for export in exports:
         names = {p.name for p in export.iterdir()}
@@ -195,7 +197,7 @@ def test_a_dry_run_of_one_stage(run):
     assert done.status == 0, done.said
     head, *lines = done.out.splitlines()
     assert head == "stage  5 distill"
-    assert f"{run.first('distilled')}/seed1" in {line.split()[0] for line in lines}
+    assert f"{run.one('distilled')}/seed1" in {line.split()[0] for line in lines}
     assert all(line.endswith("up to date") for line in lines)
 
 
@@ -209,7 +211,7 @@ def test_changing_the_decoding_decodes_again_and_trains_nothing(run):
 
 
 def test_changing_one_loss_trains_that_system_and_what_comes_from_it(run):
-    kd = run.first("distilled")
+    kd = run.one("distilled")
     planned = run.again("--set", f"systems.{kd}.distill.losses.1.weight=0.25", "--dry-run")
     would = {line.split()[0] for line in planned.out.splitlines() if "would run" in line}
     made_of_kd = {s["name"] for s in run.results()["systems"] if s["parent"] == kd}
