@@ -258,8 +258,8 @@ def test_parity_gives_figures(exports, trained):
 @pytest.mark.parametrize(
     ("limit", "message"),
     [
-        ({"max_log_prob_diff_fp32": 1e-9}, r"tiny, fp32: largest difference.*max_log_prob_diff_fp32"),
-        ({"max_kl_int8": 1e-9}, r"tiny, int8: divergence.*max_kl_int8"),
+        ({"max_log_prob_diff_fp32": 1e-9}, r"tiny, ctc fp32: largest difference.*max_log_prob_diff_fp32"),
+        ({"max_kl_int8": 1e-9}, r"tiny, ctc int8: divergence.*max_kl_int8"),
     ],
 )
 def test_parity_names_the_bound_that_breaks(exports, trained, limit, message):
@@ -387,3 +387,13 @@ def test_quantise_shares_the_quantised_activations():
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     types = collections.Counter(n.op_type for n in quantise(model).graph.node)
     assert (types["DynamicQuantizeLinear"], types["MatMulInteger"], types["MatMul"]) == (1, 2, 0)
+
+
+def test_an_increase_is_held_against_an_export_only_beyond_chance():
+    from kdrecipe.measure.parity import _beyond_chance
+
+    assert _beyond_chance([1, 1, 1], 3) == 0, "within the slack"
+    assert _beyond_chance([1] * 10, 3) == 10, "one-sided"
+    assert _beyond_chance([4, -3, 5, -4, 3, 2], 3) == 0, "as often better as worse"
+    assert _beyond_chance([-1] * 10, 3) == 0, "better"
+    assert _beyond_chance([], 3) == 0
