@@ -278,7 +278,7 @@ class Parity(Options):
         max_wer_increase_int8: percentage points.
         max_deletion_increase_int8: percentage points of words left out: what int8 breaks first.
         slack: tokens or words; a difference of so few is never held against an export, since a
-            handful of near ties proves nothing; nor is one of words that chance explains, within two
+            handful of near ties proves nothing; nor is one of words that chance explains, within three
             standard deviations over the utterances.
         num_utterances: taken for the comparison.
     """

@@ -229,11 +229,12 @@ def _broken(
 def _beyond_chance(more: Sequence[int], slack: int) -> int:
     """By how much all utterances together are worse, 0 if by no more than near ties would make them.
 
-    Were each utterance's difference as likely the other way round, their sum would stay within two
-    standard deviations, the root of their squares' sum, 97 times in 100.
+    Were each utterance's difference as likely the other way round, their sum would stay within three
+    standard deviations (the root of their squares' sum) 999 times in 1000: a recipe makes dozens of
+    such comparisons, and must not fail by the luck of one.
     """
     total = sum(more)
-    return total if total > max(slack, 2 * math.sqrt(sum(m * m for m in more))) else 0
+    return total if total > max(slack, 3 * math.sqrt(sum(m * m for m in more))) else 0
 
 
 _FP32_REMEDY = "the graph computes something else: look for Python numbers in forward() that tracing froze"
