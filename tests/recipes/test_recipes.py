@@ -54,6 +54,13 @@ def committed(recipe: Path) -> dict[str, str]:
     return {str(p.relative_to(recipe)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+def stages_of(recipe: Path) -> set[int]:
+    """Stages that have something to do: without teachers or compressed systems, some have not."""
+    text = (recipe / "recipe.yaml").read_text()
+    idle = set() if "distill:" in text else {3, 4}
+    return set(range(11)) - idle - (set() if "compress:" in text else {6})
+
+
 def corpus_for(recipe: Path, root: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
     """Environment and options that give the recipe a corpus of its layout."""
     kind = recipe.parent.name
@@ -105,7 +112,7 @@ def test_a_dry_run_lists_all_stages_and_makes_nothing(recipe, tmp_path):
     env, options = corpus_for(recipe, tmp_path / "corpus")
     done = kdrecipe(*arguments(recipe, tmp_path / "work", options), "--dry-run", **env)
     assert done.status == 0, done.said
-    assert [f"stage {n:2d} " in done.out for n in range(11)] == [True] * 11
+    assert {n for n in range(11) if f"stage {n:2d} " in done.out} == stages_of(recipe)
     assert "prepare                            would run: no finished output" in done.out
     assert "up to date" not in done.out
     assert not (tmp_path / "work").exists()
@@ -119,12 +126,15 @@ def test_every_system_has_its_figures(run):
     systems = {s["name"]: s for s in results["systems"]}
     listed = kdrecipe("check", run.recipe, "--profile", "tiny").out
     assert set(systems) == {line.split()[0] for line in listed.splitlines() if " stage " in line}
-    assert len(systems) >= 5
     for system in systems.values():
         assert {*NOT_A_NUMBER, *MEASURED, "runtime", "parity", "fidelity"} <= set(system), system["name"]
-        assert all(system[key] for key in MEASURED)
+        if str(system["runtime"]).startswith("not measured"):
+            assert system["rtf"] is None
+        else:
+            assert all(system[key] for key in MEASURED)
+            assert set(system["rtf"]) == {"median", "p95", "total"}
+            assert system["same_text_as_bundle"] >= 0.5
         assert system["seeds"] == [1]
-        assert set(system["rtf"]) == {"median", "p95", "total"}
         for metric in ("wer", "cer"):
             rate = system["splits"]["test"][metric]
             assert rate["mean"] >= 0
@@ -132,10 +142,12 @@ def test_every_system_has_its_figures(run):
             low, high = rate["ci95"]
             assert low <= rate["mean"] <= high
         assert (system["kind"] == "distilled") == ("gap_recovered" in system)
-        assert system["same_text_as_bundle"] >= 0.5
     kinds = {s["kind"] for s in systems.values()}
-    assert kinds == {"trained", "distilled", "compressed"}
-    assert results["comparisons"]
+    stages = stages_of(run.recipe)
+    assert kinds == {"trained"} | ({"distilled"} if 4 in stages else set()) | (
+        {"compressed"} if 6 in stages else set()
+    )
+    assert bool(results["comparisons"]) == (len(kinds) > 1)
     assert results["recipe"]["profile"] == "tiny"
 
 
@@ -190,7 +202,7 @@ def test_a_second_run_skips_everything_quickly(run):
     again = run.again()
     assert again.status == 0, again.said
     assert again.ran == []
-    assert again.out.count("up to date, skipped") >= 10
+    assert again.out.count("up to date, skipped") == len(stages_of(run.recipe))
     assert again.cpu_s < 10
 
 
@@ -208,7 +220,7 @@ def test_changing_the_decoding_decodes_again_and_trains_nothing(run):
     planned = run.again(*change, "--dry-run")
     would = {line.split()[0] for line in planned.out.splitlines() if "would run" in line}
     decodes = {f"decode/{s['name']}/seed1" for s in run.results()["systems"]}
-    assert would == {*decodes, "score", "report"}
+    assert {"score", "report"} < would <= {*decodes, "score", "report"}, "those that have a CTC head"
     assert "changed: searches" in planned.out
 
 
