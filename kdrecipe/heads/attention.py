@@ -67,11 +67,6 @@ class Memory:
     values: list[Tensor]
     bias_N11T: Tensor
 
-    def select(self, rows_N: Tensor) -> Memory:
-        """The rows with these numbers, in their order, repeated as often as they occur."""
-        keys, values = [k[rows_N] for k in self.keys], [v[rows_N] for v in self.values]
-        return Memory(keys, values, self.bias_N11T[rows_N])
-
     def expand(self, num_rows: int) -> Memory:
         """The only row, ``num_rows`` times: of one utterance for all its hypotheses, not copied."""
 

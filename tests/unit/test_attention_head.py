@@ -15,6 +15,7 @@ from kdrecipe.heads.attention import (
     AttentionHeadOptions,
     AttentionLoss,
     AttentionLossOptions,
+    Memory,
     with_end,
 )
 from kdrecipe.interfaces import SOS_EOS_ID, LossSetup, ModelInfo, ModelOutput, Targets
@@ -63,13 +64,15 @@ def test_a_place_sees_no_later_token_and_no_padding():
 
 
 @torch.no_grad()
-def test_reordered_states_and_memories_go_on_alike():
+def test_reordered_states_go_on_alike():
     model = head()
     memory, state = model.memory(hidden(), LENS), model.start(3)
     _, state = model.step(torch.tensor([1, 1, 1]), state, memory)
     rows = torch.tensor([2, 0, 0])
     want, _ = model.step(torch.tensor([4, 5, 6]), state, memory)
-    got, _ = model.step(torch.tensor([6, 4, 4]), state.select(rows), memory.select(rows))
+    keys, values = [k[rows] for k in memory.keys], [v[rows] for v in memory.values]
+    moved = Memory(keys, values, memory.bias_N11T[rows])
+    got, _ = model.step(torch.tensor([6, 4, 4]), state.select(rows), moved)
     torch.testing.assert_close(got, want[rows])
 
 
