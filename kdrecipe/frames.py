@@ -1,4 +1,4 @@
-"""Small tools for losses over frames: valid frames, precision, top-k posteriors.
+"""Tools for what goes by frames: valid frames, precision, top-k posteriors, the best CTC path.
 
 Shapes, in names: B utterances, T frames (padded), N valid frames of a batch in a row, V vocabulary,
 K kept classes, D width.
@@ -15,7 +15,7 @@ from kdrecipe.interfaces import Posteriors
 
 def frame_mask(lens_B: Tensor, num_frames: int) -> Tensor:
     """Bool (B, num_frames): True on the first ``lens_B`` frames of each utterance."""
-    return torch.arange(num_frames, device=lens_B.device) < lens_B[:, None]
+    return torch.arange(num_frames, device=lens_B.device) < lens_B.unsqueeze(1)
 
 
 def valid_frames(values_BT: Tensor, lens_B: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def valid_frames(values_BT: Tensor, lens_B: Tensor) -> Tensor:
 
 
 def full_precision(values: Tensor) -> Tensor:
-    """float32 of bf16 and fp16 tensors, others unchanged: sums over frames need it."""
+    """float32 of bf16 and fp16 tensors, others unchanged: sums and recursions over frames need it."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 

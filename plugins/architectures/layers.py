@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdrecipe.layers import Dropout, attend, attention_bias, valid_mask
+from kdrecipe.frames import frame_mask
+from kdrecipe.layers import Dropout, attend, attention_bias
 
 
 class ConvFront(nn.Module):
@@ -42,7 +43,7 @@ class ConvFront(nn.Module):
 
     def forward(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, F) normalised features to (B, ceil(T/4), D) and the lengths that go with it."""
-        padding_BT = ~valid_mask(lens_B, features_BTF.shape[1])
+        padding_BT = ~frame_mask(lens_B, features_BTF.shape[1])
         x = features_BTF.masked_fill(padding_BT.unsqueeze(2), 0.0)
         # 6 zeros after the end: 2 for the first convolution's window, 2 * 2 for the second's
         x = F.pad(x, (0, 0, 0, 6)).unsqueeze(1).contiguous(memory_format=torch.channels_last)

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 
 from kdrecipe import hookimpl
 from kdrecipe.errors import KdrecipeError
+from kdrecipe.frames import frame_mask
 from kdrecipe.interfaces import BundleLike, Hypothesis, Runner, float_copy
-from kdrecipe.layers import attention_bias, valid_mask
+from kdrecipe.layers import attention_bias
 from kdrecipe_plugins.exporters import attention_runtime, onnx_files
 from kdrecipe_plugins.exporters.shared import Encode, check_head, existing
 
@@ -152,7 +153,7 @@ class Decoder(nn.Module):
         cross_values: Tensor,
         cross_lens: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        bias_NT = attention_bias(valid_mask(cross_lens, cross_keys.shape[3]), cross_keys.dtype)
+        bias_NT = attention_bias(frame_mask(cross_lens, cross_keys.shape[3]), cross_keys.dtype)
         memory = _layers(cross_keys, cross_values, bias_N11T=bias_NT[:, None, None, :])
         log_probs_NV, state = self.attention.step(tokens, _layers(self_keys, self_values), memory)
         return log_probs_NV, torch.stack(state.keys), torch.stack(state.values)

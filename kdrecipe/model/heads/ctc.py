@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
+from kdrecipe.frames import full_precision
 from kdrecipe.interfaces import (
     BLANK_ID,
     Batch,
@@ -98,10 +99,7 @@ class CtcLoss:
 
     def __call__(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
         """Total in nats, count in tokens."""
-        # float64 stays (gradient checks); the recursion needs more than half precision
-        logits_BTV = out.logits["ctc"]
-        if logits_BTV.dtype in (torch.float16, torch.bfloat16):
-            logits_BTV = logits_BTV.float()
+        logits_BTV = full_precision(out.logits["ctc"])
         used_B = batch.labelled_B & (batch.token_lens_B > 0)
         nll_B = F.ctc_loss(
             logits_BTV.log_softmax(-1).transpose(0, 1),
