@@ -7,10 +7,11 @@ K kept classes, D width.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdrecipe.errors import DataError
-from kdrecipe.interfaces import Posteriors
+from kdrecipe.interfaces import BLANK_ID, Posteriors
 
 
 def frame_mask(lens_B: Tensor, num_frames: int) -> Tensor:
@@ -111,3 +112,21 @@ def frame_log_probs(logits_BTV: Tensor, lens_B: Tensor, teacher: Posteriors) -> 
         tail_N = valid_frames(teacher.log_tail_BT, teacher.lens_B)
         log_p_NK = torch.cat([log_p_NK, tail_N[:, None]], dim=-1)
     return log_p_NK.detach().to(logits_NV.dtype), bucket_log_probs(logits_NV, indices_NK)
+
+
+def ctc_greedy(scores_BTV: Tensor, lens_B: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+    """Greedy search of CTC: the best label of each frame, repeats merged, blanks removed.
+
+    Args:
+        scores_BTV: logits or log-posteriors; padding may hold anything.
+        lens_B: valid frames.
+
+    Returns:
+        Tokens of each utterance, and the frame at which each of them begins.
+    """
+    best_BT = scores_BTV.argmax(-1)
+    previous_BT = F.pad(best_BT[:, :-1], (1, 0), value=BLANK_ID)
+    starts_BT = (best_BT != BLANK_ID) & (best_BT != previous_BT) & frame_mask(lens_B, best_BT.shape[1])
+    frames = [row_T.nonzero().flatten().tolist() for row_T in starts_BT]
+    tokens = [row_T[at].tolist() for row_T, at in zip(best_BT, frames, strict=True)]
+    return tokens, frames

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import BLANK_ID, BundleLike
+from kdrecipe.frames import ctc_greedy
+from kdrecipe.interfaces import BundleLike
 
 WORD_START = "\u2581"  # SentencePiece's mark on a piece that begins a word
 
@@ -77,12 +79,10 @@ def join_pieces(pieces: Iterable[str]) -> str:
     return "".join(pieces).replace(WORD_START, " ").strip()
 
 
-def best_path(log_probs_TV: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """Tokens of the best CTC path and the frame where each begins."""
-    best_T = log_probs_TV.argmax(-1)
-    previous_T = np.concatenate([[BLANK_ID], best_T[:-1]])
-    frames = np.flatnonzero((best_T != BLANK_ID) & (best_T != previous_T))
-    return best_T[frames].tolist(), frames
+def best_path(log_probs_TV: np.ndarray) -> tuple[list[int], list[int]]:
+    """CTC's greedy search on one utterance: tokens, and the frame at which each begins."""
+    tokens, frames = ctc_greedy(torch.from_numpy(log_probs_TV[None]), torch.tensor([len(log_probs_TV)]))
+    return tokens[0], frames[0]
 
 
 def valid_rows(batch: np.ndarray, lens_B: np.ndarray) -> list[np.ndarray]:

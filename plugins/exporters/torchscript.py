@@ -111,7 +111,7 @@ class TorchScriptRunner:
         features_TF = extract(resample(samples_S, sample_rate), SAMPLE_RATE, self._notes["features"])
         log_probs_TV = self._log_probs_of_one(features_TF)
         tokens, frames = best_path(log_probs_TV)
-        times_s = (frames * self._notes["frame_shift_s"]).tolist()
+        times_s = [frame * self._notes["frame_shift_s"] for frame in frames]
         text = join_pieces(self._pieces[i] for i in tokens)
         return Hypothesis(text, tokens, times_s, float(log_probs_TV.max(-1).sum()))
 

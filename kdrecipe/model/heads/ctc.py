@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
-from kdrecipe.frames import full_precision
+from kdrecipe.frames import ctc_greedy, full_precision
 from kdrecipe.interfaces import (
     BLANK_ID,
     Batch,
@@ -122,21 +122,6 @@ def frames_needed(tokens_BU: Tensor, token_lens_B: Tensor) -> Tensor:
     doubled = tokens_BU[:, 1:] == tokens_BU[:, :-1]
     within = torch.arange(1, tokens_BU.shape[1], device=tokens_BU.device) < token_lens_B.unsqueeze(1)
     return token_lens_B + (doubled & within).sum(1)
-
-
-def ctc_greedy(logits_BTV: Tensor, lens_B: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-    """The best label of each frame, repeats merged and blanks removed.
-
-    Returns:
-        Tokens of each utterance, and the frame at which each of them begins.
-    """
-    best_BT = logits_BTV.argmax(-1)
-    previous_BT = F.pad(best_BT[:, :-1], (1, 0), value=BLANK_ID)
-    valid_BT = torch.arange(best_BT.shape[1], device=lens_B.device) < lens_B.unsqueeze(1)
-    starts_BT = (best_BT != BLANK_ID) & (best_BT != previous_BT) & valid_BT
-    frames = [row.nonzero().flatten().tolist() for row in starts_BT]
-    tokens = [best_BT[i, at].tolist() for i, at in enumerate(frames)]
-    return tokens, frames
 
 
 @hookimpl
