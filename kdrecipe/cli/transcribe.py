@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kdrecipe.corpus.audio import SAMPLE_RATE, read_audio, resample
+from kdrecipe.corpus.audio import read_audio, resample
 from kdrecipe.errors import DataError, KdrecipeError, Problem
-from kdrecipe.interfaces import Hypothesis, Options
+from kdrecipe.interfaces import SAMPLE_RATE, Hypothesis, Options
 
 WORD_START = "\u2581"  # SentencePiece's mark on a piece that begins a word
 

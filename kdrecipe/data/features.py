@@ -27,8 +27,8 @@ from lhotse.supervision import SupervisionSet
 from kdrecipe.artifacts import disk_errors, replacing, write_json
 from kdrecipe.corpus.subsets import choose_subsets
 from kdrecipe.errors import DataError, Problem, RecipeError
+from kdrecipe.interfaces import SAMPLE_RATE
 
-SAMPLE_RATE = 16000
 FRAME_SHIFT_S = 0.01
 
 _RECORDINGS = "_recordings.jsonl.gz"

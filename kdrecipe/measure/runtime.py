@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from kdrecipe.corpus.audio import SAMPLE_RATE, Utterance
+from kdrecipe.corpus.audio import Utterance
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import Exporter
+from kdrecipe.interfaces import SAMPLE_RATE, Exporter
 from kdrecipe.measure.worker import RUNTIMES
 
 NUM_WARM_UP = 3  # utterances recognised before the clock counts: memory is laid out in the first ones

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kdrecipe.corpus.audio import SAMPLE_RATE, Utterance
+from kdrecipe.corpus.audio import Utterance
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import Decoder
+from kdrecipe.interfaces import SAMPLE_RATE, Decoder
 from kdrecipe.measure.runtime import NUM_WARM_UP
 
 if TYPE_CHECKING:

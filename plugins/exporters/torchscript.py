@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from kdrecipe import hookimpl
-from kdrecipe.corpus.audio import SAMPLE_RATE, resample
+from kdrecipe.corpus.audio import resample
 from kdrecipe.data.features import extract
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import BundleLike, Hypothesis, Options, Runner, float_copy
+from kdrecipe.interfaces import SAMPLE_RATE, BundleLike, Hypothesis, Options, Runner, float_copy
 from kdrecipe_plugins.exporters.shared import (
     CtcLogProbs,
     best_path,
