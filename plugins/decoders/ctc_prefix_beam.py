@@ -120,7 +120,7 @@ class _Node:
     def advance(self) -> None:
         """One frame later."""
         self.blank, self.token = self.next_blank, self.next_token
-        self.score = _log_add(self.blank, self.token) + self.bonus
+        self.score = log_add(self.blank, self.token) + self.bonus
 
     def prefix(self) -> Prefix:
         """Its tokens."""
@@ -150,17 +150,17 @@ def prefix_beam_search(
     for frame, (tried, blank) in enumerate(_pruned_frames(log_probs_TV, num_tokens_per_frame)):
         reached: list[_Node] = []
         for node in kept:
-            total = _log_add(node.blank, node.token)
+            total = log_add(node.blank, node.token)
             node.reach(frame, reached)
             node.next_blank = total + blank
             for token, log_prob in tried:
                 longer = node.child(token, fusion)
                 longer.reach(frame, reached)
                 if token == node.last:  # without a blank between them the two are one
-                    node.next_token = _log_add(node.next_token, node.token + log_prob)
-                    longer.next_token = _log_add(longer.next_token, node.blank + log_prob)
+                    node.next_token = log_add(node.next_token, node.token + log_prob)
+                    longer.next_token = log_add(longer.next_token, node.blank + log_prob)
                 else:
-                    longer.next_token = _log_add(longer.next_token, total + log_prob)
+                    longer.next_token = log_add(longer.next_token, total + log_prob)
         for node in reached:
             node.advance()
         kept = heapq.nlargest(beam, reached, key=attrgetter("score"))
@@ -216,7 +216,7 @@ def align(log_probs_TV: np.ndarray, ids: Prefix) -> list[int]:
     return starts
 
 
-def _log_add(a: float, b: float) -> float:
+def log_add(a: float, b: float) -> float:
     """log(exp(a) + exp(b)); numpy's is ten times slower on two floats."""
     if a < b:
         a, b = b, a

@@ -11,7 +11,6 @@ K hypotheses, T frames, V vocabulary, J width of the joiner.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import exp, inf, log1p
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from kdrecipe.interfaces import (
     Options,
     TokenTable,
 )
+from kdrecipe_plugins.decoders.ctc_prefix_beam import log_add
 from kdrecipe_plugins.decoders.fusion import Fusion
 
 FUSED_PER_BEAM = 2  # candidates per frame that fusion scores, in beams
@@ -123,7 +123,7 @@ class RnntBeam:
             if same is None:
                 merged[path.text] = path, parent, token
             else:  # the times stay those of the better one
-                same[0].score = _log_add(same[0].score, path.score)
+                same[0].score = log_add(same[0].score, path.score)
         kept = list(merged.values())
         if len(kept) > self.config.beam:
             kept = sorted(kept, key=lambda item: -item[0].score)[: self.config.beam]
@@ -143,13 +143,6 @@ class _Path:
     frames: tuple[int, ...] = ()
     score: float = 0.0
     lm: Any = field(default=None, repr=False)
-
-
-def _log_add(a: float, b: float) -> float:
-    """log(exp(a) + exp(b))."""
-    if a < b:
-        a, b = b, a
-    return a if b == -inf else a + log1p(exp(b - a))
 
 
 @hookimpl
