@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from kdrecipe.errors import PluginError, Problem
+from kdrecipe.errors import PluginError, Problem, did_you_mean
 from kdrecipe.interfaces import Options
 
 KINDS: Mapping[str, str] = {
@@ -36,15 +35,6 @@ RESERVED: Mapping[str, frozenset[str]] = {
     "corpora": frozenset({"name", "root", "on_error", "subsets"}),
 }
 """Keys that stand beside a plugin's options in the recipe, so that no option may bear them."""
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A remedy for an unknown ``word``: the closest known one, or all of them."""
-    known = sorted(set(known))
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(known)}" if known else "there are none"
 
 
 def code_hash(path: Path) -> str:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdrecipe.errors import PluginError, Problem, RecipeError
+from kdrecipe.errors import PluginError, Problem, RecipeError, did_you_mean
 from kdrecipe.plugin.loader import Plugins, load_plugins
-from kdrecipe.plugin.registry import did_you_mean
 from kdrecipe.recipe.checks import Checker, FitChecker, check_lm
 from kdrecipe.recipe.parsing import TOP_KEYS, Parser
 from kdrecipe.recipe.sections import (
