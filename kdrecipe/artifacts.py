@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,17 @@ def disk_errors(path: Path) -> Iterator[None]:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=1, sort_keys=False) + "\n")
+
+
+def write_jsonl_gz(path: Path, items: Iterable[Any]) -> None:
+    """Write one line of JSON per item, compressed, atomically; equal items give equal bytes at any time."""
+    with (
+        replacing(path) as part,
+        part.open("wb") as raw,
+        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file,  # gzip.open would write the time
+    ):
+        for item in items:
+            file.write((json.dumps(item, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:

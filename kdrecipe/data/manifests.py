@@ -9,15 +9,15 @@ transcript, and :func:`finish` writes ``<split>_recordings.jsonl.gz``,
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdrecipe.artifacts import write_jsonl_gz
 from kdrecipe.data.gather import reason
 from kdrecipe.data.problems import NAMES_SHOWN, DataProblem, OnError, as_left_out, settle
 from kdrecipe.interfaces import Prepared, TokenTable
@@ -223,15 +223,10 @@ def finish(prepared: Prepared, out_dir: Path, on_error: OnError) -> Summary:
     summary.notes = list(dict.fromkeys(summary.notes + overlap_notes(kept)))
     out_dir.mkdir(parents=True, exist_ok=True)
     for split, (recording_set, supervision_set) in kept.items():
-        _write_jsonl(out_dir / f"{split}_recordings.jsonl.gz", recording_set)
-        _write_jsonl(out_dir / f"{split}_supervisions.jsonl.gz", supervision_set)
+        write_jsonl_gz(out_dir / f"{split}_recordings.jsonl.gz", (r.to_dict() for r in _items(recording_set)))
+        write_jsonl_gz(
+            out_dir / f"{split}_supervisions.jsonl.gz", (s.to_dict() for s in _items(supervision_set))
+        )
     text = json.dumps(asdict(summary), indent=1, ensure_ascii=False) + "\n"
     (out_dir / "summary.json").write_text(text, encoding="utf-8")
     return summary
-
-
-def _write_jsonl(path: Path, items: Iterable[Any]) -> None:
-    # gzip.open would write the time into the header.
-    with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
-        for item in items:
-            file.write((json.dumps(item.to_dict(), ensure_ascii=False) + "\n").encode("utf-8"))

@@ -72,6 +72,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         if compressor.num_epochs:
             training = system.training.model_copy(update={"epochs": compressor.num_epochs})
             result = session.run(model, out / "train" / f"step{number}", training, on_step=compressor.on_step)
+            model.to("cpu")  # where calibration batches are
         model = compressor.finish(model).eval()
         done.append({**spec, "report": compressor.report()})
     meta = {

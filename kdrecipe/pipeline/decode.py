@@ -152,8 +152,9 @@ def decode_cuts(
     import torch
 
     from kdrecipe.data.batches import CutBatches
+    from kdrecipe.train.distribution import local_device
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = local_device()
     model = bundle.model.to(device)
     by_id = {cut.id: cut for cut in cuts}
     batches = CutBatches(

@@ -140,7 +140,7 @@ def test_a_batch_of_empty_texts_has_no_loss() -> None:
     logits = torch.randn(2, 4, 5, requires_grad=True)
     result = run(logits, [4, 4], batch)
     result.total.backward()
-    assert float(result.total) == 0.0
+    assert result.total.item() == 0.0
     assert int(result.count) == int(result.metrics["infeasible"]) == 0
     assert logits.grad is not None
     assert not logits.grad.any()
