@@ -1,0 +1,95 @@
+"""What a recipe says that determines a training run; read while planning, so without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from kdrecipe.interfaces import TargetSpec
+
+if TYPE_CHECKING:
+    from kdrecipe.recipe.load import Recipe, System
+
+
+def needs_of(recipe: Recipe, system: System, teacher: str) -> list[TargetSpec]:
+    """What the losses of ``system`` ask of ``teacher``, each target once."""
+    needs: list[TargetSpec] = []
+    for term in system.terms:
+        cls = recipe.plugins.registry.get("losses", term.name)
+        if term.teacher in (None, teacher) and hasattr(cls, "requires"):
+            needs += cls.requires(cls.Config.model_validate(term.options))
+    return merge_specs(needs)
+
+
+def students_of(recipe: Recipe, teacher: str) -> list[System]:
+    """The systems that learn from ``teacher``."""
+    return [s for s in recipe.systems.values() if teacher in s.teachers and needs_of(recipe, s, teacher)]
+
+
+def all_needs(recipe: Recipe, teacher: str) -> list[TargetSpec]:
+    """What all systems together ask of ``teacher``: what its cache must hold."""
+    students = students_of(recipe, teacher)
+    return merge_specs(need for system in students for need in needs_of(recipe, system, teacher))
+
+
+def utterances_of(
+    system: System, ids: Iterable[str], subsets: Mapping[str, Collection[str]], left_out: Collection[str]
+) -> tuple[set[str], set[str]]:
+    """Ids of the training cuts that ``system`` learns from: those with their labels, those without.
+
+    Args:
+        system: trained or distilled.
+        ids: of all training cuts, perturbed copies included.
+        subsets: name -> ids, likewise.
+        left_out: cuts that are too short for their text; they serve where the text is not used.
+    """
+    labelled = set(ids if system.data is None else subsets[system.data]) - set(left_out)
+    unlabelled = set() if system.unlabelled is None else set(subsets[system.unlabelled]) - labelled
+    return labelled, unlabelled
+
+
+def merge_specs(specs: Iterable[TargetSpec]) -> list[TargetSpec]:
+    """What serves all of several needs: each kind and tap once, the largest top k, the finer type.
+
+    A loss that asked for fewer classes gets more, and narrows them (``data.frames.keep_top``).
+    """
+    merged: dict[str, TargetSpec] = {}
+    for spec in specs:
+        other = merged.get(spec.key)
+        if other is not None:
+            wide = None if spec.top_k is None or other.top_k is None else max(spec.top_k, other.top_k)
+            fine = "float32" if "float32" in (spec.dtype, other.dtype) else spec.dtype
+            known = {
+                name: getattr(spec, name) if getattr(spec, name) is not None else getattr(other, name)
+                for name in ("dim", "frame_shift_s", "vocab_id")
+            }
+            spec = replace(spec, top_k=wide, dtype=fine, **known)
+        merged[spec.key] = spec
+    return list(merged.values())
+
+
+def system_inputs(recipe: Recipe, system: System) -> Mapping[str, Any]:
+    """What determines a trained system's weights, besides data, tokens and teachers."""
+    registry = recipe.plugins.registry
+    plugins = {}
+    if system.model:
+        plugins[f"architectures/{system.model['name']}"] = registry.fingerprint(
+            "architectures", system.model["name"]
+        )
+        for head in system.model["heads"]:
+            plugins[f"heads/{head}"] = registry.fingerprint("heads", head)
+    for term in system.terms:
+        plugins[f"losses/{term.name}"] = registry.fingerprint("losses", term.name)
+    return {
+        "model": system.model,
+        "data": system.data,
+        "unlabelled": system.unlabelled,
+        "teachers": list(system.teachers),
+        "init_from": system.init_from,
+        "losses": [
+            {"name": t.name, "weight": t.weight, "teacher": t.teacher, **t.options} for t in system.terms
+        ],
+        "training": system.training.model_dump(mode="json"),
+        "plugins": plugins,
+    }
