@@ -86,6 +86,9 @@ class TargetSpec:
 class Posteriors:
     """A teacher's posteriors at temperature 1: the kept classes and the mass of the rest.
 
+    Classes that the teacher rules out have :data:`kdrecipe.frames.MIN_LOG_PROB`, not -inf, in what
+    live and cached teachers give; so has an empty rest.
+
     Args:
         log_probs_BTK: float32, log-posteriors of the kept classes.
         lens_B: int64, valid frames (or tokens) of each utterance.
