@@ -15,6 +15,12 @@ from typing import Any
 
 from kdrecipe.errors import KdrecipeError
 
+PROVENANCE = "provenance.json"
+"""File beside a result that tells when, where and how fast it was made."""
+
+ABOUT_THE_RUN = frozenset({PROVENANCE, "log.jsonl"})
+"""Names of files that tell of a run, not of its result: they differ where the results are the same."""
+
 
 def sha256_bytes(data: bytes) -> str:
     """Hex digest of ``data``."""
@@ -139,5 +145,6 @@ def listing_digest(directory: Path) -> str:
 
 
 def content_digest(directory: Path, files: dict[str, int]) -> str:
-    """Digest of the content of ``files`` below ``directory``."""
-    return fingerprint({name: sha256_file(directory / name) for name in files})
+    """Digest of the content of ``files`` below ``directory``, but for those in :data:`ABOUT_THE_RUN`."""
+    counted = [name for name in files if name.rpartition("/")[2] not in ABOUT_THE_RUN]
+    return fingerprint({name: sha256_file(directory / name) for name in counted})

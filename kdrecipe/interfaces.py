@@ -41,6 +41,8 @@ FRAME_KINDS: tuple[TargetKind, ...] = ("frame_logits", "rnnt_lattice", "hidden")
 """Kinds whose targets go by frames, which must fall together with the student's."""
 FORCED_KINDS: tuple[TargetKind, ...] = ("token_logits", "rnnt_lattice")
 """Kinds that a teacher can only give along a text."""
+VOCABULARY_KINDS: tuple[TargetKind, ...] = ("frame_logits", "token_logits", "rnnt_lattice")
+"""Kinds that are about tokens, which must be the student's."""
 
 
 @dataclass(frozen=True)

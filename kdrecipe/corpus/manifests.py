@@ -139,7 +139,8 @@ def check_lengths(
     Args:
         cuts: with text, with features or without.
         tokenizer: gives the tokens of a text.
-        subsampling: feature frames per encoder frame, or the encoder's own ``output_len``.
+        subsampling: the encoder's own ``output_len``, or feature frames per encoder frame; the last
+            of them may be incomplete.
         frame_shift_s: of the features, for cuts that have none yet.
 
     Returns:
@@ -150,7 +151,7 @@ def check_lengths(
         ids = tokenizer.encode(" ".join(sup.text or "" for sup in cut.supervisions))
         needed = len(ids) + sum(a == b for a, b in itertools.pairwise(ids))
         num_frames = cut.num_frames if cut.has_features else round(cut.duration / frame_shift_s)
-        frames = subsampling(num_frames) if callable(subsampling) else num_frames // subsampling
+        frames = subsampling(num_frames) if callable(subsampling) else -(-num_frames // subsampling)
         if frames < needed:
             where = audio_path(cut.recording) if cut.has_recording else cut.id
             what = f"{cut.id}: {cut.duration:.2f} s give {frames} frames, its {len(ids)} tokens need {needed}"

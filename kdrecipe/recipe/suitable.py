@@ -16,11 +16,8 @@ from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.sections import Named, System
 
 
-def model_of(systems: Mapping[str, System], name: str) -> dict[str, Any] | None:
-    """The description of a system's model; that of a compressed system is its parent's.
-
-    None where that can't be known: a pretrained bundle is not there yet, a parent is wrong.
-    """
+def origin_of(systems: Mapping[str, System], name: str) -> System | None:
+    """The system that a compressed one stems from, any other itself; None where a parent is wrong."""
     seen: set[str] = set()
     system = systems.get(name)
     while system is not None and system.parent is not None:
@@ -28,6 +25,15 @@ def model_of(systems: Mapping[str, System], name: str) -> dict[str, Any] | None:
             return None
         seen.add(system.name)
         system = systems.get(system.parent)
+    return system
+
+
+def model_of(systems: Mapping[str, System], name: str) -> dict[str, Any] | None:
+    """The description of a system's model; that of a compressed system is its parent's.
+
+    None where that can't be known: a pretrained bundle is not there yet, a parent is wrong.
+    """
+    system = origin_of(systems, name)
     if system is None:
         return None
     return bundle_model(system) if system.kind == "pretrained" else system.model
@@ -39,15 +45,21 @@ def heads_of(systems: Mapping[str, System], name: str) -> tuple[str, ...] | None
     return tuple(model["heads"]) if model and model["heads"] else None
 
 
-def bundle_model(system: System) -> dict[str, Any] | None:
-    """The model's description within a pretrained bundle, None if that can't be read yet."""
+def bundle_meta(system: System) -> dict[str, Any] | None:
+    """The description of a pretrained bundle, None if that can't be read yet."""
     try:
         path = system.bundle
         if path is None or not (path / "bundle.json").is_file():
             return None
-        model = json.loads(Path(path / "bundle.json").read_text(encoding="utf-8")).get("model")
+        meta = json.loads(Path(path / "bundle.json").read_text(encoding="utf-8"))
     except (KdrecipeError, OSError, ValueError):
         return None  # stage 3 imports it, and tells
+    return meta if isinstance(meta, dict) else None
+
+
+def bundle_model(system: System) -> dict[str, Any] | None:
+    """The model's description within a pretrained bundle, None if that can't be read yet."""
+    model = (bundle_meta(system) or {}).get("model")
     return model if isinstance(model, dict) and {"name", "heads"} <= set(model) else None
 
 

@@ -21,9 +21,10 @@ from kdrecipe.data.batches import CutBatches
 from kdrecipe.data.features import load_cuts
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import RecipeError
-from kdrecipe.interfaces import FRAME_KINDS, Batch, LossSetup, ModelInfo, TargetSpec
+from kdrecipe.interfaces import Batch, LossSetup, ModelInfo, TargetSpec
 from kdrecipe.model.asr import model_info
 from kdrecipe.model.bundle import Bundle
+from kdrecipe.recipe.checks import pinned
 from kdrecipe.stages.inputs import needs_of, utterances_of
 from kdrecipe.targets.cache import TargetCache
 from kdrecipe.targets.live import LiveTargets
@@ -212,18 +213,6 @@ def training_data(layout: Layout, systems: Iterable[System]) -> tuple[CutSet, se
         return cut.id in labelled or cut.id in unlabelled
 
     return cuts.filter(wanted).to_eager(), labelled, unlabelled
-
-
-def pinned(need: TargetSpec, student: ModelInfo) -> TargetSpec:
-    """A need with what follows from the student filled in: frames must fall together, and logits
-    must count in the same vocabulary."""
-    from dataclasses import replace
-
-    if need.kind in FRAME_KINDS:
-        need = replace(need, frame_shift_s=need.frame_shift_s or student.frame_shift_s)
-    if need.kind in ("frame_logits", "token_logits", "rnnt_lattice"):
-        need = replace(need, dim=student.vocab_size, vocab_id=student.vocab_id)
-    return need
 
 
 def target_key(bundle: Bundle, recipe: Recipe) -> dict[str, Any]:
