@@ -165,7 +165,7 @@ def test_live_teachers_are_on_the_processs_own_gpu(made, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: moved.append(str(device)))
     monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setattr(session_module, "train", lambda *_, device, **__: moved.append(device))
+    monkeypatch.setattr(session_module, "train", lambda *_, device=None, **__: moved.append(str(device)))
     student = build_model(MODEL, input_dim=16, vocab_size=len(made.tokens), registry=recipe.plugins.registry)
     session.run(student, tmp_path, live.training)
     assert moved == ["cuda:3", "cuda:3"]
