@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import write_json
 from kdrecipe.schema import Named, Recipe, System
 from kdrecipe.stages import Job, Layout, Plan
 from kdrecipe.suitable import exporters_for
+
+if TYPE_CHECKING:
+    from kdrecipe.data.audio import Utterance
+
+COMPARED_ON = "dev, without it train; utterances drawn over all speakers"
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
@@ -24,7 +29,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                 "export": [{"name": e.name, **e.options} for e in exporters],
                 "plugins": {e.name: registry.fingerprint("exporters", e.name) for e in exporters},
                 "parity": recipe.parity.model_dump(mode="json"),
-                "split": parity_split(recipe),
+                "compared_on": COMPARED_ON,
             }
             plan.add(
                 Job(
@@ -44,9 +49,13 @@ def _exporters(recipe: Recipe, model: Mapping[str, Any] | None) -> tuple[Named, 
     return recipe.export if model is None else exporters_for(model, recipe.export, recipe.plugins.registry)
 
 
-def parity_split(recipe: Recipe) -> str:
-    """Utterances that an export is compared on: those of the first split that is decoded."""
-    return recipe.decode.splits[0]
+def compared_utterances(layout: Layout, num: int) -> list[Utterance]:
+    """What :data:`COMPARED_ON` says, ``num`` of them."""
+    from kdrecipe.data.audio import utterances_from_cuts
+    from kdrecipe.data.features import tuning_cuts
+    from kdrecipe.data.subsets import drawn_over_speakers
+
+    return list(utterances_from_cuts(drawn_over_speakers(tuning_cuts(layout.features), num)))
 
 
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
@@ -56,13 +65,10 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         ParityError: an export strays from its bundle by more than ``parity`` allows.
     """
     from kdrecipe.bundle import Bundle
-    from kdrecipe.data.audio import utterances_from_cuts
-    from kdrecipe.data.features import load_cuts
     from kdrecipe.measure.parity import check_parity
 
     bundle = Bundle.load(layout.system(system.name, seed), recipe.plugins.registry)
-    cuts = load_cuts(layout.features, parity_split(recipe))
-    sample = utterances_from_cuts(cuts, recipe.parity.num_utterances)
+    sample = compared_utterances(layout, recipe.parity.num_utterances)
     found = {}
     for wanted in _exporters(recipe, bundle.meta["model"]):
         cls = recipe.plugins.registry.get("exporters", wanted.name)

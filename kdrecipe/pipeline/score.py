@@ -1,6 +1,6 @@
 """Stage 9: hypotheses -> error rates with intervals, significance, fidelity to the teacher.
 
-The same for the searches of a system, against its main one.
+The same for the searches of a system on its bundle, against its main one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrecipe.artifacts import read_json, write_json
-from kdrecipe.data.hypotheses import hyps_file
+from kdrecipe.data.hypotheses import bundle_hyps_file, hyps_file
 from kdrecipe.schema import Recipe, System
 from kdrecipe.stages import Job, Layout, Plan
 
@@ -31,10 +31,10 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
 
 
 def hypotheses(recipe: Recipe, layout: Layout) -> dict[str, dict[int, dict[str, Path]]]:
-    """System -> seed -> split -> hypotheses file, in the order of the recipe."""
+    """System -> seed -> split -> the hypotheses of its row, in the order of the recipe."""
     return {
         name: {
-            seed: {split: layout.hyps(name, seed) / f"{split}.jsonl" for split in recipe.decode.splits}
+            seed: {split: hyps_file(layout.hyps(name, seed), split) for split in recipe.decode.splits}
             for seed in system.seeds
         }
         for name, system in recipe.systems.items()
@@ -52,13 +52,13 @@ def search_facts(recipe: Recipe, layout: Layout) -> dict[str, dict[int, dict[str
 def _search_hypotheses(
     recipe: Recipe, layout: Layout, facts: dict[str, dict[int, dict[str, dict[str, Any]]]]
 ) -> dict[str, dict[str, dict[int, dict[str, Path]]]]:
-    """System -> label -> seed -> split -> hypotheses file."""
+    """System -> label -> seed -> split -> hypotheses of the bundle."""
     found: dict[str, dict[str, dict[int, dict[str, Path]]]] = {}
     for name, seeds in facts.items():
         for seed, labels in seeds.items():
-            main, directory = next(iter(labels)), layout.hyps(name, seed)
+            directory = layout.hyps(name, seed)
             for label in labels:
-                files = {split: hyps_file(directory, label, main, split) for split in recipe.decode.splits}
+                files = {split: bundle_hyps_file(directory, label, split) for split in recipe.decode.splits}
                 found.setdefault(name, {}).setdefault(label, {})[seed] = files
     return found
 
@@ -66,7 +66,7 @@ def _search_hypotheses(
 def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     """Score all splits of all systems, and the searches of each against each other."""
     from kdrecipe.results.scoring import Question, score
-    from kdrecipe.results.searches import score_searches
+    from kdrecipe.results.searches import mean_rates, score_searches
 
     registry = recipe.plugins.registry
     metrics = {}
@@ -82,6 +82,8 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     files = _search_hypotheses(recipe, layout, facts)
     first_seed = {name: next(iter(seeds.values())) for name, seeds in facts.items()}
     result["searches"] = score_searches(files, first_seed, metrics, speakers=speakers)
+    main = {name: next(iter(labels.values())) for name, labels in files.items()}
+    result["bundles"] = {name: mean_rates(seeds, metrics) for name, seeds in main.items()}
     write_json(out / "scores.json", result)
     first, metric = recipe.decode.splits[0], next(iter(metrics))
     for name, facts in result["splits"][first]["systems"].items():

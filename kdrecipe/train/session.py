@@ -14,11 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
 from kdrecipe.bundle import Bundle
 from kdrecipe.data.batches import CutBatches
-from kdrecipe.data.features import load_cuts
+from kdrecipe.data.features import has_dev, load_cuts
+from kdrecipe.data.subsets import drawn_over_speakers
 from kdrecipe.data.target_cache import TargetCache
 from kdrecipe.data.targets import LiveTargets
 from kdrecipe.data.tokens import Tokenizer
@@ -68,10 +70,15 @@ class Session:
         """The training split with its perturbed copies."""
         return load_cuts(self.layout.features, "train")
 
-    def batches(self, training: Training) -> CutBatches:
-        """The training data; where only a part is labelled, both parts, the labels withheld."""
+    @cached_property
+    def labelled(self) -> set[str] | None:
+        """Ids of the training cuts whose labels the system may use; None: all."""
+        return set(self.subsets[self.system.data]) if self.system.data else None
+
+    def training_cuts(self) -> CutSet:
+        """The training cuts that the system may use."""
         left_out = set(json.loads((self.layout.tokens / "left_out.json").read_text()))
-        labelled = set(self.subsets[self.system.data]) if self.system.data else None
+        labelled = self.labelled
         unlabelled = set(self.subsets[self.system.unlabelled]) if self.system.unlabelled else set()
 
         def wanted(cut: Any) -> bool:
@@ -79,27 +86,45 @@ class Session:
                 return cut.id in unlabelled
             return labelled is None or cut.id in labelled or cut.id in unlabelled
 
+        cuts: CutSet = self.cuts.filter(wanted).to_eager()
+        return cuts
+
+    def batches(self, training: Training) -> CutBatches:
+        """The training data; where only a part is labelled, both parts, the labels withheld."""
         return CutBatches(
-            self.cuts.filter(wanted).to_eager(),
+            self.training_cuts(),
             self.tokens,
             batch_duration_s=training.batch_duration_s,
             seed=self.seed,
-            labelled_ids=labelled,
+            labelled_ids=self.labelled,
             shuffle=True,
         )
 
     @cached_property
     def dev(self) -> CutBatches | None:
         """The development data, if the corpus has any."""
-        if not (self.layout.features / "dev.jsonl.gz").exists():
+        if not has_dev(self.layout.features):
             return None
         cuts = load_cuts(self.layout.features, "dev")
         return CutBatches(cuts, self.tokens, batch_duration_s=120.0, seed=0, labelled_ids=None, shuffle=False)
 
     def calibration(self, num_batches: int) -> Iterator[Batch]:
-        """The first training batches, for compressors that look at activations."""
-        batches = self.batches(self.system.training)
-        for ids in batches.epoch(0)[:num_batches]:
+        """About so many batches of utterances drawn over all speakers, for compressors that look at
+        activations: of dev, or of the training data of a corpus without dev."""
+        on_dev, limit_s = has_dev(self.layout.features), self.system.training.batch_duration_s
+        drawn = drawn_over_speakers(
+            load_cuts(self.layout.features, "dev") if on_dev else self.training_cuts()
+        )
+        ends_s = np.cumsum([cut.duration for cut in drawn])
+        batches = CutBatches(
+            drawn[: int(np.searchsorted(ends_s, num_batches * limit_s)) + 1],
+            self.tokens,
+            batch_duration_s=limit_s,
+            seed=self.seed,
+            labelled_ids=None if on_dev else self.labelled,
+            shuffle=False,
+        )
+        for ids in batches.epoch(0):
             yield batches.load(ids)
 
     @cached_property

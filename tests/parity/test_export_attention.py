@@ -321,7 +321,7 @@ def test_measured_by_its_own_program(attentions, all_heads):
 def test_what_measures_it_loads_neither_torch_nor_lhotse():
     code = (
         "import sys, kdrecipe.measure.worker as worker\n"
-        "worker.RUNTIMES['onnxruntime attention']()\n"
+        f"worker._named({OnnxAttention.runtime.start!r})()\n"
         "print([m for m in ('torch', 'lhotse', 'pydantic', 'sherpa_onnx', 'onnx') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
