@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from kdrecipe.data.audio import SAMPLE_RATE, Utterance
+from kdrecipe.corpus.audio import SAMPLE_RATE, Utterance
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Exporter, Runtime
-from kdrecipe.suitable import RuntimeOptions, default_search
+from kdrecipe.recipe.suitable import RuntimeOptions, default_search
 
 NUM_WARM_UP = 3  # utterances recognised before the clock counts: memory is laid out in the first ones
 
@@ -113,7 +113,7 @@ def measure_export(
         variant: ``fp32`` or ``int8``.
         utterances: at least one, taken one after the other; the first three are recognised once before,
             unmeasured.
-        search: see :func:`kdrecipe.suitable.runtime_search`; None: the runtime's default.
+        search: see :func:`kdrecipe.recipe.suitable.runtime_search`; None: the runtime's default.
         num_threads: of the runtime.
 
     Raises:

@@ -11,12 +11,12 @@ import pytest
 from lhotse.audio import RecordingSet
 from lhotse.supervision import SupervisionSet
 
+from kdrecipe.corpus.subsets import drawn_over_speakers
 from kdrecipe.data.features import compute_features, load_cuts, tuning_cuts
-from kdrecipe.data.subsets import drawn_over_speakers
-from kdrecipe.pipeline.export import compared_utterances
-from kdrecipe.stages import Layout
+from kdrecipe.stages.export import compared_utterances
+from kdrecipe.stages.layout import Layout
+from kdrecipe.stages.session import Session
 from kdrecipe.testing.corpus import make_corpus
-from kdrecipe.train.session import Session
 
 FEATURES = {"name": "fbank", "num_mel_bins": 80, "speed_perturb": [0.9, 1.0]}
 SPLITS = {"train": 3, "dev": 4, "test": 2}  # speakers of each
