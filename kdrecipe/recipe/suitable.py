@@ -1,17 +1,19 @@
 """Which decoders and exporters suit a system: a matter of the heads of its model.
 
-A system is judged by its first head: that head's first decoder makes the hypotheses of the table,
-and the export of that head is what is measured.
+A system is judged by its first head: its row of the table shows that head's first decoder, as the
+runtime of that head's export does it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kdrecipe.errors import KdrecipeError
+from kdrecipe.interfaces import Runtime
 from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.sections import Named, System
 
@@ -104,3 +106,30 @@ def measured_exporter(heads: Sequence[str], exporters: Sequence[Named], registry
         if head_of(registry, "exporters", exporter.name) == heads[0] and getattr(cls, "runtime", None):
             return exporter
     return None
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """A search in a runtime: the runtime's own name of it, and the options that it takes."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def default_search(runtime: Runtime) -> RuntimeOptions:
+    """The first search of a runtime, with its own options."""
+    return RuntimeOptions(next(iter(runtime.searches.values())).name)
+
+
+def runtime_search(runtime: Runtime, decoder: Named, registry: Registry) -> RuntimeOptions | str:
+    """The search of ``decoder`` in ``runtime``, or why the runtime does not have it."""
+    found = runtime.searches.get(decoder.name)
+    if found is None:
+        return f"{runtime.name} has no search {decoder.name}"
+    config = registry.get("decoders", decoder.name).Config
+    chosen = config.model_validate(decoder.options)
+    for name, about in config.model_fields.items():
+        value = getattr(chosen, name)
+        if name not in found.options and value != about.get_default(call_default_factory=True):
+            return f"the {found.name} of {runtime.name} has no {name}, here {value}"
+    return RuntimeOptions(found.name, {name: getattr(chosen, name) for name in found.options})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     data = {
         "recipe": _facts(recipe, layout),
         "corpus_summary": _corpus_summary(layout),
-        "systems": [_row(system, recipe, layout) for system in recipe.systems.values()],
+        "systems": [_row(system, recipe, layout, scores) for system in recipe.systems.values()],
         "scores": scores,
         "searches": _searches(scores["searches"], search_facts(recipe, layout)),
         "claims": [claim.model_dump(mode="json") for claim in recipe.claims],
@@ -96,7 +96,7 @@ def _facts(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _row(system: System, recipe: Recipe, layout: Layout) -> dict[str, Any]:
+def _row(system: System, recipe: Recipe, layout: Layout, scores: Mapping[str, Any]) -> dict[str, Any]:
     """One system's row: figures that vary with the seed are averaged over seeds."""
     bundles = [read_json(layout.system(system.name, seed) / "bundle.json") for seed in system.seeds]
     decoded = [read_json(layout.hyps(system.name, seed) / "decode.json") for seed in system.seeds]
@@ -112,6 +112,8 @@ def _row(system: System, recipe: Recipe, layout: Layout) -> dict[str, Any]:
         "rtf": _rtf([d["rtf"] for d in decoded]),
         "peak_rss_mb": max((d["peak_rss_mb"] for d in decoded if d["peak_rss_mb"]), default=None),
         "runtime": decoded[0]["runtime"],
+        "search": decoded[0]["search"],
+        "bundle": scores["bundles"][system.name],
         "same_text_as_bundle": _mean_or_none(d["same_text_as_bundle"] for d in decoded),
         "parity": {name: found["parity"] for name, found in parity.items()},
         "compression": first["compression"],

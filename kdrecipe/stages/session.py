@@ -13,12 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from kdrecipe.artifacts import read_json
+from kdrecipe.corpus.subsets import drawn_over_speakers
 from kdrecipe.data.batches import CutBatches
-from kdrecipe.data.features import load_cuts
+from kdrecipe.data.features import has_dev, load_cuts
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import RecipeError
 from kdrecipe.interfaces import Batch, LossSetup, ModelInfo, TargetSpec
@@ -81,15 +83,27 @@ class Session:
     @cached_property
     def dev(self) -> CutBatches | None:
         """The development data, if the corpus has any."""
-        if not (self.layout.features / "dev.jsonl.gz").exists():
+        if not has_dev(self.layout.features):
             return None
         cuts = load_cuts(self.layout.features, "dev")
         return CutBatches(cuts, self.tokens, batch_duration_s=120.0, seed=0, labelled_ids=None, shuffle=False)
 
     def calibration(self, num_batches: int) -> Iterator[Batch]:
-        """The first training batches, for compressors that look at activations."""
-        batches = self.batches(self.system.training)
-        for ids in batches.epoch(0)[:num_batches]:
+        """About so many batches of utterances drawn over all speakers, for compressors that look at
+        activations: of dev, or of the training data of a corpus without dev."""
+        on_dev, limit_s = has_dev(self.layout.features), self.system.training.batch_duration_s
+        cuts, labelled = self._data
+        drawn = drawn_over_speakers(load_cuts(self.layout.features, "dev") if on_dev else cuts)
+        ends_s = np.cumsum([cut.duration for cut in drawn])
+        batches = CutBatches(
+            drawn[: int(np.searchsorted(ends_s, num_batches * limit_s)) + 1],
+            self.tokens,
+            batch_duration_s=limit_s,
+            seed=self.seed,
+            labelled_ids=None if on_dev else labelled,
+            shuffle=False,
+        )
+        for ids in batches.epoch(0):
             yield batches.load(ids)
 
     @cached_property

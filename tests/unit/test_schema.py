@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field
 
 from kdrecipe.errors import RecipeError
-from kdrecipe.interfaces import Options, TargetSpec
+from kdrecipe.interfaces import Options, Runtime, TargetSpec
 from kdrecipe.plugin.loader import Plugins
 from kdrecipe.recipe.load import load_recipe
 
@@ -58,7 +58,7 @@ class OtherSearch(Plain):
 
 class Export(Plain):
     head = "ctc"
-    runtime = "a runtime"
+    runtime = Runtime("box", "nowhere:start", {})
 
 
 class OtherExport(Export):
