@@ -17,7 +17,8 @@ from kdrecipe import plugins as plugins_module
 from kdrecipe.errors import PluginError
 from kdrecipe.interfaces import Options
 from kdrecipe.plugins import CORE_COMMANDS, Plugins, installed_names, load_plugins
-from kdrecipe.registry import KINDS, Registry, Source, code_hash
+from kdrecipe.registry import KINDS, Registry, Source
+from kdrecipe.source_code import code_hash
 
 ROOT = Path(__file__).parents[2]
 HOOKS = [name for name, thing in vars(hookspecs).items() if hasattr(thing, "kdrecipe_spec")]
