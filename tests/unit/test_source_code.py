@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import kdrecipe
-from kdrecipe import source_code
-from kdrecipe.plugins import load_plugins
-from kdrecipe.registry import Source
-from kdrecipe.source_code import core_hash, own_files, plugin_hash
+from kdrecipe.plugin import source_code
+from kdrecipe.plugin.loader import load_plugins
+from kdrecipe.plugin.registry import Source
+from kdrecipe.plugin.source_code import core_hash, own_files, plugin_hash
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,6 +146,6 @@ def test_circles_end(package):
 
 def test_the_core_has_a_hash_that_any_process_finds():
     assert len(core_hash()) == 16
-    code = "from kdrecipe.source_code import core_hash; print(core_hash())"
+    code = "from kdrecipe.plugin.source_code import core_hash; print(core_hash())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.strip() == core_hash()
