@@ -93,7 +93,7 @@ def _look_at(path: Path, mtime_ns: int, size: int) -> _Looked:
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(level, dotted name) of each import; of ``from a import b`` both ``a`` and ``a.b``: b may be a module."""
+    """(level, dotted name) of each import; of ``from a import b`` both ``a`` and ``a.b``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)

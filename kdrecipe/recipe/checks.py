@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kdrecipe.errors import KdrecipeError, PluginError, Problem
-from kdrecipe.interfaces import LossSetup, ModelInfo, TargetSpec
+from kdrecipe.interfaces import LossSetup, ModelInfo, TargetSpec, tap_shifts_s
 from kdrecipe.plugin.loader import reason
 from kdrecipe.plugin.registry import Registry, did_you_mean
 from kdrecipe.recipe.parsing import SECTION_OF, Parser
@@ -341,7 +341,7 @@ class FitChecker:
             if need.key not in offered:
                 remedy = did_you_mean(need.key, offered)
                 return Problem(f"{term.name!r} needs {need.key}, the teacher {name!r} lacks it", "", remedy)
-            if (why := need.mismatch(offered[need.key])) is not None:
+            if (why := student.pinned(need).mismatch(offered[need.key])) is not None:
                 return Problem(f"{term.name!r} can't learn from {name!r}: {why}")
         cls = self.checker._registry.get("losses", term.name)
         try:
@@ -374,9 +374,17 @@ class FitChecker:
         with _uninitialised():
             encoder = cls(cls.Config.model_validate(options), self.features.num_mel_bins)
         taps = {tap: dim for tap, (_, dim) in encoder.taps().items()}
-        shift_s = FEATURE_FRAME_SHIFT_S * encoder.subsampling
-        kinds = {name: self.checker._registry.get("heads", name).target_kinds for name in model["heads"]}
-        return ModelInfo("the recipe's", self.vocab_size, shift_s, kinds, taps)
+        shift_s = round(FEATURE_FRAME_SHIFT_S * encoder.subsampling, 9)
+        heads = {name: self.checker._registry.get("heads", name) for name in model["heads"]}
+        return ModelInfo(
+            "the recipe's",
+            self.vocab_size,
+            shift_s,
+            {name: head.target_kinds for name, head in heads.items()},
+            taps,
+            {name: round(shift_s * getattr(head, "subsampling", 1), 9) for name, head in heads.items()},
+            tap_shifts_s(encoder, FEATURE_FRAME_SHIFT_S),
+        )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from kdrecipe.jobs.plan import Job, Layout, Plan
+from kdrecipe.plugin.carried import carry
 from kdrecipe.recipe.load import Recipe, System
 
 NUM_CALIBRATION_BATCHES = 16
@@ -53,7 +54,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
     """Apply the steps in turn; a step that fine-tunes does so with its ancestor's own objective."""
     from kdrecipe.interfaces import CompressContext
-    from kdrecipe.model.bundle import Bundle, build_compressor, provenance
+    from kdrecipe.model.bundle import Bundle, build_compressor, compressor_state, provenance
     from kdrecipe.stages.session import Session
 
     assert system.parent is not None
@@ -73,19 +74,19 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
             training = system.training.model_copy(update={"epochs": compressor.num_epochs})
             result = session.run(model, out / "train" / f"step{number}", training, on_step=compressor.on_step)
         model = compressor.finish(model).eval()
-        done.append({**spec, "report": compressor.report()})
+        state = compressor_state(step.name, compressor)
+        done.append({**spec, "report": compressor.report(), "state": state})
     meta = {
-        **{k: parent.meta[k] for k in ("model", "features", "plugin_files")},
+        **{k: parent.meta[k] for k in ("model", "features")},
         "name": system.name,
         "kind": "compressed",
         "parent": system.parent,
         "seed": seed,
         "compression": done,
         "training": result.summary() if result else None,
+        "plugin_files": carry([*parent.plugin_files, *recipe.plugin_files], out),
         "provenance": provenance(recipe.command, recipe=recipe.name),
     }
-    for name in meta["plugin_files"]:
-        (out / name).write_bytes((parent.path / name).read_bytes())
     Bundle.save(out, model, parent.tokens, meta)
     for checkpoints in out.glob("train/*/checkpoints"):
         shutil.rmtree(checkpoints)

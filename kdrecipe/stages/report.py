@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import read_json
 from kdrecipe.jobs.plan import Job, Layout, Plan
+from kdrecipe.plugin.source_code import core_hash
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.stages.score import hypotheses, search_facts
 
@@ -88,6 +89,7 @@ def _facts(recipe: Recipe, layout: Layout) -> dict[str, Any]:
         "seeds": list(recipe.seeds),
         "profile": recipe.profile,
         "git": provenance.get("git"),
+        "core": core_hash(),
         "date": provenance.get("date"),
         "machine": provenance.get("machine"),
         "versions": provenance.get("versions"),
@@ -111,6 +113,7 @@ def _row(system: System, recipe: Recipe, layout: Layout) -> dict[str, Any]:
         "peak_rss_mb": max((d["peak_rss_mb"] for d in decoded if d["peak_rss_mb"]), default=None),
         "runtime": decoded[0]["runtime"],
         "same_text_as_bundle": _mean_or_none(d["same_text_as_bundle"] for d in decoded),
+        "core": _cores(system, layout),
         "parity": {name: found["parity"] for name, found in parity.items()},
         "compression": first["compression"],
         "train": _effort([b["training"] for b in bundles]) if first.get("training") else None,
@@ -118,6 +121,17 @@ def _row(system: System, recipe: Recipe, layout: Layout) -> dict[str, Any]:
         "data": system.data,
         "unlabelled": system.unlabelled,
     }
+
+
+def _cores(system: System, layout: Layout) -> list[str]:
+    """Hashes of the core's code by which a row's bundles, exports and hypotheses were made."""
+    found = set()
+    for seed in system.seeds:
+        bundle = layout.system(system.name, seed) / "bundle.json"
+        found.add(read_json(bundle)["provenance"].get("core"))
+        for place in (layout.export(system.name, seed), layout.hyps(system.name, seed)):
+            found.add(read_json(place / "stamp.json").get("core"))
+    return sorted(core or "not recorded" for core in found)
 
 
 def _rtf(found: list[dict[str, float] | None]) -> dict[str, float] | None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdrecipe.data.memory import CACHE_GB, PROCESSES, machine_budget
 from kdrecipe.errors import KdrecipeError, TrainingError
 from kdrecipe.jobs.plan import STAGES, Job, Layout, Plan, locked, run_job, why_run
 
@@ -184,6 +185,7 @@ class _Run:
     num_jobs: int
     force: bool
     bar: Any = None
+    cache_bytes: int = field(default_factory=machine_budget)  # measured before anything takes memory
     running: dict[str, _Process] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)  # job -> exit status
 
@@ -278,12 +280,16 @@ class _Run:
             command += ["--profile", self.recipe.profile]
         for override in self.recipe.overrides:
             command += ["--set", override]
+        if self.recipe.trust_plugins:
+            command.append("--trust-plugins")
         threads = os.environ.get("KDRECIPE_THREADS") or str(max(1, (os.cpu_count() or 1) // self.num_jobs))
         env = {
             **os.environ,
             "KDRECIPE_THREADS": threads,
             "OMP_NUM_THREADS": threads,
             "KDRECIPE_PARENT": str(os.getpid()),
+            CACHE_GB: str(self.cache_bytes / 1e9),
+            PROCESSES: str(self.num_jobs),
         }
         taken = [one.gpu for one in self.running.values()]
         gpu = min(range(max(1, _num_gpus())), key=taken.count)

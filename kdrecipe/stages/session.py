@@ -20,7 +20,7 @@ from kdrecipe.data.batches import CutBatches
 from kdrecipe.data.features import load_cuts
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import RecipeError
-from kdrecipe.interfaces import FRAME_KINDS, Batch, LossSetup, ModelInfo, TargetSpec
+from kdrecipe.interfaces import Batch, LossSetup, ModelInfo, TargetSpec
 from kdrecipe.model.asr import model_info
 from kdrecipe.model.bundle import Bundle
 from kdrecipe.stages.inputs import needs_of
@@ -144,7 +144,7 @@ class Session:
     ) -> None:
         offered = {spec.key: spec for spec in teacher.provides()}
         for need in needs:
-            spec = pinned(need, student)
+            spec = student.pinned(need)
             gives = offered.get(need.key)
             problem = f"needs {need.key}" if gives is None else spec.mismatch(gives)
             if problem:
@@ -202,18 +202,6 @@ class Session:
             build_optimizer=hook.build_optimizer,
             train_metrics=hook.train_metrics,
         )
-
-
-def pinned(need: TargetSpec, student: ModelInfo) -> TargetSpec:
-    """A need with what follows from the student filled in: frames must fall together, and logits
-    must count in the same vocabulary."""
-    from dataclasses import replace
-
-    if need.kind in FRAME_KINDS:
-        need = replace(need, frame_shift_s=need.frame_shift_s or student.frame_shift_s)
-    if need.kind in ("frame_logits", "token_logits", "rnnt_lattice"):
-        need = replace(need, dim=student.vocab_size, vocab_id=student.vocab_id)
-    return need
 
 
 def target_key(bundle: Bundle, recipe: Recipe) -> dict[str, Any]:

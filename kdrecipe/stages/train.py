@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrecipe.artifacts import write_json
-from kdrecipe.errors import RecipeError
+from kdrecipe.artifacts import sha256_file, write_json
+from kdrecipe.errors import PluginError, RecipeError
 from kdrecipe.jobs.plan import Job, Layout, Plan
+from kdrecipe.model.bundle import DATA_FILES
+from kdrecipe.plugin.carried import carry, refusal
 from kdrecipe.recipe.load import Recipe, System
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def _add(plan: Plan, recipe: Recipe, layout: Layout, system: System, stage: int)
         out = layout.system(system.name, seed)
         name = f"{system.name}/seed{seed}"
         if system.kind == "pretrained":
-            inputs = {"bundle": str(system.bundle), "stamp": _bundle_hash(system)}
+            inputs = {"bundle": _content(system)}
             plan.add(Job(stage, name, out, inputs, _importer(recipe, system, seed)))
             continue
         plan.add(
@@ -96,7 +98,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         parent = Bundle.load(place, recipe.plugins.registry)
         start_from(model, parent.model, shared_parts(system.model, parent.meta["model"]))
     result = session.run(model, out / "train", system.training)
-    meta = {
+    meta: dict[str, Any] = {
         "name": system.name,
         "kind": system.kind,
         "parent": system.teachers[0] if system.teachers else system.init_from,
@@ -105,7 +107,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         "features": recipe.features.model_dump(mode="json"),
         "compression": [],
         "training": result.summary(),
-        "plugin_files": copy_plugin_files(recipe, out),
+        "plugin_files": carry(recipe.plugin_files, out),
         "provenance": provenance(recipe.command, recipe=recipe.name),
     }
     Bundle.save(out, model, session.tokens, meta)
@@ -131,19 +133,16 @@ def start_from(model: AsrModel, parent: AsrModel, parts: Sequence[str]) -> None:
         model.get_submodule(part).load_state_dict(parent.get_submodule(part).state_dict())
 
 
-def copy_plugin_files(recipe: Recipe, out: Path) -> list[str]:
-    """Take the recipe's own plugin files into the bundle, so that it loads without the recipe."""
-    for path in recipe.plugin_files:
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, out / path.name)
-    return [path.name for path in recipe.plugin_files]
+def _content(system: System) -> dict[str, str] | None:
+    """Hash of every file of an imported bundle; None where there is none (yet)."""
+    path = system.bundle
+    if path is None or not path.is_dir():
+        return None
+    return {file.name: sha256_file(file) for file in sorted(path.iterdir()) if _counts(file)}
 
 
-def _bundle_hash(system: System) -> str | None:
-    from kdrecipe.artifacts import listing_digest
-
-    path = Path(str(system.bundle))
-    return listing_digest(path) if path.is_dir() else None
+def _counts(file: Path) -> bool:
+    return file.is_file() and (file.name in DATA_FILES or file.suffix == ".py")
 
 
 def _importer(recipe: Recipe, system: System, seed: int):  # type: ignore[no-untyped-def]
@@ -151,10 +150,14 @@ def _importer(recipe: Recipe, system: System, seed: int):  # type: ignore[no-unt
         from kdrecipe.model.bundle import Bundle
 
         bundle = Bundle.load(Path(str(system.bundle)), recipe.plugins.registry)
+        known = {sha256_file(path) for path in recipe.plugin_files}
+        # Those that were there when the recipe was read are known; this one has changed since.
+        if strange := [path.name for path, digest in bundle.plugin_files.items() if digest not in known]:
+            raise PluginError(refusal(bundle.path, strange))
         _ = bundle.model  # refuse a damaged one now, not after an hour
-        shutil.copytree(
-            bundle.path, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("train", "stamp.json")
-        )
+        out.mkdir(parents=True, exist_ok=True)
+        for file in bundle.files:
+            shutil.copyfile(file, out / file.name)
         write_json(
             out / "bundle.json", {**bundle.meta, "name": system.name, "kind": "pretrained", "seed": seed}
         )
