@@ -13,8 +13,8 @@ import click
 from kdrecipe import __version__
 from kdrecipe.cli.plugins import new, plugins
 from kdrecipe.errors import KdrecipeError, ParityError, Problem, RecipeError, TrainingError
-from kdrecipe.jobs.plan import STAGES
 from kdrecipe.plugin.registry import did_you_mean
+from kdrecipe.stages import STAGES
 
 if TYPE_CHECKING:
     from kdrecipe.recipe.load import Recipe
@@ -109,7 +109,10 @@ def run(
     loaded = _load(recipe, overrides, profile, trust_plugins)
     from kdrecipe.stages.run import run_recipe
 
-    run_recipe(loaded, first, last, dry_run=dry_run, force=force, jobs=jobs, work=work, job=job)
+    program = (sys.executable, "-m", "kdrecipe.cli")
+    run_recipe(
+        loaded, first, last, dry_run=dry_run, force=force, jobs=jobs, work=work, job=job, program=program
+    )
 
 
 @cli.command()

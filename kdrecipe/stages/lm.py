@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import read_json, sha256_file, write_json
 from kdrecipe.errors import DataError, MissingExtra, RecipeError
-from kdrecipe.jobs.plan import Job, Layout, Plan
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Lm, Recipe
 from kdrecipe.recipe.sections import uses_lm
+from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
     from kdrecipe.data.tokens import Tokenizer

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import sha256_file, write_json
 from kdrecipe.errors import PluginError, RecipeError
-from kdrecipe.jobs.plan import Job, Layout, Plan
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
 from kdrecipe.model.bundle import DATA_FILES
 from kdrecipe.plugin.carried import carry, refusal
 from kdrecipe.recipe.load import Recipe, System
+from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
     from kdrecipe.model.asr import AsrModel
