@@ -345,7 +345,7 @@ def _carried_files(document: Document, own: Sequence[Path], trust: bool) -> tupl
     for key, directory in _imported_bundles(document):
         where = document.where(key)
         try:
-            files = verified(directory, read_description(directory)["plugin_files"])
+            files = verified(directory, read_description(directory).get("plugin_files", {}))
         except KdrecipeError as error:
             problems += [Problem(p.what, where, p.remedy) for p in error.problems]
             continue

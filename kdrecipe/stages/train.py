@@ -152,7 +152,7 @@ def _importer(recipe: Recipe, system: System, seed: int):  # type: ignore[no-unt
         from kdrecipe.model.bundle import Bundle
 
         bundle = Bundle.load(Path(str(system.bundle)), recipe.plugins.registry)
-        known = {sha256_file(path) for path in recipe.plugin_files}
+        known = {sha256_file(path) for path in recipe.plugin_files if path.is_file()}
         # Those that were there when the recipe was read are known; this one has changed since.
         if strange := [path.name for path, digest in bundle.plugin_files.items() if digest not in known]:
             raise PluginError(refusal(bundle.path, strange))

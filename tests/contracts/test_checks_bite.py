@@ -366,6 +366,59 @@ def test_compressors(check_id, cls):
     assert failed(compressor_contract(cls)) == ([check_id] if check_id else [])
 
 
+class Keeps(nn.Module):
+    """A linear layer on some of its inputs."""
+
+    def __init__(self, linear, kept):
+        super().__init__()
+        self.kept = kept
+        self.linear = nn.Linear(len(kept), linear.out_features)
+        self.linear.weight.data = linear.weight.data[:, kept].clone()
+        self.linear.bias.data = linear.bias.data.clone()
+
+    def forward(self, x):
+        return self.linear(x[..., self.kept])
+
+
+class KeepsLoudest(SoundCompressor):
+    """Which inputs are kept is known only once there is a model: it can't be rebuilt from its options."""
+
+    kept = ()
+
+    def apply(self, model, context):
+        size = model.heads["ctc"].proj.weight.detach().abs().sum(0)
+        self.kept = size.argsort(descending=True)[:3].tolist()
+        return self.rebuild(model)
+
+    def rebuild(self, model):
+        model.heads["ctc"].proj = Keeps(model.heads["ctc"].proj, list(self.kept))
+        return model
+
+    def state(self):
+        return {"kept": list(self.kept)}
+
+    def load_state(self, state):
+        self.kept = state["kept"]
+
+
+class KeepsNoState(KeepsLoudest):
+    def state(self):
+        return {}
+
+
+class KeepsTensors(KeepsLoudest):
+    def state(self):
+        return {"kept": torch.tensor(self.kept)}
+
+
+@pytest.mark.parametrize(
+    ("cls", "found"),
+    [(KeepsLoudest, []), (KeepsNoState, ["rebuild_roundtrip"]), (KeepsTensors, ["rebuild_roundtrip"])],
+)
+def test_a_compressor_is_rebuilt_from_its_state(cls, found):
+    assert failed(compressor_contract(cls)) == found
+
+
 # ---------------------------------------------------------------- corpora
 
 
