@@ -97,6 +97,7 @@ class Bundle:
         info = model_info(model, tokens.vocab_id)
         full = {
             "format": FORMAT,
+            "plugin_files": {},
             **meta,
             "vocab_id": tokens.vocab_id,
             "params": count_params(model),

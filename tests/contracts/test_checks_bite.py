@@ -211,6 +211,30 @@ class WrongWidth(TinyEncoder):
         return {name: (module, dim + 1) for name, (module, dim) in super().taps().items()}
 
 
+class EarlyTap(TinyEncoder):
+    """Has a tap before the subsampling and does not say so."""
+
+    def __init__(self, config, input_dim):
+        super().__init__(config, input_dim)
+        self.early, self.input_dim = nn.Identity(), input_dim
+
+    def taps(self):
+        return {"early": (self.early, self.input_dim), **super().taps()}
+
+    def forward(self, features_BTF, lens_B):
+        return super().forward(self.early(features_BTF), lens_B)
+
+
+class DeclaredEarlyTap(EarlyTap):
+    def tap_subsampling(self):
+        return {"early": 1}
+
+
+class WronglyDeclaredEarlyTap(EarlyTap):
+    def tap_subsampling(self):
+        return {"early": 2}
+
+
 class SecretState(TinyEncoder):
     def __init__(self, config, input_dim):
         super().__init__(config, input_dim)
@@ -263,6 +287,14 @@ class FixedLength(TinyEncoder):
 )
 def test_architectures(check_id, cls):
     assert failed(architecture_contract(cls)) == ([check_id] if check_id else [])
+
+
+@pytest.mark.parametrize(
+    ("cls", "found"),
+    [(EarlyTap, ["taps_declared"]), (DeclaredEarlyTap, []), (WronglyDeclaredEarlyTap, ["taps_declared"])],
+)
+def test_taps_with_frames_of_their_own_are_declared(cls, found):
+    assert failed(architecture_contract(cls)) == found
 
 
 # ---------------------------------------------------------------- compressors
