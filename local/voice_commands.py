@@ -25,8 +25,9 @@ from kdrecipe.corpus.gather import Utterance, gather
 from kdrecipe.corpus.manifests import overlap_notes
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import SAMPLE_RATE, Options, Prepared
-from kdrecipe_local.command_grammar import sentences
-from kdrecipe_local.espeak import Voice, synthesise
+
+from .command_grammar import sentences
+from .espeak import Voice, synthesise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -224,7 +225,7 @@ class VoiceCommands:
         """Clean speech at 22.05 kHz to int16 at 16 kHz in a room, with noise, at some level."""
         import numpy as np
 
-        from kdrecipe_local import acoustics
+        from . import acoustics
 
         config = self.config
         speech = acoustics.resample(spoken_S / 32768, _UP, speaker.down)

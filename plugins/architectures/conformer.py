@@ -12,7 +12,8 @@ from kdrecipe import hookimpl
 from kdrecipe.frames import frame_mask
 from kdrecipe.interfaces import Options
 from kdrecipe.layers import Dropout, FeedForward
-from kdrecipe_plugins.architectures.layers import ConvFront, ConvModule, RotaryPositions, SelfAttention
+
+from .layers import ConvFront, ConvModule, RotaryPositions, SelfAttention
 
 
 class ConformerOptions(Options):
@@ -65,7 +66,8 @@ class ConformerLayer(nn.Module):
         x = x + self.dropout(self.attention(self.norm_attention(x), mask_BT, positions))
         x = x + self.dropout(self.conv(x, mask_BT))
         x = x.add(self.dropout(self.ff2(x)), alpha=0.5)
-        return self.norm(x)
+        y_BTD: Tensor = self.norm(x)
+        return y_BTD
 
 
 class Conformer(nn.Module):

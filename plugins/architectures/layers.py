@@ -61,6 +61,8 @@ class RotaryPositions(nn.Module):
         num_heads: H.
     """
 
+    frequencies_D: Tensor
+
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         head_dim = dim // num_heads
@@ -99,7 +101,8 @@ class SelfAttention(nn.Module):
         qk = turned.unflatten(-1, (2, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5).flatten(4)
         v = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         y = attend(qk[0], qk[1], v, attention_bias(mask_BT, v.dtype)[:, None, None, :])
-        return self.out(y.transpose(1, 2).flatten(2))
+        y_BTD: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return y_BTD
 
 
 class ConvModule(nn.Module):
@@ -125,4 +128,5 @@ class ConvModule(nn.Module):
         x = x.masked_fill(~mask_BT.unsqueeze(2), 0.0)
         # as a 2-d convolution over (T, 1), whose channels-last layout is (B, T, D) itself
         x = self.depthwise(x.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
-        return self.out(F.silu(self.norm(x)))
+        y_BTD: Tensor = self.out(F.silu(self.norm(x)))
+        return y_BTD

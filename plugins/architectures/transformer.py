@@ -12,7 +12,8 @@ from kdrecipe import hookimpl
 from kdrecipe.frames import frame_mask
 from kdrecipe.interfaces import Options
 from kdrecipe.layers import Dropout, FeedForward
-from kdrecipe_plugins.architectures.layers import ConvFront, RotaryPositions, SelfAttention
+
+from .layers import ConvFront, RotaryPositions, SelfAttention
 
 
 class TransformerOptions(Options):
@@ -54,7 +55,8 @@ class TransformerLayer(nn.Module):
     def forward(self, x_BTD: Tensor, mask_BT: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         x = x_BTD + self.dropout(self.attention(self.norm_attention(x_BTD), mask_BT, positions))
-        return x + self.dropout(self.ff(x))
+        y_BTD: Tensor = x + self.dropout(self.ff(x))
+        return y_BTD
 
 
 class Transformer(nn.Module):

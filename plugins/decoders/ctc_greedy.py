@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -37,5 +39,5 @@ class CtcGreedy:
 
 
 @hookimpl
-def register_decoders(register):
+def register_decoders(register: Callable[[str, type], None]) -> None:
     register("ctc_greedy", CtcGreedy)

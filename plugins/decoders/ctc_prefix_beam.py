@@ -12,7 +12,7 @@ the same sum without the end.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import exp, inf, log1p
 from operator import attrgetter
 from typing import Any
@@ -24,7 +24,8 @@ from torch import nn
 
 from kdrecipe import hookimpl
 from kdrecipe.interfaces import BLANK_ID, Hypothesis, LanguageModel, ModelOutput, Options, TokenTable
-from kdrecipe_plugins.decoders.fusion import Fusion
+
+from .fusion import Fusion
 
 Prefix = tuple[int, ...]
 
@@ -224,5 +225,5 @@ def log_add(a: float, b: float) -> float:
 
 
 @hookimpl
-def register_decoders(register):
+def register_decoders(register: Callable[[str, type], None]) -> None:
     register("ctc_prefix_beam", CtcPrefixBeam)

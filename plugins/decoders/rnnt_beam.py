@@ -10,6 +10,7 @@ K hypotheses, T frames, V vocabulary, J width of the joiner.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +28,9 @@ from kdrecipe.interfaces import (
     Options,
     TokenTable,
 )
-from kdrecipe_plugins.decoders.ctc_prefix_beam import log_add
-from kdrecipe_plugins.decoders.fusion import Fusion
+
+from .ctc_prefix_beam import log_add
+from .fusion import Fusion
 
 FUSED_PER_BEAM = 2  # candidates per frame that fusion scores, in beams
 
@@ -72,7 +74,7 @@ class RnntBeam:
     @torch.no_grad()
     def decode(self, model: nn.Module, out: ModelOutput) -> list[Hypothesis]:
         """One hypothesis per utterance, with its score (not per token); a token starts at its frame."""
-        head: Any = model.heads[self.head]
+        head: Any = model.get_submodule(f"heads.{self.head}")
         encoder_BTJ = head.encode(out.hidden_BTD)
         results = []
         for encoder_TJ, length in zip(encoder_BTJ, out.lens_B.tolist(), strict=True):
@@ -146,5 +148,5 @@ class _Path:
 
 
 @hookimpl
-def register_decoders(register):
+def register_decoders(register: Callable[[str, type], None]) -> None:
     register("rnnt_beam", RnntBeam)

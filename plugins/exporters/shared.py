@@ -22,11 +22,12 @@ class Encode(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.norm = model.norm
-        self.encoder = model.encoder
+        self.norm = model.get_submodule("norm")
+        self.encoder = model.get_submodule("encoder")
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
-        return self.encoder(self.norm(x), x_lens)
+        hidden_NTD, lens_N = self.encoder(self.norm(x), x_lens)
+        return hidden_NTD, lens_N
 
 
 class CtcLogProbs(nn.Module):
@@ -38,7 +39,7 @@ class CtcLogProbs(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.encode = Encode(model)
-        self.head = model.heads["ctc"]
+        self.head = model.get_submodule("heads.ctc")
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         hidden_NTD, lens_N = self.encode(x, x_lens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from kdrecipe.data.features import extract
 from kdrecipe.data.tokens import read_pieces
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import SAMPLE_RATE, BundleLike, Hypothesis, Options, Runner, float_copy
-from kdrecipe_plugins.exporters.shared import (
+
+from .shared import (
     CtcLogProbs,
     best_path,
     check_head,
@@ -123,9 +124,12 @@ def _trace(model: nn.Module, num_bins: int) -> torch.jit.ScriptModule:
     example = torch.zeros(2, 77, num_bins), torch.tensor([77, 50])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # TorchScript's age; what matters the parity gate finds
-        return torch.jit.trace(CtcLogProbs(model).eval(), example, check_trace=False)
+        traced: torch.jit.ScriptModule = torch.jit.trace(
+            CtcLogProbs(model).eval(), example, check_trace=False
+        )
+    return traced
 
 
 @hookimpl
-def register_exporters(register):
+def register_exporters(register: Callable[[str, type], None]) -> None:
     register("torchscript", TorchScript)
