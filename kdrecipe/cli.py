@@ -132,6 +132,9 @@ def _summary(recipe: Recipe) -> None:
         seeds = " ".join(map(str, system.seeds))
         needs = f"from {', '.join(system.needs)}" if system.needs else ""
         click.echo(f"  {name:20s} {system.kind:10s} stage {stage}, seeds {seeds:10s} {needs}".rstrip())
+    click.echo(f"  tokens from {_transcripts(recipe.tokens.data)}")
+    if recipe.lm is not None and recipe.lm.text is None:
+        click.echo(f"  language model from {_transcripts(recipe.lm.data)}")
     lists = recipe.corpus.lists
     text = recipe.lm.text if recipe.lm else None
     locations = [
@@ -157,6 +160,10 @@ def _summary(recipe: Recipe) -> None:
         click.echo(f"  to run it: {missing.problems[0].what}: {missing.problems[0].remedy}")
     also = f", also with --profile {', '.join(recipe.profiles)}" if recipe.profiles else ""
     click.echo(f"{recipe.name}: no mistakes found{also if recipe.profile is None else ''}")
+
+
+def _transcripts(subset: str | None) -> str:
+    return f"the transcripts of {subset}" if subset else "all training transcripts"
 
 
 @cli.command()

@@ -18,6 +18,7 @@ from kdrecipe.config import KeyPath
 from kdrecipe.interfaces import Options
 from kdrecipe.registry import did_you_mean
 from kdrecipe.sections import (
+    ALL,
     Claim,
     Corpus,
     Decode,
@@ -175,6 +176,10 @@ class Parser(Validator):
         lists: dict[str, Location] = {}
         for name, rule in (section.subsets if section else {}).items():
             self._check_name(name, (*path, "subsets", name))
+            if name == ALL:
+                self.problem(
+                    (*path, "subsets", name), "this name means the whole training split", "rename it"
+                )
             subset = self.validate(Subset, rule, (*path, "subsets", name))
             subsets[name] = subset.rule() if subset else {}
             if subset and subset.listed_in:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kdrecipe.checks import Checker, FitChecker, check_lm
+from kdrecipe.checks import Checker, FitChecker, check_lm, learnt_from
 from kdrecipe.config import Document, KeyPath, load_yaml, parse_value
 from kdrecipe.errors import PluginError, Problem, RecipeError
 from kdrecipe.parsing import TOP_KEYS, Parser
@@ -210,7 +210,10 @@ def load_recipe(
     exports = parser.exports(systems)
     checker = Checker(parser, systems, corpus, decode, exports)
     checker.check()
-    check_lm(parser, lm, corpus, decode)
+    check_lm(parser, lm, decode)
+    tokens = tokens.model_copy(update={"data": learnt_from(parser, "tokens", tokens.data, systems, corpus)})
+    if lm is not None and lm.text is None:
+        lm = replace(lm, data=learnt_from(parser, "lm", lm.data, systems, corpus))
     if not parser.problems:
         FitChecker(checker, features, tokens).check()
     if parser.problems or corpus is None:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lhotse.audio import RecordingSet
+from lhotse.augmentation import Speed
 from lhotse.cut import CutSet, MonoCut
 from lhotse.features.io import NumpyFilesWriter
 from lhotse.features.kaldi.extractors import Fbank, FbankConfig
@@ -198,10 +199,27 @@ def load_cuts(features_dir: Path, split: str) -> CutSet:
     return cuts
 
 
-def load_norm(features_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (F,) float32 of the training features."""
-    with np.load(features_dir / "norm.npz") as stored:
-        return stored["mean"], stored["std"]
+def load_norm(features_dir: Path, ids: Collection[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (F,) float32 of the training features, at their own speed.
+
+    Args:
+        features_dir: what :func:`compute_features` wrote.
+        ids: only of these utterances; None: of all.
+
+    Raises:
+        DataError: there are no such utterances.
+    """
+    if ids is None:
+        with np.load(features_dir / "norm.npz") as stored:
+            return stored["mean"], stored["std"]
+    cuts: Any = load_cuts(features_dir, "train")
+    return feature_stats(cut for cut in cuts if cut.id in ids and not _is_copy(cut))
+
+
+def _is_copy(cut: MonoCut) -> bool:
+    """Whether it was made by :func:`perturb_speed`."""
+    transforms: Any = (cut.recording.transforms if cut.recording else None) or []
+    return any(isinstance(transform, Speed) for transform in transforms)
 
 
 def _split_names(manifest_dir: Path) -> list[str]:

@@ -11,8 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrecipe.artifacts import read_json, sha256_file, write_json
+from kdrecipe.artifacts import sha256_file, write_json
 from kdrecipe.errors import DataError, MissingExtra, RecipeError
+from kdrecipe.pipeline.tokens import transcripts
 from kdrecipe.schema import Lm, Recipe
 from kdrecipe.sections import uses_lm
 from kdrecipe.stages import Job, Layout, Plan
@@ -111,25 +112,10 @@ def training_texts(lm: Lm, layout: Layout) -> list[str]:
             raise DataError(f"not UTF-8 ({error.reason})", where=str(path), remedy="convert it") from None
         texts, where = [line for line in lines if line.strip()], str(path)
     else:
-        ids = set(read_json(layout.features / "subsets.json")[lm.data]) if lm.data else None
-        texts, where = transcripts(layout, "train", ids), "the train split's transcripts"
+        texts, where = transcripts(layout, "train", lm.data), "the train split's transcripts"
     if not texts:
         raise DataError("no text to estimate a language model from", where=where)
     return texts
-
-
-def transcripts(layout: Layout, split: str, ids: set[str] | None = None) -> list[str]:
-    """Texts of a split's utterances, each once whatever copies at other speeds there are of it.
-
-    Empty if there is no such split; ``ids``: only these utterances.
-    """
-    from lhotse.supervision import SupervisionSet
-
-    path = layout.manifests / f"{split}_supervisions.jsonl.gz"
-    if not path.exists():
-        return []
-    supervisions = SupervisionSet.from_file(path)
-    return [s.text for s in supervisions if s.text and s.text.strip() and (ids is None or s.id in ids)]
 
 
 def _pieces(text: str, tokenizer: Tokenizer) -> list[str]:

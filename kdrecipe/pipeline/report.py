@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kdrecipe.artifacts import read_json
 from kdrecipe.pipeline.score import hypotheses, search_facts
 from kdrecipe.schema import Recipe, System
+from kdrecipe.sections import beyond_labels
 from kdrecipe.stages import Job, Layout, Plan
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     scores = read_json(layout.scores / "scores.json")
     data = {
         "recipe": _facts(recipe, layout),
-        "corpus_summary": _corpus_summary(layout),
+        "corpus_summary": _corpus_summary(recipe, layout),
         "systems": [_row(system, recipe, layout) for system in recipe.systems.values()],
         "scores": scores,
         "searches": _searches(scores["searches"], search_facts(recipe, layout)),
@@ -64,16 +65,31 @@ def _searches(
     return rows
 
 
-def _corpus_summary(layout: Layout) -> dict[str, Any]:
+def _corpus_summary(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     """What stage 0 wrote, and what stage 2 left out besides."""
     from kdrecipe.data.problems import KINDS
 
     summary: dict[str, Any] = read_json(layout.manifests / "summary.json")
     reason = KINDS["too_short"].singular
+    notes = summary["notes"] + [*_learnt_from(recipe, layout)]
     too_short = [
         {"id": cut, "where": "", "reason": reason} for cut in read_json(layout.tokens / "left_out.json")
     ]
-    return {**summary, "left_out": summary["left_out"] + too_short}
+    return {**summary, "left_out": summary["left_out"] + too_short, "notes": notes}
+
+
+def _learnt_from(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """Whose transcripts tokens and language model come from, and whose labels that exceeds."""
+    subsets = {name: set(ids) for name, ids in read_json(layout.features / "subsets.json").items()}
+    sources = {"the tokens": recipe.tokens.data}
+    if recipe.lm is not None and recipe.lm.text is None:
+        sources["the language model"] = recipe.lm.data
+    for what, data in sources.items():
+        note = f"{what} are" if what.endswith("s") else f"{what} is"
+        note += " learnt from " + (f"the transcripts of {data}" if data else "all training transcripts")
+        if more := beyond_labels(recipe.systems, data, subsets):
+            note += f", more than the labels of {', '.join(more)}"
+        yield note
 
 
 def _facts(recipe: Recipe, layout: Layout) -> dict[str, Any]:

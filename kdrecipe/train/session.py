@@ -68,6 +68,14 @@ class Session:
         """The training split with its perturbed copies."""
         return load_cuts(self.layout.features, "train")
 
+    @cached_property
+    def heard(self) -> set[str] | None:
+        """Utterances that it trains on, with labels or without; None: the whole training split."""
+        if self.system.data is None:
+            return None
+        unlabelled = self.subsets[self.system.unlabelled] if self.system.unlabelled else []
+        return {*self.subsets[self.system.data], *unlabelled}
+
     def batches(self, training: Training) -> CutBatches:
         """The training data; where only a part is labelled, both parts, the labels withheld."""
         left_out = set(json.loads((self.layout.tokens / "left_out.json").read_text()))
