@@ -11,12 +11,12 @@ import pytest
 from kdrecipe.artifacts import write_json
 from kdrecipe.data.features import load_cuts, load_norm
 from kdrecipe.data.tokens import Tokenizer
-from kdrecipe.pipeline.report import _learnt_from
-from kdrecipe.pipeline.run import run_recipe
-from kdrecipe.schema import load_recipe
-from kdrecipe.stages import Layout
+from kdrecipe.jobs.plan import Layout
+from kdrecipe.recipe.load import load_recipe
+from kdrecipe.stages.report import _learnt_from
+from kdrecipe.stages.run import run_recipe
+from kdrecipe.stages.session import Session
 from kdrecipe.testing.corpus import make_corpus
-from kdrecipe.train.session import Session
 
 RECIPE = """
 corpus:

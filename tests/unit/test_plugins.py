@@ -12,12 +12,13 @@ import click
 import pytest
 
 import kdrecipe
-from kdrecipe import hookimpl, hookspecs
-from kdrecipe import plugins as plugins_module
+from kdrecipe import hookimpl
 from kdrecipe.errors import PluginError
 from kdrecipe.interfaces import Options
-from kdrecipe.plugins import CORE_COMMANDS, Plugins, installed_names, load_plugins
-from kdrecipe.registry import KINDS, Registry, Source, code_hash
+from kdrecipe.plugin import hookspecs
+from kdrecipe.plugin import loader as plugins_module
+from kdrecipe.plugin.loader import CORE_COMMANDS, Plugins, installed_names, load_plugins
+from kdrecipe.plugin.registry import KINDS, Registry, Source, code_hash
 
 ROOT = Path(__file__).parents[2]
 HOOKS = [name for name, thing in vars(hookspecs).items() if hasattr(thing, "kdrecipe_spec")]
@@ -85,7 +86,7 @@ def test_everything_shipped_loads():
     assert "conformer" in registry.names("architectures")
     assert {"ctc", "kl"} <= set(registry.names("losses"))
     assert registry.source("losses", "kl").name == "kl"
-    assert registry.source("losses", "ctc").name == "kdrecipe.heads.ctc"
+    assert registry.source("losses", "ctc").name == "kdrecipe.model.heads.ctc"
 
 
 def test_entry_points_in_setup_cfg_are_the_installed_ones():
@@ -177,7 +178,7 @@ def test_a_duplicate_names_both_and_belongs_to_neither(write, installed):
 def test_no_plugin_may_replace_the_cores_own(write, installed):
     write("plug_ctc", loss_text("ctc"))
     installed([("mine", "plug_ctc")])
-    with pytest.raises(PluginError, match=r"kdrecipe\.heads\.ctc.* and .*plug_ctc"):
+    with pytest.raises(PluginError, match=r"kdrecipe\.model\.heads\.ctc.* and .*plug_ctc"):
         load_plugins(env={}).registry.get("losses", "ctc")
 
 
@@ -527,7 +528,7 @@ def test_examples_in_the_hooks_document_load():
 
 
 def test_core_commands_are_the_command_lines():
-    from kdrecipe.cli import cli
+    from kdrecipe.cli.main import cli
 
     assert set(cli.commands) == set(CORE_COMMANDS)
 
