@@ -68,7 +68,9 @@ def _recipe_options(function: Any) -> Any:
     function = click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value, dotted key."
     )(function)
-    function = click.option("--profile", help="Merge in one of the recipe's profiles (tiny).")(function)
+    function = click.option(
+        "--profile", help="Merge in one of the recipe's profiles; every recipe has tiny."
+    )(function)
     return click.argument("recipe", default=".", metavar="[RECIPE]")(function)
 
 
@@ -109,20 +111,29 @@ def run(
 def check(recipe: str, profile: str | None, overrides: tuple[str, ...]) -> None:
     """Find every mistake in a recipe, in its profiles too, without running anything."""
     loaded = _load(recipe, overrides, profile)
+    from kdrecipe.recipe import tiny
     from kdrecipe.recipe.load import load_recipe
 
     problems: list[Problem] = []
-    for other in loaded.profiles if profile is None else ():
+    sound: list[str] = []
+    for other in dict.fromkeys([*loaded.profiles, tiny.NAME]) if profile is None else ():
         try:
             load_recipe(loaded.path, overrides=overrides, profile=other)
+            sound.append(other)
         except RecipeError as error:
-            problems += [Problem(f"profile {other}: {p.what}", p.where, p.remedy) for p in error.problems]
+            if other in loaded.profiles:
+                problems += [Problem(f"profile {other}: {p.what}", p.where, p.remedy) for p in error.problems]
+            else:  # the rule does not fit; that is no mistake of the recipe
+                click.echo(f"  {tiny.WHERE} does not work: {error.problems[0].what}")
+                click.echo(
+                    "  to make it work: profiles: {tiny: {...}}, which is put over what the rule gives"
+                )
     if problems:
         raise RecipeError(problems)
-    _summary(loaded)
+    _summary(loaded, sound)
 
 
-def _summary(recipe: Recipe) -> None:
+def _summary(recipe: Recipe, profiles: Sequence[str]) -> None:
     from kdrecipe.stages.lm import missing_kenlm
 
     teachers = recipe.teaching()
@@ -158,8 +169,8 @@ def _summary(recipe: Recipe) -> None:
             click.echo(f"  to run it: there is no {path} to list the subset {name!r} ({location.where})")
     if missing := missing_kenlm(recipe):
         click.echo(f"  to run it: {missing.problems[0].what}: {missing.problems[0].remedy}")
-    also = f", also with --profile {', '.join(recipe.profiles)}" if recipe.profiles else ""
-    click.echo(f"{recipe.name}: no mistakes found{also if recipe.profile is None else ''}")
+    also = f", also with --profile {', '.join(profiles)}" if profiles else ""
+    click.echo(f"{recipe.name}: no mistakes found{also}")
 
 
 def _transcripts(subset: str | None) -> str:

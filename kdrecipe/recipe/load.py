@@ -11,6 +11,7 @@ from typing import Any
 from kdrecipe.errors import PluginError, Problem, RecipeError
 from kdrecipe.plugin.loader import Plugins, load_plugins
 from kdrecipe.plugin.registry import did_you_mean
+from kdrecipe.recipe import tiny
 from kdrecipe.recipe.checks import Checker, FitChecker, check_lm, learnt_from
 from kdrecipe.recipe.parsing import TOP_KEYS, Parser
 from kdrecipe.recipe.sections import (
@@ -68,6 +69,7 @@ class Recipe:
         document: the YAML with profile and overrides applied; ``document.where(key_path)``.
         plugins: what is loaded for it.
         plugin_files: its own plugin files.
+        profiles: those that it writes itself; ``tiny`` is there without.
         profile: the profile that was merged in, if any.
         overrides: ``key=value`` texts that were applied.
     """
@@ -181,15 +183,16 @@ def load_recipe(
         path: ``recipe.yaml`` or its directory.
         overrides: ``key=value`` with a dotted key (list items by number) and a YAML value, applied
             after the profile.
-        profile: one of the recipe's ``profiles``, merged in first.
+        profile: one of the recipe's ``profiles``, merged in first; ``tiny``, which every recipe has,
+            shrinks it before that.
         plugins: use these instead of loading what is installed and what the recipe names.
 
     Raises:
         RecipeError: all that is wrong, each with file and line.
     """
     path = Path(path)
-    document = load_yaml(path / "recipe.yaml" if path.is_dir() else path)
-    document, problems = _apply(document, profile, overrides)
+    written = load_yaml(path / "recipe.yaml" if path.is_dir() else path)
+    document, problems = _apply(written.copy(), profile, overrides)
     files, file_problems = _plugin_files(document)
     problems += file_problems
     if plugins is None:
@@ -198,6 +201,8 @@ def load_recipe(
         except PluginError as error:
             problems += error.problems
             plugins = load_plugins()
+    if profile == tiny.NAME:
+        document, _ = _apply(tiny.shrink(written, plugins.registry), profile, overrides)
     parser = Parser(document, plugins.registry)
     parser.problems += problems
     parser.top_keys()
@@ -251,11 +256,11 @@ def _apply(
     where = document.where(("profiles",))
     if not isinstance(profiles, dict) or not all(isinstance(p, dict) for p in profiles.values()):
         problems.append(Problem("profiles: must be a mapping of mappings: {tiny: {...}}", where))
-    elif profile is not None and profile not in profiles:
-        remedy = did_you_mean(profile, profiles)
+    elif profile not in (None, tiny.NAME, *profiles):
+        remedy = did_you_mean(str(profile), {*profiles, tiny.NAME})
         problems.append(Problem(f"unknown profile {profile!r}", f"--profile {profile}", remedy))
-    elif profile is not None:
-        document = document.merged(("profiles", profile))
+    elif profile in profiles:
+        document = document.merged(("profiles", str(profile)))
     for override in overrides:
         try:
             _override(document, override)

@@ -117,6 +117,7 @@ class CorpusSection(Options):
 
     root: str | None = None
     on_error: Literal["stop", "skip"] = "stop"
+    max_utterances: int | None = Field(default=None, ge=1)
     subsets: dict[str, dict[str, Any]] = {}
 
 
@@ -188,7 +189,9 @@ class Parser(Validator):
             return None
         named = named or Named("")  # the subsets are still of use to the checks
         location = self._location(section.root, (*path, "root")) if section.root else None
-        return Corpus(named.name, named.options, section.on_error, subsets, location, lists)
+        return Corpus(
+            named.name, named.options, section.on_error, subsets, location, lists, section.max_utterances
+        )
 
     def lm(self) -> Lm | None:
         """``lm``; None if it is absent."""

@@ -72,6 +72,7 @@ class Corpus:
         subsets: named parts of the training split: name -> rule, see ``kdrecipe.corpus.subsets``.
         location: where the raw corpus lies, if it is not made by the plugin.
         lists: of the subsets whose utterances are listed somewhere: name -> where.
+        max_utterances: of each split, of a few of its speakers; None: all.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Corpus:
     subsets: dict[str, dict[str, Any]] = field(default_factory=dict)
     location: Location | None = None
     lists: dict[str, Location] = field(default_factory=dict)
+    max_utterances: int | None = None
 
     @property
     def root(self) -> Path | None:

@@ -18,6 +18,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
         "corpus": corpus.name,
         "options": corpus.options,
         "on_error": corpus.on_error,
+        "max_utterances": corpus.max_utterances,
         "plugin": recipe.plugins.registry.fingerprint("corpora", corpus.name),
         "raw": listing_digest(root) if root and root.is_dir() else None,
     }
@@ -31,7 +32,7 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
         DataError: the corpus or a list of a subset's utterances is absent, or the corpus has
             mistakes and ``corpus.on_error`` is ``stop``.
     """
-    from kdrecipe.corpus.manifests import finish, validate_corpus
+    from kdrecipe.corpus.manifests import finish, sample, validate_corpus
 
     corpus = recipe.corpus
     if root is not None and not root.is_dir():
@@ -50,6 +51,8 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
             )
     cls = recipe.plugins.registry.get("corpora", corpus.name)
     prepared = cls(cls.Config.model_validate(corpus.options)).prepare(root, out)
+    if corpus.max_utterances is not None:
+        prepared = sample(prepared, corpus.max_utterances)
     prepared.problems += validate_corpus(prepared)
     summary = finish(prepared, out, corpus.on_error)
     for split, facts in summary.splits.items():
