@@ -13,8 +13,8 @@ import click
 from kdrecipe import __version__
 from kdrecipe.cli.plugins import new, plugins
 from kdrecipe.errors import KdrecipeError, ParityError, Problem, RecipeError, TrainingError
-from kdrecipe.jobs.plan import STAGES
 from kdrecipe.plugin.registry import did_you_mean
+from kdrecipe.stages import STAGES
 
 if TYPE_CHECKING:
     from kdrecipe.recipe.load import Recipe
@@ -103,7 +103,10 @@ def run(
     loaded = _load(recipe, overrides, profile)
     from kdrecipe.stages.run import run_recipe
 
-    run_recipe(loaded, first, last, dry_run=dry_run, force=force, jobs=jobs, work=work, job=job)
+    program = (sys.executable, "-m", "kdrecipe.cli")
+    run_recipe(
+        loaded, first, last, dry_run=dry_run, force=force, jobs=jobs, work=work, job=job, program=program
+    )
 
 
 @cli.command()
@@ -134,7 +137,7 @@ def check(recipe: str, profile: str | None, overrides: tuple[str, ...]) -> None:
 
 
 def _summary(recipe: Recipe, profiles: Sequence[str]) -> None:
-    from kdrecipe.stages.lm import missing_kenlm
+    from kdrecipe.stages.needed import missing
 
     teachers = recipe.teaching()
     for name in recipe.build_order():
@@ -146,29 +149,10 @@ def _summary(recipe: Recipe, profiles: Sequence[str]) -> None:
     click.echo(f"  tokens from {_transcripts(recipe.tokens.data)}")
     if recipe.lm is not None and recipe.lm.text is None:
         click.echo(f"  language model from {_transcripts(recipe.lm.data)}")
-    lists = recipe.corpus.lists
-    text = recipe.lm.text if recipe.lm else None
-    locations = [
-        recipe.corpus.location,
-        *lists.values(),
-        text,
-        *(s.location for s in recipe.systems.values()),
-    ]
-    for location in locations:
-        try:
-            if location is not None:
-                location.path()
-        except RecipeError as error:
-            click.echo(f"  to run it: {error.problems[0].what} ({error.problems[0].where})")
-    for name, location in lists.items():
-        try:
-            path = recipe.corpus.list_path(name)
-        except RecipeError:  # an environment variable: that has been told
-            continue
-        if not path.exists():
-            click.echo(f"  to run it: there is no {path} to list the subset {name!r} ({location.where})")
-    if missing := missing_kenlm(recipe):
-        click.echo(f"  to run it: {missing.problems[0].what}: {missing.problems[0].remedy}")
+    for problem in missing(recipe):
+        where = f" ({problem.where})" if problem.where else ""
+        remedy = f": {problem.remedy}" if problem.remedy else ""
+        click.echo(f"  to run it: {problem.what}{where}{remedy}")
     also = f", also with --profile {', '.join(profiles)}" if profiles else ""
     click.echo(f"{recipe.name}: no mistakes found{also}")
 

@@ -13,7 +13,7 @@ import gzip
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -152,6 +152,21 @@ def audio_path(recording: Any) -> str:
     """Where a recording's (:class:`lhotse.Recording`) audio is: its first source's file, else its id."""
     files = [source.source for source in recording.sources if source.type == "file"]
     return str(files[0]) if files else str(recording.id)
+
+
+def transcripts(manifest_dir: Path, split: str, ids: Collection[str] | None = None) -> list[str]:
+    """Texts of a split's utterances, each once whatever copies at other speeds there are of it.
+
+    Empty if there is no such split; ``ids``: only those of these utterances.
+    """
+    from lhotse.supervision import SupervisionSet
+
+    path = manifest_dir / f"{split}_supervisions.jsonl.gz"
+    if not path.exists():
+        return []
+    wanted = None if ids is None else set(ids)
+    sups = _items(SupervisionSet.from_file(path))
+    return [s.text for s in sups if s.text and s.text.strip() and (wanted is None or s.id in wanted)]
 
 
 def check_lengths(

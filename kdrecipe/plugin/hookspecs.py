@@ -11,7 +11,8 @@ Each hook is documented in ``docs/hooks.md``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from kdrecipe.errors import Problem
     from kdrecipe.interfaces import Batch, ModelOutput
-    from kdrecipe.recipe.load import Recipe, Training
 
 HOOKS_VERSION = 1
 
@@ -29,6 +29,42 @@ hookspec = pluggy.HookspecMarker("kdrecipe")
 
 Register = Callable[[str, type], None]
 """``register(name, cls)``: options live in ``cls.Config``, a subclass of ``interfaces.Options``."""
+
+
+class RecipeLike(Protocol):
+    """What hooks may rely on of a recipe."""
+
+    @property
+    def name(self) -> str:
+        """``corpus/name``."""
+
+    @property
+    def dir(self) -> Path:
+        """The directory of its ``recipe.yaml``."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of the systems that name none of their own."""
+
+    @property
+    def systems(self) -> Mapping[str, Any]:
+        """The rows of its table by name: ``kind``, ``model``, ``teachers``, ``parent``, ``terms``, ..."""
+
+
+class TrainingLike(Protocol):
+    """What hooks may rely on of a system's training settings."""
+
+    @property
+    def lr(self) -> float:
+        """The highest learning rate."""
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Of AdamW."""
+
+    @property
+    def weight_decay(self) -> float:
+        """On matrices only."""
 
 
 # ---------------------------------------------------------------- registration
@@ -88,12 +124,12 @@ def register_commands(cli: click.Group) -> None:
 
 
 @hookspec
-def check_recipe(recipe: Recipe) -> Iterable[Problem | str]:
+def check_recipe(recipe: RecipeLike) -> Iterable[Problem | str]:
     """Find further problems in a recipe that is sound so far; an empty list if there are none."""
 
 
 @hookspec(firstresult=True)
-def build_optimizer(params: Iterable[Any], config: Training) -> Optimizer | None:
+def build_optimizer(params: Iterable[Any], config: TrainingLike) -> Optimizer | None:
     """Make the optimiser of ``params`` (tensors or parameter groups); None leaves it to the next."""
 
 
@@ -109,5 +145,5 @@ def train_metrics(
 
 
 @hookspec
-def report_sections(recipe: Recipe, results: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def report_sections(recipe: RecipeLike, results: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Further sections of the report, as pairs (title, text in Markdown)."""

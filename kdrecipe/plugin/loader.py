@@ -1,4 +1,4 @@
-"""Loads plugins: built-in modules, the entry-point group ``kdrecipe``, files beside a recipe.
+"""Loads plugins: shipped ones by folder, the entry-point group ``kdrecipe``, files beside a recipe.
 
 One by one: a plugin that fails is taken out again and kept in :attr:`Plugins.broken` with the
 reason; it stops only a recipe that names it.
@@ -31,6 +31,8 @@ from kdrecipe.plugin.registry import KINDS, Registry, Source, did_you_mean
 
 GROUP = "kdrecipe"
 BUILT_IN = ("kdrecipe.model.heads.ctc", "kdrecipe.model.heads.attention", "kdrecipe.model.heads.rnnt")
+SHIPPED = ("kdrecipe_plugins", "kdrecipe_local")
+"""Packages whose modules are plugins wherever they carry ``@hookimpl``: found by folder, declared nowhere."""
 CORE_COMMANDS = ("bench", "check", "new", "plugins", "run", "stages", "transcribe")
 
 
@@ -106,8 +108,8 @@ def load_plugins(files: Sequence[Path] = (), env: Mapping[str, str] = os.environ
 
     Args:
         files: local plugin files; they are named by whoever asks, so a broken one is an error.
-        env: ``KDRECIPE_PLUGINS`` (comma-separated entry-point names, maybe none) restricts which
-            entry points load; ``KDRECIPE_TRACE=1`` prints every hook call to stderr.
+        env: ``KDRECIPE_PLUGINS`` (comma-separated names of plugins, maybe none) restricts which of the
+            shipped and installed ones load; ``KDRECIPE_TRACE=1`` prints every hook call to stderr.
 
     Raises:
         PluginError: a file is missing or broken, or KDRECIPE_PLUGINS names what is not installed.
@@ -116,7 +118,7 @@ def load_plugins(files: Sequence[Path] = (), env: Mapping[str, str] = os.environ
     for module in BUILT_IN:
         source = Source(module, "kdrecipe", kdrecipe.__version__, _module_path(module))
         plugins.load(module, source, partial(importlib.import_module, module))
-    points = entry_points(group=GROUP)
+    points = available()
     chosen = _chosen(points, env.get("KDRECIPE_PLUGINS"))
     plugins.registry.left_out = tuple(sorted({p.name for p in points} - {p.name for p in chosen}))
     for point in chosen:
@@ -135,9 +137,43 @@ def load_plugins(files: Sequence[Path] = (), env: Mapping[str, str] = os.environ
     return plugins
 
 
+def available() -> list[EntryPoint]:
+    """Plugins that can be loaded: those in the folders of :data:`SHIPPED`, and installed packages' own."""
+    return [*shipped(), *entry_points(group=GROUP)]
+
+
 def installed_names() -> list[str]:
-    """Names of all installed entry points, without loading any."""
-    return sorted({p.name for p in entry_points(group=GROUP)})
+    """Names of all plugins that can be loaded, without loading any."""
+    return sorted({p.name for p in available()})
+
+
+def shipped() -> list[EntryPoint]:
+    """The plugins in the folders of :data:`SHIPPED`, each named as its file (a package: as its folder)."""
+    found = []
+    for package in SHIPPED:
+        spec = importlib.util.find_spec(package)
+        for folder in spec.submodule_search_locations or () if spec else ():
+            found += [
+                EntryPoint(p.rpartition(".")[2], p, GROUP) for p in _plugin_modules(Path(folder), package)
+            ]
+    return found
+
+
+def _plugin_modules(folder: Path, package: str) -> Iterator[str]:
+    """Modules below ``folder`` whose text has ``@hookimpl``; a package that is one is not looked into."""
+    for path in sorted(folder.iterdir()):
+        name = f"{package}.{path.stem}"
+        if path.is_dir() and (path / "__init__.py").is_file():
+            if _has_hooks(path / "__init__.py"):
+                yield name
+            else:
+                yield from _plugin_modules(path, name)
+        elif path.suffix == ".py" and path.stem != "__init__" and _has_hooks(path):
+            yield name
+
+
+def _has_hooks(path: Path) -> bool:
+    return re.search(rb"^@hookimpl\b", path.read_bytes(), re.MULTILINE) is not None
 
 
 def _chosen(points: Iterable[EntryPoint], wanted: str | None) -> list[EntryPoint]:
@@ -157,8 +193,9 @@ def _chosen(points: Iterable[EntryPoint], wanted: str | None) -> list[EntryPoint
 
 
 def _entry_point_source(point: EntryPoint) -> Source:
-    package = point.dist.name if point.dist else ""
-    version = point.dist.version if point.dist else ""
+    ours = point.module.split(".")[0] in SHIPPED
+    package = point.dist.name if point.dist else "kdrecipe" if ours else ""
+    version = point.dist.version if point.dist else kdrecipe.__version__ if ours else ""
     return Source(point.name, package, version, _module_path(point.module))
 
 

@@ -6,8 +6,10 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from kdrecipe.jobs.plan import Job, Layout, Plan
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe, System
+from kdrecipe.stages.layout import Layout
 
 NUM_CALIBRATION_BATCHES = 16
 

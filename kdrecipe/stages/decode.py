@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 from kdrecipe.artifacts import write_atomic, write_json
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Decoder, Hypothesis, LanguageModel, TokenTable
-from kdrecipe.jobs.plan import Job, Layout, Plan
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
 from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.load import Named, Recipe, System
 from kdrecipe.recipe.sections import uses_lm
 from kdrecipe.recipe.suitable import head_of, measured_exporter, searches, unfit
 from kdrecipe.score.hypotheses import hyps_file
+from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut

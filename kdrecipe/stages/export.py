@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from kdrecipe.artifacts import write_json
-from kdrecipe.jobs.plan import Job, Layout, Plan
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Named, Recipe, System
 from kdrecipe.recipe.suitable import exporters_for
+from kdrecipe.stages.layout import Layout
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 from kdrecipe.artifacts import fingerprint, read_json
 from kdrecipe.corpus.subsets import read_ids
 from kdrecipe.errors import DataError
-from kdrecipe.jobs.plan import Job, Layout, Plan
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe
+from kdrecipe.stages.layout import Layout
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:

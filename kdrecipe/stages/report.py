@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import read_json
-from kdrecipe.jobs.plan import Job, Layout, Plan
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.recipe.sections import beyond_labels
+from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.score import hypotheses, search_facts
 
 if TYPE_CHECKING:

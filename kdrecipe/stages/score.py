@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from kdrecipe.artifacts import read_json, write_json
-from kdrecipe.jobs.plan import Job, Layout, Plan
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.score.hypotheses import hyps_file
+from kdrecipe.stages.layout import Layout
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:

@@ -31,9 +31,9 @@ from kdrecipe.train.loop import Objective, TargetSource, Term, TrainResult, trai
 if TYPE_CHECKING:
     from lhotse.cut import CutSet
 
-    from kdrecipe.jobs.plan import Layout
     from kdrecipe.model.asr import AsrModel
     from kdrecipe.recipe.load import Recipe, System, Training
+    from kdrecipe.stages.layout import Layout
 
 
 @dataclass

@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 
 from kdrecipe.artifacts import read_json
-from kdrecipe.jobs.plan import Job, Layout, Plan
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe
+from kdrecipe.stages.layout import Layout
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 from kdrecipe.artifacts import read_json, write_json
 from kdrecipe.interfaces import UNK_ID
-from kdrecipe.jobs.plan import Job, Layout, Plan
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe
+from kdrecipe.stages.layout import Layout
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
@@ -25,37 +27,24 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     Raises:
         DataError: utterances too short for their text, and ``corpus.on_error`` is ``stop``.
     """
-    from kdrecipe.corpus.manifests import check_lengths
+    from kdrecipe.corpus.manifests import check_lengths, transcripts
     from kdrecipe.corpus.problems import settle
     from kdrecipe.data.features import load_cuts
     from kdrecipe.data.tokens import Tokenizer
 
     cuts: Any = load_cuts(layout.features, "train")  # Lhotse's annotations do not let it be iterated
-    texts = transcripts(layout, "train", recipe.tokens.data)
+    subset = recipe.tokens.data
+    ids = read_json(layout.features / "subsets.json")[subset] if subset else None
+    texts = transcripts(layout.manifests, "train", ids)
     tokenizer = Tokenizer.train(sorted(set(texts)), recipe.tokens.name, recipe.tokens.vocab_size, out)
     problems = check_lengths(cuts, tokenizer, subsampling(recipe))
     out_ids = settle(problems, recipe.corpus.on_error)
     write_json(out / "left_out.json", sorted(out_ids))
     left_out = f"; {len(out_ids)} cuts are too short for their text and left out" if out_ids else ""
     print(f"  {len(tokenizer)} tokens, from {len(texts)} transcripts{left_out}", flush=True)
-    unknown = sum(UNK_ID in tokenizer.encode(text) for text in transcripts(layout, "train"))
+    unknown = sum(UNK_ID in tokenizer.encode(text) for text in transcripts(layout.manifests, "train"))
     if unknown:
         print(f"  {unknown} training transcripts have characters that no token stands for", flush=True)
-
-
-def transcripts(layout: Layout, split: str, subset: str | None = None) -> list[str]:
-    """Texts of a split's utterances, each once whatever copies at other speeds there are of it.
-
-    Empty if there is no such split; ``subset``: only those of this part of the training split.
-    """
-    from lhotse.supervision import SupervisionSet
-
-    path = layout.manifests / f"{split}_supervisions.jsonl.gz"
-    if not path.exists():
-        return []
-    ids = set(read_json(layout.features / "subsets.json")[subset]) if subset else None
-    supervisions = SupervisionSet.from_file(path)
-    return [s.text for s in supervisions if s.text and s.text.strip() and (ids is None or s.id in ids)]
 
 
 def subsampling(recipe: Recipe) -> int:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import write_json
 from kdrecipe.errors import RecipeError
-from kdrecipe.jobs.plan import Job, Layout, Plan
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe, System
+from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
     from kdrecipe.model.asr import AsrModel

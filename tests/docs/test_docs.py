@@ -14,12 +14,12 @@ import pytest
 from pydantic import BaseModel
 
 from kdrecipe.cli.main import cli, find_recipe
-from kdrecipe.jobs.plan import STAGES
 from kdrecipe.plugin.loader import Plugins, load_plugins
 from kdrecipe.plugin.registry import KINDS
 from kdrecipe.recipe import parsing, sections
 from kdrecipe.recipe.load import load_recipe
 from kdrecipe.recipe.yaml import load_yaml, parse_value
+from kdrecipe.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*/*/README.md")])

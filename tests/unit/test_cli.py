@@ -215,6 +215,7 @@ def test_run_passes_everything_on(recipe, runs, tmp_path):
     assert main(["run", "toy/first", *arguments, *options]) == 0
     [(loaded, first, last, given)] = runs
     assert (first, last) == (3, 5)
+    assert given.pop("program") == (sys.executable, "-m", "kdrecipe.cli")
     assert given == {"dry_run": True, "force": True, "jobs": 2, "work": tmp_path / "w", "job": "one"}
     assert loaded.seeds == (4,)
     assert loaded.training.epochs == 1
@@ -226,6 +227,7 @@ def test_run_defaults(recipe, runs, monkeypatch):
     assert main(["run"]) == 0
     [(loaded, first, last, given)] = runs
     assert (first, last) == (0, 10)
+    assert given.pop("program")
     assert given == {"dry_run": False, "force": False, "jobs": None, "work": None, "job": None}
     assert loaded.name == "toy/first"
 

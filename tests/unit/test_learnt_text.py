@@ -11,8 +11,8 @@ import pytest
 from kdrecipe.artifacts import write_json
 from kdrecipe.data.features import load_cuts, load_norm
 from kdrecipe.data.tokens import Tokenizer
-from kdrecipe.jobs.plan import Layout
 from kdrecipe.recipe.load import load_recipe
+from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.report import _learnt_from
 from kdrecipe.stages.run import run_recipe
 from kdrecipe.stages.session import Session
