@@ -186,6 +186,29 @@ def bench(model: Path, audio: tuple[Path, ...]) -> None:
 
 
 @cli.command()
+@click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    help="Where runs go, a folder per recipe.  [default: its exp]",
+)
+@click.option("--render", is_flag=True, help="Only score and report what earlier runs left there.")
+@click.option("--dry-run", is_flag=True, help="Only print the commands.")
+def regenerate(recipes: tuple[str, ...], work: Path | None, render: bool, dry_run: bool) -> None:
+    """Make committed tables again: all, or those of RECIPE.
+
+    Each RESULTS.md names the command that made it; that command is run, and writes it anew.
+    """
+    from kdrecipe.cli import regenerate as command
+
+    named = [find_recipe(text).parent for text in recipes]
+    found = named or [recipe for folder in _recipe_folders()[:1] for recipe in command.with_results(folder)]
+    if not found:
+        raise RecipeError("there is no recipe with a RESULTS.md", remedy="call it where recipes/ lies")
+    command.regenerate(found, work=work, render=render, dry_run=dry_run)
+
+
+@cli.command()
 def stages() -> None:
     """Print the stage table, the same for every recipe."""
     for number, (verb, purpose) in enumerate(STAGES):
@@ -206,6 +229,12 @@ def _load(text: str, overrides: Sequence[str], profile: str | None) -> Recipe:
     return load_recipe(path, overrides=overrides, profile=profile)
 
 
+def _recipe_folders() -> list[Path]:
+    """Folders ``recipes`` to look into: the working directory's, then this repository's."""
+    folders = (Path.cwd() / "recipes", Path(__file__).resolve().parents[2] / "recipes")
+    return [folder for folder in folders if folder.is_dir()]
+
+
 def find_recipe(text: str) -> Path:
     """The ``recipe.yaml`` that ``text`` means: a file, a directory, or ``corpus/name``.
 
@@ -217,7 +246,7 @@ def find_recipe(text: str) -> Path:
         return path
     if (path / "recipe.yaml").is_file():
         return path / "recipe.yaml"
-    folders = [Path.cwd() / "recipes", Path(__file__).resolve().parents[2] / "recipes"]
+    folders = _recipe_folders()
     for folder in folders:
         if (folder / text / "recipe.yaml").is_file():
             return folder / text / "recipe.yaml"

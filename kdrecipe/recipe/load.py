@@ -113,6 +113,11 @@ class Recipe:
         return self.dir.name
 
     @property
+    def as_it_stands(self) -> bool:
+        """Whether neither a profile nor ``--set`` changed anything in it."""
+        return self.profile is None and not self.overrides
+
+    @property
     def command(self) -> str:
         """The command that makes its results, without any path of this machine."""
         words = ["kdrecipe", "run", self.name]
