@@ -48,5 +48,7 @@ def outlook(forecast: Forecast) -> str:
     jobs = f"{len(forecast.jobs)} job{'s' if len(forecast.jobs) != 1 else ''} to run ({stages})"
     time = forecast.text()
     if not time:
-        return f"{jobs}; how long they take shows once training has begun: it tells the time left"
+        trains = {"teacher", "distill"} & {STAGES[stage][0] for stage in count}
+        later = ": training will tell what it has left" if trains else ""
+        return f"{jobs}; how long they take is not known{later}"
     return f"{jobs}: {time}, by what such jobs took before"

@@ -51,13 +51,12 @@ def test_the_estimate_follows_the_run():
 def test_what_is_not_known_is_not_guessed():
     some = Forecast(JOBS, {"teacher/seed1": 600.0})
     assert some.text() == "at least 10 min"
-    assert (
-        outlook(some)
-        == "5 jobs to run (teacher 1, distill 3, decode 1): at least 10 min, by what such jobs took before"
-    )
+    jobs = "5 jobs to run (teacher 1, distill 3, decode 1)"
+    assert outlook(some) == f"{jobs}: at least 10 min, by what such jobs took before"
     none = Forecast(JOBS, {})
     assert none.progress == "0 of 5 jobs done"
-    assert "how long they take shows once training has begun" in outlook(none)
+    assert outlook(none) == f"{jobs}; how long they take is not known: training will tell what it has left"
+    assert outlook(Forecast([DECODE], {})) == "1 job to run (decode 1); how long they take is not known"
 
 
 def test_times_are_those_of_stamps_or_else_of_the_committed_table(tmp_path):
