@@ -65,8 +65,9 @@ class _Shrinking:
                 self.limit((key,), limits, model)
         for key, value in _LOOSE_PARITY.items():
             self.put(("parity", key), value)
-        self.put(("tokens", "name"), "char")
-        self.put(("tokens", "vocab_size"), None)
+        if not any(self.at(("systems", name, "pretrained")) for name in self.keys(("systems",))):
+            self.put(("tokens", "name"), "char")  # an imported model has a vocabulary already
+            self.put(("tokens", "vocab_size"), None)
         self.first_seed(("seeds",))
         self.plugin("corpora", ("corpus",))
         for name in self.keys(("corpus", "subsets")):

@@ -111,6 +111,11 @@ def test_what_the_recipe_writes_and_what_is_set_come_last(load):
     assert load(own, overrides=["training.epochs=3"]).training.epochs == 3
 
 
+def test_tokens_stay_where_an_imported_model_has_some(load):
+    imported = {"systems.imported": {"pretrained": {"bundle": "${KDRECIPE_TEST_NOWHERE}/bundle"}}}
+    assert load(imported).tokens.vocab_size == 500
+
+
 def test_without_the_profile_nothing_shrinks(load):
     recipe = load(profile=None)
     assert (recipe.training.epochs, recipe.systems["kd"].model["num_layers"]) == (60, 6)
