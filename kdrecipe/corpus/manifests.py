@@ -12,13 +12,13 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrecipe.artifacts import fingerprint, sha256_file
+from kdrecipe.artifacts import fingerprint, sha256_file, write_jsonl_gz
 from kdrecipe.corpus.gather import reason
 from kdrecipe.corpus.problems import NAMES_SHOWN, DataProblem, OnError, as_left_out, settle
 from kdrecipe.interfaces import Prepared, TokenTable
@@ -141,7 +141,8 @@ def check_lengths(
     Args:
         cuts: with text, with features or without.
         tokenizer: gives the tokens of a text.
-        subsampling: feature frames per encoder frame, or the encoder's own ``output_len``.
+        subsampling: the encoder's own ``output_len``, or feature frames per encoder frame; the last
+            of them may be incomplete.
         frame_shift_s: of the features, for cuts that have none yet.
 
     Returns:
@@ -152,7 +153,7 @@ def check_lengths(
         ids = tokenizer.encode(" ".join(sup.text or "" for sup in cut.supervisions))
         needed = len(ids) + sum(a == b for a, b in itertools.pairwise(ids))
         num_frames = cut.num_frames if cut.has_features else round(cut.duration / frame_shift_s)
-        frames = subsampling(num_frames) if callable(subsampling) else num_frames // subsampling
+        frames = subsampling(num_frames) if callable(subsampling) else -(-num_frames // subsampling)
         if frames < needed:
             where = audio_path(cut.recording) if cut.has_recording else cut.id
             what = f"{cut.id}: {cut.duration:.2f} s give {frames} frames, its {len(ids)} tokens need {needed}"
@@ -226,9 +227,11 @@ def finish(prepared: Prepared, out_dir: Path, on_error: OnError) -> Summary:
     summary.notes = list(dict.fromkeys(summary.notes + overlap_notes(kept)))
     out_dir.mkdir(parents=True, exist_ok=True)
     for split, (recording_set, supervision_set) in kept.items():
-        portable = [_relative_to(recording, out_dir.absolute()) for recording in _items(recording_set)]
-        _write_jsonl(out_dir / f"{split}{RECORDINGS}", portable)
-        _write_jsonl(out_dir / f"{split}_supervisions.jsonl.gz", supervision_set)
+        portable = (_relative_to(recording, out_dir.absolute()) for recording in _items(recording_set))
+        write_jsonl_gz(out_dir / f"{split}{RECORDINGS}", (r.to_dict() for r in portable))
+        write_jsonl_gz(
+            out_dir / f"{split}_supervisions.jsonl.gz", (s.to_dict() for s in _items(supervision_set))
+        )
     text = json.dumps(asdict(summary), indent=1, ensure_ascii=False) + "\n"
     (out_dir / "summary.json").write_text(text, encoding="utf-8")
     return summary
@@ -268,10 +271,3 @@ def audio_digests(manifest_dir: Path) -> dict[str, str]:
 
     found = audio_files(manifest_dir)
     return {split: fingerprint([content(path) for path in paths]) for split, paths in found.items()}
-
-
-def _write_jsonl(path: Path, items: Iterable[Any]) -> None:
-    # gzip.open would write the time into the header.
-    with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
-        for item in items:
-            file.write((json.dumps(item.to_dict(), ensure_ascii=False) + "\n").encode("utf-8"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ from lhotse.features.kaldi.extractors import Fbank, FbankConfig
 from lhotse.supervision import SupervisionSet
 from lhotse.utils import fastcopy
 
-from kdrecipe.artifacts import disk_errors, replacing, write_json
+from kdrecipe.artifacts import disk_errors, replacing, write_json, write_jsonl_gz
 from kdrecipe.corpus.manifests import RECORDINGS
 from kdrecipe.corpus.subsets import choose_subsets
 from kdrecipe.errors import DataError, Problem, RecipeError
@@ -35,6 +36,7 @@ SAMPLE_RATE = 16000
 FRAME_SHIFT_S = 0.01
 
 _SUPERVISIONS = "_supervisions.jsonl.gz"
+_COPY = re.compile(r"_sp[\d.]+$")  # end of the id of a copy at another speed
 
 
 def make_extractor(config: Mapping[str, Any]) -> Fbank:
@@ -124,10 +126,8 @@ def compute_features(
         _write_norm(out_dir / "norm.npz", *feature_stats(c for c in finished["train"] if c.id in ids))
     write_json(out_dir / "subsets.json", _with_copies(chosen, factors))
     result = {split: CutSet.from_cuts(cuts) for split, cuts in finished.items()}
-    for split in result:
-        with disk_errors(out_dir):
-            portable = CutSet.from_cuts(_portable(cut, manifest_dir, out_dir) for cut in finished[split])
-            portable.to_file(out_dir / f"{split}.jsonl.gz")
+    for split, cuts in finished.items():
+        write_cuts(out_dir / f"{split}.jsonl.gz", (_portable(cut, manifest_dir, out_dir) for cut in cuts))
     return result
 
 
@@ -223,6 +223,27 @@ def _portable(cut: MonoCut, manifest_dir: Path, out_dir: Path) -> MonoCut:
         recording=fastcopy(cut.recording, sources=sources),
         features=fastcopy(cut.features, storage_path=storage),
     )
+
+
+def write_cuts(path: Path, cuts: Any) -> None:
+    """Write a CutSet as Lhotse does, but for the time: equal cuts give equal bytes."""
+    write_jsonl_gz(path, (cut.to_dict() for cut in cuts))
+
+
+def tuning_cuts(features_dir: Path) -> list[MonoCut]:
+    """What exports are compared on: dev, or the unperturbed training cuts of a corpus without dev.
+
+    Never test: what is looked at while a system is made says nothing new about it.
+    """
+    listed: Any = load_cuts(features_dir, "dev" if has_dev(features_dir) else "train")
+    cuts = {cut.id: cut for cut in listed}
+    originals = {i: _COPY.sub("", i) for i in cuts}
+    return [cut for i, cut in cuts.items() if originals[i] == i or originals[i] not in cuts]
+
+
+def has_dev(features_dir: Path) -> bool:
+    """Whether the corpus has a split ``dev``."""
+    return (features_dir / "dev.jsonl.gz").exists()
 
 
 def load_norm(features_dir: Path) -> tuple[np.ndarray, np.ndarray]:

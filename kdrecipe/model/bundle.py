@@ -2,12 +2,13 @@
 
 ::
 
-    bundle.json   what it is: configuration, tokens, number format, frame shifts, provenance,
-                  compression steps with their options, reports and states
-    weights.pt    a state dict of plain tensors
-    tokens.txt    token and id per line
-    spm.model     the SentencePiece model
-    *.py          the plugin files of its recipe, listed in bundle.json with their hashes
+    bundle.json      what it is: configuration, tokens, number format, frame shifts, compression steps
+                     with their options, reports and states
+    weights.pt       a state dict of plain tensors
+    tokens.txt       token and id per line
+    spm.model        the SentencePiece model
+    *.py             the plugin files of its recipe, listed in bundle.json with their hashes
+    provenance.json  when, where, by what and how fast it was made; no part of what it is
 
 Decoding, exporting, compressing and teaching need nothing else. The plugins that built the
 model must be loadable; the error says which one is not. Opening a bundle runs no code from it: its
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe import __version__
-from kdrecipe.artifacts import sha256_file, write_atomic, write_json
+from kdrecipe.artifacts import PROVENANCE, read_json, sha256_file, write_atomic, write_json
 from kdrecipe.errors import KdrecipeError, PluginError
 from kdrecipe.interfaces import ModelInfo, Options
 from kdrecipe.plugin.carried import FORMAT, read_description, refusal, verified
@@ -82,8 +83,24 @@ class Bundle:
         return cls(path, read_description(path), registry, trust_plugins=trust_plugins)
 
     @classmethod
-    def save(cls, path: Path, model: AsrModel, tokens: Tokenizer, meta: dict[str, Any]) -> Bundle:
-        """Write a bundle; ``meta`` holds what :class:`Bundle` documents, without the derived fields."""
+    def save(
+        cls,
+        path: Path,
+        model: AsrModel,
+        tokens: Tokenizer,
+        meta: dict[str, Any],
+        provenance: dict[str, Any] | None = None,
+    ) -> Bundle:
+        """Write a bundle.
+
+        Args:
+            path: its directory.
+            model: its model.
+            tokens: its tokens.
+            meta: what :class:`Bundle` documents, without the derived fields. Equal models made on two
+                days must have equal ones, or all that is made from them is made again.
+            provenance: of :func:`provenance`, and whatever else varies from run to run.
+        """
         import torch
 
         from kdrecipe.model.asr import model_info
@@ -107,12 +124,20 @@ class Bundle:
             "weights_sha256": sha256_file(path / "weights.pt"),
         }
         write_json(path / "bundle.json", full)
+        if provenance is not None:
+            write_json(path / PROVENANCE, provenance)
         return cls(path, full)
 
     @property
     def name(self) -> str:
         """The system's name."""
         return str(self.meta["name"])
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What ``provenance.json`` holds; empty where there is none."""
+        path = self.path / PROVENANCE
+        return dict(read_json(path)) if path.exists() else {}
 
     @property
     def is_int8(self) -> bool:
@@ -127,7 +152,9 @@ class Bundle:
     @property
     def files(self) -> list[Path]:
         """All that belongs to it; what else lies in the directory does not."""
-        return [self.path / name for name in DATA_FILES] + list(self.plugin_files)
+        provenance = self.path / PROVENANCE
+        found = [self.path / name for name in DATA_FILES] + list(self.plugin_files)
+        return [*found, provenance] if provenance.is_file() else found
 
     def head_shift_s(self, head: str) -> float:
         """Seconds from one frame of a head's output to the next."""
@@ -252,7 +279,7 @@ def count_params(model: AsrModel) -> int:
 
 
 def provenance(command: str, **more: Any) -> dict[str, Any]:
-    """Versions and machine, for ``bundle.json`` and the report; no host name, no local path."""
+    """Versions and machine, for ``provenance.json`` and the report; no host name, no local path."""
     import importlib.metadata as md
 
     names = ("torch", "torchaudio", "lhotse", "sentencepiece", "onnxruntime", "sherpa-onnx")

@@ -75,9 +75,12 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         if compressor.num_epochs:
             training = system.training.model_copy(update={"epochs": compressor.num_epochs})
             result = session.run(model, out / "train" / f"step{number}", training, on_step=compressor.on_step)
+            model.to("cpu")  # where calibration batches are
         model = compressor.finish(model).eval()
         state = compressor_state(step.name, compressor)
         done.append({**spec, "report": compressor.report(), "state": state})
+    effort = result.summary() if result else None
+    made = provenance(recipe.command, recipe=recipe.name, seconds=effort.pop("seconds") if effort else 0)
     meta = {
         **{k: parent.meta[k] for k in ("model", "features")},
         "name": system.name,
@@ -85,10 +88,9 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         "parent": system.parent,
         "seed": seed,
         "compression": done,
-        "training": result.summary() if result else None,
+        "training": effort,
         "plugin_files": carry([*parent.plugin_files, *recipe.plugin_files], out),
-        "provenance": provenance(recipe.command, recipe=recipe.name),
     }
-    Bundle.save(out, model, parent.tokens, meta)
+    Bundle.save(out, model, parent.tokens, meta, made)
     for checkpoints in out.glob("train/*/checkpoints"):
         shutil.rmtree(checkpoints)
