@@ -409,7 +409,7 @@ class ModelInfo:
             is_hidden = need.kind == "hidden"
             shift_s = self.frame_shift_s if is_hidden else self.head_shift_s(need.tap)
             need = replace(need, frame_shift_s=shift_s)
-        if need.kind in ("frame_logits", "token_logits", "rnnt_lattice"):
+        if need.kind in VOCABULARY_KINDS:
             need = replace(need, dim=self.vocab_size, vocab_id=self.vocab_id)
         return need
 

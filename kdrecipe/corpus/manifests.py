@@ -227,11 +227,11 @@ def finish(prepared: Prepared, out_dir: Path, on_error: OnError) -> Summary:
     summary.notes = list(dict.fromkeys(summary.notes + overlap_notes(kept)))
     out_dir.mkdir(parents=True, exist_ok=True)
     for split, (recording_set, supervision_set) in kept.items():
-        portable = (_relative_to(recording, out_dir.absolute()) for recording in _items(recording_set))
-        write_jsonl_gz(out_dir / f"{split}{RECORDINGS}", (r.to_dict() for r in portable))
-        write_jsonl_gz(
-            out_dir / f"{split}_supervisions.jsonl.gz", (s.to_dict() for s in _items(supervision_set))
-        )
+        folder = out_dir.absolute()
+        portable = (_relative_to(recording, folder).to_dict() for recording in _items(recording_set))
+        write_jsonl_gz(out_dir / f"{split}{RECORDINGS}", portable)
+        spoken = (supervision.to_dict() for supervision in _items(supervision_set))
+        write_jsonl_gz(out_dir / f"{split}_supervisions.jsonl.gz", spoken)
     text = json.dumps(asdict(summary), indent=1, ensure_ascii=False) + "\n"
     (out_dir / "summary.json").write_text(text, encoding="utf-8")
     return summary

@@ -126,8 +126,10 @@ def compute_features(
         _write_norm(out_dir / "norm.npz", *feature_stats(c for c in finished["train"] if c.id in ids))
     write_json(out_dir / "subsets.json", _with_copies(chosen, factors))
     result = {split: CutSet.from_cuts(cuts) for split, cuts in finished.items()}
-    for split, cuts in finished.items():
-        write_cuts(out_dir / f"{split}.jsonl.gz", (_portable(cut, manifest_dir, out_dir) for cut in cuts))
+    for split in result:
+        portable = (_portable(cut, manifest_dir, out_dir) for cut in finished[split])
+        with disk_errors(out_dir):
+            write_cuts(out_dir / f"{split}.jsonl.gz", portable)
     return result
 
 

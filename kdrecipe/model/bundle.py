@@ -9,6 +9,7 @@
     spm.model        the SentencePiece model
     *.py             the plugin files of its recipe, listed in bundle.json with their hashes
     provenance.json  when, where, by what and how fast it was made; no part of what it is
+    *.py             the plugin files of its recipe, listed in bundle.json with their hashes
 
 Decoding, exporting, compressing and teaching need nothing else. The plugins that built the
 model must be loadable; the error says which one is not. Opening a bundle runs no code from it: its
@@ -152,9 +153,8 @@ class Bundle:
     @property
     def files(self) -> list[Path]:
         """All that belongs to it; what else lies in the directory does not."""
-        provenance = self.path / PROVENANCE
-        found = [self.path / name for name in DATA_FILES] + list(self.plugin_files)
-        return [*found, provenance] if provenance.is_file() else found
+        about = [self.path / PROVENANCE] if (self.path / PROVENANCE).exists() else []
+        return [*(self.path / name for name in DATA_FILES), *about, *self.plugin_files]
 
     def head_shift_s(self, head: str) -> float:
         """Seconds from one frame of a head's output to the next."""

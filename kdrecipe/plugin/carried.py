@@ -42,7 +42,7 @@ def read_description(directory: Path) -> dict[str, Any]:
         raise KdrecipeError(
             f"bundle format {version}, this version reads {FORMAT}",
             where=str(directory),
-            remedy="make it again with this version, or use the version of kdrecipe that its provenance names",
+            remedy="make it again with this version of kdrecipe, or use the one that made it",
         )
     assert isinstance(meta, dict)
     _check_list(meta.get("plugin_files", {}), path)

@@ -185,12 +185,12 @@ def _importer(recipe: Recipe, layout: Layout, system: System, seed: int):  # typ
         from kdrecipe.model.bundle import Bundle
 
         bundle = Bundle.load(Path(str(system.bundle)), recipe.plugins.registry)
+        if _lends_posteriors(recipe, system):
+            _refuse_other_tokens(recipe, layout, system, bundle)
         known = {sha256_file(path) for path in recipe.plugin_files if path.is_file()}
         # Those that were there when the recipe was read are known; this one has changed since.
         if strange := [path.name for path, digest in bundle.plugin_files.items() if digest not in known]:
             raise PluginError(refusal(bundle.path, strange))
-        if _lends_posteriors(recipe, system):
-            _refuse_other_tokens(recipe, layout, system, bundle)
         _ = bundle.model  # refuse a damaged one now, not after an hour
         out.mkdir(parents=True, exist_ok=True)
         for file in bundle.files:
