@@ -7,7 +7,6 @@
     weights.pt       a state dict of plain tensors
     tokens.txt       token and id per line
     spm.model        the SentencePiece model
-    *.py             the plugin files of its recipe, listed in bundle.json with their hashes
     provenance.json  when, where, by what and how fast it was made; no part of what it is
     *.py             the plugin files of its recipe, listed in bundle.json with their hashes
 
