@@ -126,7 +126,7 @@ class Model:
     head: str
     options: Any
 
-    def build(self, device: torch.device) -> AsrModel:
+    def build(self, device: torch.device, seed: int = 0) -> AsrModel:
         given = self.options.model_dump()
         given |= {"num_layers": 1} if "num_layers" in given else {}
         head = {k: 0.0 if "dropout" in k else v for k, v in given.items()}
@@ -134,7 +134,7 @@ class Model:
         encoder = {**getattr(cls, "contract_options", {})}
         encoder |= {k: 0.0 for k in cls.Config.model_fields if "dropout" in k}
         description = {"name": self.architecture, **encoder, "heads": {self.head: head, "ctc": {}}}
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = build_model(description, input_dim=NUM_BINS, vocab_size=VOCAB_SIZE, registry=REGISTRY)
         return model.to(device).train()
 
@@ -251,16 +251,11 @@ class CompressorOnDevice(CompressorCase):
 
 
 def recogniser(device: torch.device) -> Any:
-    """Makes a small real recogniser with every head for a seed."""
+    """Makes a small real recogniser for a seed."""
+    case = Model("conformer", "ctc", REGISTRY.config("heads", "ctc"))
 
     def make(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        cls = REGISTRY.get("architectures", "conformer")
-        heads: dict[str, Any] = {name: {} for name in REGISTRY.names("heads")}
-        heads["attention"] = {"num_layers": 1}
-        description = {"name": "conformer", **cls.contract_options, "heads": heads}
-        model = build_model(description, input_dim=NUM_BINS, vocab_size=VOCAB_SIZE, registry=REGISTRY)
-        return model.to(device).eval()
+        return case.build(device, seed).eval()
 
     return make
 

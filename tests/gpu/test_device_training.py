@@ -30,15 +30,15 @@ class Stop(Exception):
     """Injected instead of a kill."""
 
 
-def run(work_dir, *, precision="fp32", seed=0, epochs=4, **more):
+def run(work_dir, *, precision="fp32", seed=0, epochs=4, dropout=0.1, labelled=range(0, 30, 2), **more):
     """Distil the toy on the device from a live teacher; returns (weights, result, losses by step)."""
-    teacher, student = toy_model(dropout=0.0, seed=99).to(DEVICE), toy_model(seed=seed)
+    teacher, student = toy_model(dropout=0.0, seed=99).to(DEVICE), toy_model(dropout, seed)
     setup = LossSetup(model_info(student, "toy"), model_info(teacher, "toy"))
     kl = KlLoss(KlLoss.Config(), setup)
     model, result = toy_run(
         work_dir,
         model=student,
-        batches=toy_batches(30, labelled=range(0, 30, 2)),
+        batches=toy_batches(30, labelled=labelled),
         objective=Objective([Term("ctc", 0.7, CtcLoss(CtcLossOptions())), Term("kl", 0.3, kl, "t")]),
         teachers={"t": LiveTargets(teacher, KlLoss.requires(KlLoss.Config()))},
         options=toy_options(epochs=epochs, precision=precision, log_every=1, lr=1e-2),
@@ -57,14 +57,15 @@ def step_losses(log: Path) -> list[float]:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_training_learns(tmp_path, precision):
-    _, result, losses = run(tmp_path, precision=precision, epochs=8)
+    # Without dropout, whose random numbers are others on every kind of device.
+    _, result, losses = run(tmp_path, precision=precision, epochs=8, dropout=0.0, labelled=range(30))
     wanted = {
         "fp32": "float32",
         "bf16": "bfloat16",
         "fp16": "float16" if DEVICE.type == "cuda" else "bfloat16",
     }
     assert result.precision == wanted[precision]
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
