@@ -33,9 +33,6 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
-from kdrecipe.data.lattice import three_classes
-from kdrecipe.data.lattice_paths import lattice_log_likelihood
-from kdrecipe.heads.rnnt import RnntLoss, RnntLossOptions
 from kdrecipe.interfaces import (
     Batch,
     Lattice,
@@ -45,6 +42,9 @@ from kdrecipe.interfaces import (
     ModelOutput,
     Targets,
 )
+from kdrecipe.lattice import three_classes
+from kdrecipe.lattice.paths import lattice_log_likelihood
+from kdrecipe.model.heads.rnnt import RnntLoss, RnntLossOptions
 from kdrecipe_plugins.losses.rnnt_kl import RnntKlLoss
 
 RANGE, SIMPLE_SCALE, LM_SCALE = 5, 0.5, 0.25

@@ -22,9 +22,9 @@ import torch
 import torchaudio
 from torch import Tensor, nn
 
-from kdrecipe.heads.ctc import CtcHead, CtcLoss
 from kdrecipe.interfaces import Batch, Targets
 from kdrecipe.model.asr import AsrModel, FeatureNorm
+from kdrecipe.model.heads.ctc import CtcHead, CtcLoss
 from kdrecipe_plugins.architectures.conformer import Conformer
 from kdrecipe_plugins.architectures.layers import ConvFront
 

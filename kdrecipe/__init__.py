@@ -5,4 +5,4 @@ import pluggy
 __version__ = "0.1.0"
 
 hookimpl = pluggy.HookimplMarker("kdrecipe")
-"""Marks a plugin's functions as implementations of the hooks in :mod:`kdrecipe.hookspecs`."""
+"""Marks a plugin's functions as implementations of the hooks in :mod:`kdrecipe.plugin.hookspecs`."""

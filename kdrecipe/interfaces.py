@@ -237,7 +237,7 @@ class Batch:
 class Lattice:
     """The two sides of a transducer for a batch and its tokens, not yet joined.
 
-    The joined logits (B, T, P, V) would fill the memory: :mod:`kdrecipe.data.lattice` finds, by
+    The joined logits (B, T, P, V) would fill the memory: :mod:`kdrecipe.lattice` finds, by
     the *simple* joiner, which is a sum of the two sides, the few places per frame that matter,
     and joins there only (Kuang 2022, arXiv 2206.13236).
 
@@ -560,7 +560,7 @@ class Decoder(Protocol):
 
 
 class BundleLike(Protocol):
-    """A bundle as exporters see it (:class:`kdrecipe.bundle.Bundle`)."""
+    """A bundle as exporters see it (:class:`kdrecipe.model.bundle.Bundle`)."""
 
     path: Path
     meta: dict[str, Any]

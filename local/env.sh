@@ -8,7 +8,7 @@
 # Python to make .venv with.
 
 kdrecipe_env() {
-    local extras=$1 python=${KDRECIPE_PYTHON:-python3} wanted="import kdrecipe.cli"
+    local extras=$1 python=${KDRECIPE_PYTHON:-python3} wanted="import kdrecipe.cli.main"
     if [[ $extras == *test* ]]; then wanted+=", hypothesis, pytest, pytest_timeout, xdist"; fi
     # From /, so that the source tree itself does not pass for an installation.
     if [[ ! -e $root/.venv/pyvenv.cfg ]] && (cd / && "$python" -c "$wanted") 2>/dev/null; then

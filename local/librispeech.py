@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kdrecipe import hookimpl
-from kdrecipe.data.gather import Utterance, gather, read_lines
-from kdrecipe.data.manifests import overlap_notes
-from kdrecipe.data.problems import DataProblem
+from kdrecipe.corpus.gather import Utterance, gather, read_lines
+from kdrecipe.corpus.manifests import overlap_notes
+from kdrecipe.corpus.problems import DataProblem
 from kdrecipe.errors import DataError, Problem
 from kdrecipe.interfaces import Options, Prepared
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kdrecipe import hookimpl
-from kdrecipe.data.gather import read_lines
-from kdrecipe.data.manifests import SAMPLE_RATE, overlap_notes
-from kdrecipe.data.problems import DataProblem
+from kdrecipe.corpus.gather import read_lines
+from kdrecipe.corpus.manifests import SAMPLE_RATE, overlap_notes
+from kdrecipe.corpus.problems import DataProblem
 from kdrecipe.errors import DataError, Problem
 from kdrecipe.interfaces import Options, Prepared
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from kdrecipe import hookimpl
-from kdrecipe.data.gather import Utterance, gather
-from kdrecipe.data.manifests import overlap_notes
+from kdrecipe.corpus.gather import Utterance, gather
+from kdrecipe.corpus.manifests import overlap_notes
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import Options, Prepared
 from kdrecipe_local.command_grammar import sentences

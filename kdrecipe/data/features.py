@@ -25,7 +25,7 @@ from lhotse.features.kaldi.extractors import Fbank, FbankConfig
 from lhotse.supervision import SupervisionSet
 
 from kdrecipe.artifacts import disk_errors, replacing, write_json
-from kdrecipe.data.subsets import choose_subsets
+from kdrecipe.corpus.subsets import choose_subsets
 from kdrecipe.errors import DataError, Problem, RecipeError
 
 SAMPLE_RATE = 16000
@@ -88,7 +88,7 @@ def compute_features(
         out_dir: see the module's text. The cuts name their arrays by absolute path.
         config: the recipe's ``features``: ``name: fbank``, ``num_mel_bins`` and ``speed_perturb``,
             factors for copies of the training cuts (1.0 is the cut itself and always there).
-        subsets: name -> rule, see :func:`kdrecipe.data.subsets.choose_subsets`.
+        subsets: name -> rule, see :func:`kdrecipe.corpus.subsets.choose_subsets`.
         seed: for the choice of subsets.
         num_jobs: processes; one is best for less than some ten hours of audio.
         on_progress: called with (cuts done, cuts in all).

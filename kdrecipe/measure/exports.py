@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrecipe.interfaces import Runner
-from kdrecipe.registry import Registry
+from kdrecipe.plugin.registry import Registry
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from kdrecipe.data.audio import SAMPLE_RATE, Utterance
+from kdrecipe.corpus.audio import SAMPLE_RATE, Utterance
 from kdrecipe.data.features import extract
 from kdrecipe.errors import ParityError, Problem
 from kdrecipe.interfaces import BundleLike, Exporter, Runner, float_copy
 from kdrecipe.measure.edits import Edits, edits
 from kdrecipe.measure.reference import STEPS, Reference, reference
-from kdrecipe.sections import Parity
+from kdrecipe.recipe.sections import Parity
 
 PADDED_BATCH = 4  # utterances that are run together, too, to see that padding does no harm
 
@@ -93,7 +93,7 @@ def check_parity(
         exporter: what exported it.
         directory: where to.
         utterances: a few dozen, with transcripts.
-        limits: see :class:`kdrecipe.sections.Parity`.
+        limits: see :class:`kdrecipe.recipe.sections.Parity`.
         variants: those that were exported; None: all that the exporter knows.
 
     Returns:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kdrecipe.data.audio import SAMPLE_RATE, Utterance
+from kdrecipe.corpus.audio import SAMPLE_RATE, Utterance
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Exporter
 from kdrecipe.measure.worker import RUNTIMES

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kdrecipe.data.audio import SAMPLE_RATE, Utterance
+from kdrecipe.corpus.audio import SAMPLE_RATE, Utterance
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Decoder
 from kdrecipe.measure.runtime import NUM_WARM_UP

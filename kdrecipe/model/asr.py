@@ -18,7 +18,7 @@ from kdrecipe.interfaces import Batch, Lattice, ModelInfo, ModelOutput
 from kdrecipe.model.taps import capture
 
 if TYPE_CHECKING:
-    from kdrecipe.registry import Registry
+    from kdrecipe.plugin.registry import Registry
 
 MIN_STD = 1e-3  # of log-mel values; a bin that never varies (band-limited audio) must not divide by 0
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdrecipe.data.frames import valid_frames
+from kdrecipe.frames import valid_frames
 from kdrecipe.testing.checks import by_id, check_config_strict, require
 
 INPUT_DIM = 80

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdrecipe.data.frames import valid_frames
+from kdrecipe.frames import valid_frames
 from kdrecipe.interfaces import Batch, CompressContext, ModelOutput
 from kdrecipe.testing.checks import CheckSkipped, by_id, check_config_strict, require
 from kdrecipe.testing.models import INPUT_DIM, random_batch, tiny_model

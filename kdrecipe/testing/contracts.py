@@ -42,7 +42,7 @@ from kdrecipe.testing.decode_checks import DECODER_CHECKS, METRIC_CHECKS, Decode
 from kdrecipe.testing.loss_checks import LOSS_CHECKS, LossCase
 
 if TYPE_CHECKING:
-    from kdrecipe.registry import Registry
+    from kdrecipe.plugin.registry import Registry
 
 __all__ = [
     "ARCHITECTURE_CHECKS",

@@ -101,7 +101,7 @@ def check_deterministic(case: CorpusCase) -> None:
 
 def check_validates(case: CorpusCase) -> None:
     """All audio decodes at 16 kHz and holds its transcripts; a sound corpus shows no problems."""
-    from kdrecipe.data.manifests import validate_corpus
+    from kdrecipe.corpus.manifests import validate_corpus
 
     prepared = case.prepare()
     problems = [*prepared.problems, *validate_corpus(prepared)]

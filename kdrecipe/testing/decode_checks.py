@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdrecipe.data.frames import frame_mask
-from kdrecipe.heads.attention import AttentionHead, AttentionHeadOptions
-from kdrecipe.heads.rnnt import RnntHead, RnntHeadOptions
+from kdrecipe.frames import frame_mask
 from kdrecipe.interfaces import BLANK_ID, SOS_EOS_ID, Hypothesis, ModelOutput
+from kdrecipe.model.heads.attention import AttentionHead, AttentionHeadOptions
+from kdrecipe.model.heads.rnnt import RnntHead, RnntHeadOptions
 from kdrecipe.testing.checks import CheckSkipped, by_id, check_config_strict, require
 from kdrecipe.testing.models import (
     FRAME_SHIFT_S,

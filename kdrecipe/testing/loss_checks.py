@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
-from kdrecipe.data.frames import frame_mask, keep_top
+from kdrecipe.frames import frame_mask, keep_top
 from kdrecipe.interfaces import (
     Batch,
     LossOutput,

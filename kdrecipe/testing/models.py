@@ -12,9 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from kdrecipe.data.frames import frame_mask, keep_top
-from kdrecipe.data.lattice import full_lattice_posteriors
-from kdrecipe.heads.ctc import CtcHead, CtcHeadOptions
+from kdrecipe.frames import frame_mask, keep_top
 from kdrecipe.interfaces import (
     FORCED_KINDS,
     UNK_ID,
@@ -31,6 +29,8 @@ from kdrecipe.interfaces import (
     Targets,
     TargetSpec,
 )
+from kdrecipe.lattice import full_lattice_posteriors
+from kdrecipe.model.heads.ctc import CtcHead, CtcHeadOptions
 
 VOCAB_SIZE = 6
 INPUT_DIM = 8

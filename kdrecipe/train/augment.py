@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kdrecipe.sections import SpecAugment
+    from kdrecipe.recipe.sections import SpecAugment
 
 
 def spec_augment(

@@ -28,7 +28,7 @@ from kdrecipe.train.optimisation import OptimizerHook, lr_factor, make_optimizer
 from kdrecipe.train.step import Seen, Stepper
 
 if TYPE_CHECKING:
-    from kdrecipe.sections import Training
+    from kdrecipe.recipe.sections import Training
 
 __all__ = ["Objective", "TargetSource", "Term", "TrainResult", "train"]
 

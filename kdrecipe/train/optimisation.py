@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 if TYPE_CHECKING:
-    from kdrecipe.sections import Training
+    from kdrecipe.recipe.sections import Training
 
 OptimizerHook = Callable[..., Optimizer | None]
 """``hook(params=groups, config=options)``; None leaves it to :func:`make_optimizer`."""

@@ -24,7 +24,7 @@ from kdrecipe.train.objective import Objective, TargetSource, count_vector, weig
 from kdrecipe.train.optimisation import autocast_dtype, clip_gradients, seed_step
 
 if TYPE_CHECKING:
-    from kdrecipe.sections import Training
+    from kdrecipe.recipe.sections import Training
 
 # fp16's loss scale starts high and is halved after each overflow: that many in a row are no search
 # for the right scale any more.

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kdrecipe import hookimpl
-from kdrecipe.data.audio import SAMPLE_RATE, resample
+from kdrecipe.corpus.audio import SAMPLE_RATE, resample
 from kdrecipe.data.features import extract
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import BundleLike, Hypothesis, Options, Runner, float_copy

@@ -12,8 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kdrecipe.data.frames import full_precision
-from kdrecipe.data.lattice import AM_SCALE, LM_SCALE, MIN_RANGE
+from kdrecipe.frames import full_precision
 from kdrecipe.interfaces import (
     BLANK_ID,
     Batch,
@@ -25,6 +24,7 @@ from kdrecipe.interfaces import (
     Targets,
     TargetSpec,
 )
+from kdrecipe.lattice import AM_SCALE, LM_SCALE, MIN_RANGE
 from kdrecipe_plugins.k2.package import import_k2
 
 INSTEAD_OF_RNNT = "{name: rnnt}"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdrecipe import hookimpl
-from kdrecipe.data.frames import full_precision, valid_frames
+from kdrecipe.frames import full_precision, valid_frames
 from kdrecipe.interfaces import Batch, LossOutput, LossSetup, ModelOutput, Options, Targets, TargetSpec
 
 

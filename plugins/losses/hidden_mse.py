@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
-from kdrecipe.data.frames import check_aligned, full_precision, valid_frames
 from kdrecipe.errors import RecipeError
+from kdrecipe.frames import check_aligned, full_precision, valid_frames
 from kdrecipe.interfaces import Batch, LossOutput, LossSetup, ModelOutput, Options, Targets, TargetSpec
 
 

@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kdrecipe import hookimpl
-from kdrecipe.data.frames import frame_log_probs, frame_mask, keep_top, valid_frames
 from kdrecipe.errors import RecipeError
+from kdrecipe.frames import frame_log_probs, frame_mask, keep_top, valid_frames
 from kdrecipe.interfaces import (
     BLANK_ID,
     Batch,

@@ -11,9 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from kdrecipe import hookimpl
-from kdrecipe.data.frames import check_aligned, frame_mask
-from kdrecipe.data.lattice import MIN_RANGE, Cells, joined_cells, simple_pass, three_classes
 from kdrecipe.errors import DataError, RecipeError
+from kdrecipe.frames import check_aligned, frame_mask
 from kdrecipe.interfaces import (
     Batch,
     Lattice,
@@ -25,6 +24,7 @@ from kdrecipe.interfaces import (
     Targets,
     TargetSpec,
 )
+from kdrecipe.lattice import MIN_RANGE, Cells, joined_cells, simple_pass, three_classes
 
 ABSENT = -1e4  # logit of a class that there is not: finite, so that 0 * (a - b) is 0
 

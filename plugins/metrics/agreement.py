@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kdrecipe import hookimpl
-from kdrecipe.data.frames import frame_mask
+from kdrecipe.frames import frame_mask
 from kdrecipe.interfaces import ModelOutput, Posteriors, Targets
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from lhotse.supervision import SupervisionSet
 from pydantic import ConfigDict
 from torch import nn
 
-from kdrecipe.data.frames import bucket_log_probs, full_precision, valid_frames
+from kdrecipe.frames import bucket_log_probs, full_precision, valid_frames
 from kdrecipe.interfaces import (
     Hypothesis,
     LossOutput,

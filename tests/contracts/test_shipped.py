@@ -7,10 +7,10 @@ import importlib.util
 import pytest
 import torch
 
-from kdrecipe.heads.ctc import CtcHead, CtcLoss
 from kdrecipe.interfaces import LossSetup
 from kdrecipe.model.asr import AsrModel, FeatureNorm
-from kdrecipe.plugins import load_plugins
+from kdrecipe.model.heads.ctc import CtcHead, CtcLoss
+from kdrecipe.plugin.loader import load_plugins
 from kdrecipe.testing.contracts import (
     CompressorContract,
     Contract,

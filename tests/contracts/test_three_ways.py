@@ -8,7 +8,7 @@ import pytest
 
 from kdrecipe.errors import PluginError
 from kdrecipe.interfaces import Options
-from kdrecipe.registry import Registry
+from kdrecipe.plugin.registry import Registry
 from kdrecipe.testing.contracts import (
     LOSS_CHECKS,
     CheckFailed,

@@ -13,12 +13,12 @@ import click
 import pytest
 from pydantic import BaseModel
 
-from kdrecipe import parsing, sections
-from kdrecipe.cli import cli, find_recipe
-from kdrecipe.config import load_yaml, parse_value
-from kdrecipe.plugins import Plugins, load_plugins
-from kdrecipe.registry import KINDS
-from kdrecipe.schema import load_recipe
+from kdrecipe.cli.main import cli, find_recipe
+from kdrecipe.plugin.loader import Plugins, load_plugins
+from kdrecipe.plugin.registry import KINDS
+from kdrecipe.recipe import parsing, sections
+from kdrecipe.recipe.load import load_recipe
+from kdrecipe.recipe.yaml import load_yaml, parse_value
 from kdrecipe.stages import STAGES
 
 ROOT = Path(__file__).parents[2]

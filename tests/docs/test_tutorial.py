@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kdrecipe.cli import cli
-from kdrecipe.schema import load_recipe
+from kdrecipe.cli.main import cli
+from kdrecipe.recipe.load import load_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "writing-a-loss.md"
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)\n```", re.DOTALL)

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from kdrecipe.bundle import Bundle
-from kdrecipe.data.audio import Utterance
+from kdrecipe.corpus.audio import Utterance
 from kdrecipe.data.features import extract
 from kdrecipe.data.tokens import Tokenizer
-from kdrecipe.heads.attention import AttentionLoss
-from kdrecipe.heads.rnnt import RnntLoss
 from kdrecipe.interfaces import Batch, CompressContext, Targets
 from kdrecipe.model.asr import FeatureNorm, build_model
-from kdrecipe.plugins import load_plugins
+from kdrecipe.model.bundle import Bundle
+from kdrecipe.model.heads.attention import AttentionLoss
+from kdrecipe.model.heads.rnnt import RnntLoss
+from kdrecipe.plugin.loader import load_plugins
 from kdrecipe.testing.corpus import WORDS, speak
 from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic
 

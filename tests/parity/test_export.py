@@ -11,12 +11,12 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from kdrecipe.bundle import Bundle
 from kdrecipe.errors import KdrecipeError, ParityError
 from kdrecipe.interfaces import float_copy
 from kdrecipe.measure.edits import Edits, edits
 from kdrecipe.measure.parity import check_parity
-from kdrecipe.sections import Parity
+from kdrecipe.model.bundle import Bundle
+from kdrecipe.recipe.sections import Parity
 from kdrecipe_plugins.compressors.int8_dynamic import Int8Linear
 from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc, OnnxRunner
 from kdrecipe_plugins.exporters.onnx_graph import quantise, slim
@@ -165,7 +165,7 @@ def test_int8_graph_equals_that_of_onnxruntimes_own_tool(exports, trained, tmp_p
 
 
 def test_sherpa_onnx_recognises_what_the_bundle_does_and_when(exports, trained):
-    from kdrecipe.pipeline.transcribe import BundleRunner
+    from kdrecipe.cli.transcribe import BundleRunner
 
     torch_runner = BundleRunner(trained.bundle.path)
     runners = [exporter().load(exports / "float", v) for v in ("fp32", "int8")]

@@ -13,15 +13,15 @@ import torch
 import torchaudio
 from onnx import numpy_helper
 
-from kdrecipe.bundle import Bundle
+from kdrecipe.cli.bench import bench
+from kdrecipe.cli.transcribe import BundleRunner, open_runner, transcribe
 from kdrecipe.data.features import extract
 from kdrecipe.errors import KdrecipeError, ParityError
 from kdrecipe.interfaces import float_copy
 from kdrecipe.measure.parity import check_parity
 from kdrecipe.measure.reference import reference
 from kdrecipe.measure.runtime import measure_export
-from kdrecipe.pipeline.bench import bench
-from kdrecipe.pipeline.transcribe import BundleRunner, open_runner, transcribe
+from kdrecipe.model.bundle import Bundle
 from kdrecipe_plugins.compressors.int8_dynamic import Int8Linear
 from kdrecipe_plugins.exporters.attention_runtime import (
     Recogniser,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from kdrecipe.bundle import Bundle
+from kdrecipe.cli.bench import bench
+from kdrecipe.cli.transcribe import BundleRunner, open_runner
 from kdrecipe.data.features import extract
 from kdrecipe.errors import KdrecipeError, ParityError
 from kdrecipe.measure.edits import edits
@@ -16,10 +17,9 @@ from kdrecipe.measure.parity import check_parity
 from kdrecipe.measure.reference import reference
 from kdrecipe.measure.runtime import measure_export
 from kdrecipe.model.asr import build_model
-from kdrecipe.pipeline.bench import bench
-from kdrecipe.pipeline.transcribe import BundleRunner, open_runner
-from kdrecipe.schema import load_recipe
-from kdrecipe.suitable import exporters_for
+from kdrecipe.model.bundle import Bundle
+from kdrecipe.recipe.load import load_recipe
+from kdrecipe.recipe.suitable import exporters_for
 from kdrecipe_plugins.compressors.int8_dynamic import Int8Linear
 from kdrecipe_plugins.exporters.onnx_transducer import OnnxTransducer, OnnxTransducerRunner
 

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from kdrecipe.data.ngram import estimate
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import DataError, RecipeError
-from kdrecipe.heads.rnnt import RnntHead, RnntLoss
 from kdrecipe.interfaces import BLANK_ID, ModelOutput, Targets
+from kdrecipe.model.heads.rnnt import RnntHead, RnntLoss
 from kdrecipe.testing.contracts import decoder_contract, loss_contract
 from kdrecipe.testing.decode_checks import LetterTokens
 from kdrecipe.testing.models import loss_setup, random_batch, random_output

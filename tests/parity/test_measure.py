@@ -10,12 +10,12 @@ import soundfile
 import torch
 import torchaudio
 
-from kdrecipe.data.audio import Utterance, read_audio, resample
+from kdrecipe.cli.bench import bench
+from kdrecipe.cli.transcribe import transcribe
+from kdrecipe.corpus.audio import Utterance, read_audio, resample
 from kdrecipe.errors import DataError, KdrecipeError
 from kdrecipe.measure.edits import edits
 from kdrecipe.measure.runtime import measure_export
-from kdrecipe.pipeline.bench import bench
-from kdrecipe.pipeline.transcribe import transcribe
 from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdrecipe.data.lattice import cells_log_likelihood, joined_cells, simple_pass
 from kdrecipe.interfaces import Lattice
+from kdrecipe.lattice import cells_log_likelihood, joined_cells, simple_pass
 
 RELATIVE = 1e-4
 LENS, TOKEN_LENS = (30, 22, 26, 9), (9, 4, 1, 6)

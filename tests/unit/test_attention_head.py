@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdrecipe.errors import RecipeError
-from kdrecipe.heads.attention import (
+from kdrecipe.interfaces import SOS_EOS_ID, LossSetup, ModelInfo, ModelOutput, Targets
+from kdrecipe.model.heads.attention import (
     AttentionHead,
     AttentionHeadOptions,
     AttentionLoss,
@@ -18,7 +19,6 @@ from kdrecipe.heads.attention import (
     Memory,
     with_end,
 )
-from kdrecipe.interfaces import SOS_EOS_ID, LossSetup, ModelInfo, ModelOutput, Targets
 from kdrecipe.testing.models import loss_setup, random_batch
 
 V, D = 9, 16

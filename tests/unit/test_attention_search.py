@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from kdrecipe.errors import RecipeError
-from kdrecipe.heads.attention import AttentionHead
-from kdrecipe.heads.ctc import CtcHead
 from kdrecipe.interfaces import BLANK_ID, SOS_EOS_ID, ModelOutput
+from kdrecipe.model.heads.attention import AttentionHead
+from kdrecipe.model.heads.ctc import CtcHead
 from kdrecipe.testing.decode_checks import LetterTokens
 from kdrecipe.testing.models import random_batch
 from kdrecipe_plugins.decoders.attention_beam import AttentionBeam

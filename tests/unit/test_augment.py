@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdrecipe.sections import SpecAugment
+from kdrecipe.recipe.sections import SpecAugment
 from kdrecipe.train.augment import spec_augment
 
 FILL = torch.arange(20.0) + 100

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdrecipe.bundle import Bundle, count_params, machine, provenance
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import KdrecipeError, PluginError
 from kdrecipe.interfaces import CompressContext
 from kdrecipe.model.asr import FeatureNorm, build_model
-from kdrecipe.pipeline.train import copy_plugin_files
-from kdrecipe.plugins import load_plugins
+from kdrecipe.model.bundle import Bundle, count_params, machine, provenance
+from kdrecipe.plugin.loader import load_plugins
+from kdrecipe.stages.train import copy_plugin_files
 from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic
 from kdrecipe_plugins.compressors.magnitude_prune import MagnitudePrune
 

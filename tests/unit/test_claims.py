@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from kdrecipe.results.claims import beside, claimed_text, measured_text, same_test_set
-from kdrecipe.sections import Claim
+from kdrecipe.recipe.sections import Claim
+from kdrecipe.score.claims import beside, claimed_text, measured_text, same_test_set
 
 SYSTEMS: list[dict[str, Any]] = [
     {

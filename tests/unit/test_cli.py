@@ -10,10 +10,10 @@ from pathlib import Path
 import click
 import pytest
 
-from kdrecipe import scaffold
-from kdrecipe.cli import cli, find_recipe, main
+from kdrecipe.cli import scaffold
+from kdrecipe.cli.main import cli, find_recipe, main
+from kdrecipe.cli.scaffold import TEMPLATES, write_plugin
 from kdrecipe.errors import DataError, KdrecipeError, ParityError, RecipeError, TrainingError
-from kdrecipe.scaffold import TEMPLATES, write_plugin
 
 RECIPE = """\
 corpus: {name: manifests, root: "${KDRECIPE_TEST_ROOT}", subsets: {few: {speakers: 1}}}
@@ -41,14 +41,14 @@ def recipe(tmp_path, monkeypatch):
 @pytest.fixture
 def runs(monkeypatch):
     """What ``kdrecipe run`` would have run."""
-    import kdrecipe.pipeline.run
+    import kdrecipe.stages.run
 
     calls = []
 
     def record(recipe, first, last, **options):
         calls.append((recipe, first, last, options))
 
-    monkeypatch.setattr(kdrecipe.pipeline.run, "run_recipe", record)
+    monkeypatch.setattr(kdrecipe.stages.run, "run_recipe", record)
     return calls
 
 
@@ -70,7 +70,7 @@ def test_help_imports_nothing_slow():
     done = python(
         """
         import sys
-        from kdrecipe.cli import main
+        from kdrecipe.cli.main import main
         status = main(["--help"])
         slow = {"torch", "lhotse", "numpy", "onnx", "matplotlib", "sentencepiece"} & set(sys.modules)
         assert not slow, slow
@@ -86,8 +86,9 @@ def test_modules_of_the_command_line_import_neither_torch_nor_lhotse():
     done = python(
         """
         import sys
-        import kdrecipe.artifacts, kdrecipe.cli, kdrecipe.config, kdrecipe.errors, kdrecipe.hookspecs
-        import kdrecipe.interfaces, kdrecipe.plugins, kdrecipe.registry, kdrecipe.schema, kdrecipe.stages
+        import kdrecipe.artifacts, kdrecipe.cli.main, kdrecipe.recipe.yaml, kdrecipe.errors
+        import kdrecipe.plugin.hookspecs, kdrecipe.jobs.plan
+        import kdrecipe.interfaces, kdrecipe.plugin.loader, kdrecipe.plugin.registry, kdrecipe.recipe.load
         sys.exit(", ".join({"torch", "lhotse", "numpy"} & set(sys.modules)) or 0)
         """
     )
@@ -128,7 +129,7 @@ def test_errors_are_told_without_a_traceback(recipe, runs, monkeypatch, capsys, 
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("kdrecipe.pipeline.run.run_recipe", fail)
+    monkeypatch.setattr("kdrecipe.stages.run.run_recipe", fail)
     assert main(["run", "toy/first"]) == status
     printed = capsys.readouterr()
     assert printed.err == "kdrecipe: recipe.yaml:3: bad\n    -> mend it\n"
@@ -148,7 +149,7 @@ def test_a_bug_keeps_its_traceback(recipe, monkeypatch):
     def fail(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("kdrecipe.pipeline.run.run_recipe", fail)
+    monkeypatch.setattr("kdrecipe.stages.run.run_recipe", fail)
     with pytest.raises(ZeroDivisionError):
         main(["run", "toy/first"])
 
@@ -157,7 +158,7 @@ def test_interruption(recipe, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kdrecipe.pipeline.run.run_recipe", interrupt)
+    monkeypatch.setattr("kdrecipe.stages.run.run_recipe", interrupt)
     assert main(["run", "toy/first"]) == 130
     assert capsys.readouterr().err.strip() == "kdrecipe: interrupted; the same command goes on from here"
 
@@ -196,11 +197,11 @@ def test_an_unknown_command(capsys, monkeypatch):
 
 
 def test_a_plugins_command(capsys, monkeypatch):
-    from kdrecipe.plugins import Plugins
+    from kdrecipe.plugin.loader import Plugins
 
     loaded = Plugins()
     loaded.registry.add("commands", "greet", click.Command("greet", callback=lambda: click.echo("hi")), "x")
-    monkeypatch.setattr("kdrecipe.plugins.load_plugins", lambda *a: loaded)
+    monkeypatch.setattr("kdrecipe.plugin.loader.load_plugins", lambda *a: loaded)
     assert main(["greet"]) == 0
     assert capsys.readouterr().out == "hi\n"
 
@@ -214,6 +215,7 @@ def test_run_passes_everything_on(recipe, runs, tmp_path):
     assert main(["run", "toy/first", *arguments, *options]) == 0
     [(loaded, first, last, given)] = runs
     assert (first, last) == (3, 5)
+    assert given.pop("program") == (sys.executable, "-m", "kdrecipe.cli")
     assert given == {"dry_run": True, "force": True, "jobs": 2, "work": tmp_path / "w", "job": "one"}
     assert loaded.seeds == (4,)
     assert loaded.training.epochs == 1
@@ -225,6 +227,7 @@ def test_run_defaults(recipe, runs, monkeypatch):
     assert main(["run"]) == 0
     [(loaded, first, last, given)] = runs
     assert (first, last) == (0, 10)
+    assert given.pop("program")
     assert given == {"dry_run": False, "force": False, "jobs": None, "work": None, "job": None}
     assert loaded.name == "toy/first"
 
@@ -261,12 +264,12 @@ def test_find_recipe(recipe, monkeypatch):
 
 
 def test_transcribe_and_bench_pass_on(tmp_path, monkeypatch):
-    import kdrecipe.pipeline.bench
-    import kdrecipe.pipeline.transcribe
+    import kdrecipe.cli.bench
+    import kdrecipe.cli.transcribe
 
     calls = []
-    monkeypatch.setattr(kdrecipe.pipeline.transcribe, "transcribe", lambda *a, **k: calls.append((a, k)))
-    monkeypatch.setattr(kdrecipe.pipeline.bench, "bench", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(kdrecipe.cli.transcribe, "transcribe", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(kdrecipe.cli.bench, "bench", lambda *a, **k: calls.append((a, k)))
     assert main(["transcribe", "bundle", "a.wav", "b.wav", "--variant", "int8"]) == 0
     assert main(["bench", "bundle"]) == 0
     options = {"decoder": None, "variant": "int8"}
@@ -351,7 +354,7 @@ def test_plugins_show_with_a_name_of_several_kinds(capsys):
 def test_plugins_doctor(monkeypatch, capsys):
     assert main(["plugins", "doctor"]) == 0
     assert ", 0 not" in capsys.readouterr().out
-    from kdrecipe import plugins as plugins_module
+    from kdrecipe.plugin import loader as plugins_module
 
     def broken(files=()):
         loaded = plugins_module.Plugins()
@@ -420,7 +423,7 @@ def test_the_contract_tests_of_new_packages_pass(packages):
 
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_a_new_package_registers(packages, kind):
-    from kdrecipe.plugins import load_plugins
+    from kdrecipe.plugin.loader import load_plugins
 
     plugins = load_plugins([packages[kind] / f"kdrecipe_my_{kind}.py"], env={"KDRECIPE_PLUGINS": ""})
     found = [k for k in plugins.registry._entries if f"my_{kind}" in plugins.registry.names(k)]

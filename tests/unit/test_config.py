@@ -7,8 +7,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdrecipe.config import MAX_NODES, expand_env, load_yaml, parse_value
 from kdrecipe.errors import RecipeError
+from kdrecipe.recipe.yaml import MAX_NODES, expand_env, load_yaml, parse_value
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from kdrecipe.data.manifests import finish, validate_corpus
+from kdrecipe.corpus.manifests import finish, validate_corpus
 from kdrecipe.errors import DataError, MissingExtra
 from kdrecipe.interfaces import Prepared
 from kdrecipe.testing.corpus import WORDS, make_corpus

@@ -12,6 +12,7 @@ from lhotse.audio import Recording, RecordingSet
 from lhotse.cut import CutSet
 from lhotse.supervision import SupervisionSegment, SupervisionSet
 
+from kdrecipe.corpus.subsets import choose_subsets, read_ids
 from kdrecipe.data.features import (
     FRAME_SHIFT_S,
     SAMPLE_RATE,
@@ -22,7 +23,6 @@ from kdrecipe.data.features import (
     perturb_speed,
     read_cuts,
 )
-from kdrecipe.data.subsets import choose_subsets, read_ids
 from kdrecipe.errors import DataError, KdrecipeError, RecipeError
 from kdrecipe.testing.corpus import make_corpus, speak
 

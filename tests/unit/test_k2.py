@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from kdrecipe.data.ngram import UNK, escape, estimate
 from kdrecipe.errors import DataError, KdrecipeError, MissingExtra, RecipeError
-from kdrecipe.heads.rnnt import RnntLoss
-from kdrecipe.plugins import load_plugins
-from kdrecipe.schema import load_recipe
+from kdrecipe.model.heads.rnnt import RnntLoss
+from kdrecipe.plugin.loader import load_plugins
+from kdrecipe.recipe.load import load_recipe
 from kdrecipe.testing.contracts import test_plugin as check_plugin
 from kdrecipe.testing.decode_checks import LetterTokens
 from kdrecipe.testing.models import loss_setup

@@ -12,7 +12,8 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdrecipe.data.lattice import (
+from kdrecipe.interfaces import Lattice
+from kdrecipe.lattice import (
     _simple_log_probs,
     cells_log_likelihood,
     full_lattice_posteriors,
@@ -23,9 +24,8 @@ from kdrecipe.data.lattice import (
     three_classes,
     three_way,
 )
-from kdrecipe.data.lattice_paths import lattice_log_likelihood, lattice_pass
-from kdrecipe.data.recompute import recomputed
-from kdrecipe.interfaces import Lattice
+from kdrecipe.lattice.paths import lattice_log_likelihood, lattice_pass
+from kdrecipe.lattice.recompute import recomputed
 
 B, T, U, V, J = 4, 7, 3, 6, 5
 

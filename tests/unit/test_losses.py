@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdrecipe.data.frames import keep_top, valid_frames
 from kdrecipe.errors import DataError, RecipeError
+from kdrecipe.frames import keep_top, valid_frames
 from kdrecipe.interfaces import Hidden, LossSetup, ModelInfo, ModelOutput, Posteriors, Targets
 from kdrecipe.testing.models import (
     VOCAB_SIZE,

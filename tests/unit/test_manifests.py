@@ -12,9 +12,9 @@ import pytest
 import soundfile
 from lhotse import CutSet, RecordingSet, SupervisionSet
 
-from kdrecipe.data.gather import Utterance, gather, read_lines
-from kdrecipe.data.manifests import check_lengths, finish, validate_corpus
-from kdrecipe.data.problems import DataProblem, as_left_out, settle
+from kdrecipe.corpus.gather import Utterance, gather, read_lines
+from kdrecipe.corpus.manifests import check_lengths, finish, validate_corpus
+from kdrecipe.corpus.problems import DataProblem, as_left_out, settle
 from kdrecipe.errors import DataError, Problem
 from kdrecipe.interfaces import Prepared
 from kdrecipe.testing.corpus import make_corpus

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kdrecipe.errors import PluginError, RecipeError
-from kdrecipe.heads.ctc import CtcHead
 from kdrecipe.layers import MASKED, Dropout, attend
 from kdrecipe.model.asr import AsrModel, FeatureNorm, build_model, model_info
+from kdrecipe.model.heads.ctc import CtcHead
 from kdrecipe.model.taps import capture
 from kdrecipe_plugins.architectures import conformer, transformer
 from kdrecipe_plugins.architectures.conformer import Conformer

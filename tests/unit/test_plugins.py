@@ -1,6 +1,7 @@
 """Plugins: how they are found, what happens to broken ones, and every hook called for real."""
 
 import hashlib
+import importlib
 import re
 import sys
 import textwrap
@@ -12,12 +13,13 @@ import click
 import pytest
 
 import kdrecipe
-from kdrecipe import hookimpl, hookspecs
-from kdrecipe import plugins as plugins_module
+from kdrecipe import hookimpl
 from kdrecipe.errors import PluginError
 from kdrecipe.interfaces import Options
-from kdrecipe.plugins import CORE_COMMANDS, Plugins, installed_names, load_plugins
-from kdrecipe.registry import KINDS, Registry, Source, code_hash
+from kdrecipe.plugin import hookspecs
+from kdrecipe.plugin import loader as plugins_module
+from kdrecipe.plugin.loader import CORE_COMMANDS, Plugins, load_plugins
+from kdrecipe.plugin.registry import KINDS, Registry, Source, code_hash
 
 ROOT = Path(__file__).parents[2]
 HOOKS = [name for name, thing in vars(hookspecs).items() if hasattr(thing, "kdrecipe_spec")]
@@ -62,7 +64,7 @@ def installed(monkeypatch):
 
     def pretend(points):
         found = [EntryPoint(name, value, "kdrecipe") for name, value in points]
-        monkeypatch.setattr(plugins_module, "entry_points", lambda group: found)
+        monkeypatch.setattr(plugins_module, "available", lambda: found)
 
     return pretend
 
@@ -85,14 +87,50 @@ def test_everything_shipped_loads():
     assert "conformer" in registry.names("architectures")
     assert {"ctc", "kl"} <= set(registry.names("losses"))
     assert registry.source("losses", "kl").name == "kl"
-    assert registry.source("losses", "ctc").name == "kdrecipe.heads.ctc"
+    assert registry.source("losses", "ctc").name == "kdrecipe.model.heads.ctc"
 
 
-def test_entry_points_in_setup_cfg_are_the_installed_ones():
+def test_a_new_file_in_a_folder_is_a_plugin(tmp_path, monkeypatch):
+    """In the folder of a shipped package: no line elsewhere, nothing to install again."""
+    folder = tmp_path / "plug_shipped" / "losses"
+    folder.mkdir(parents=True)
+    for package in (folder.parent, folder):
+        (package / "__init__.py").touch()
+    (folder / "fresh.py").write_text(HEADER + textwrap.dedent(loss_text("fresh")))
+    (folder / "helper.py").write_text("from kdrecipe import hookimpl  # used elsewhere\nraise RuntimeError\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(plugins_module, "SHIPPED", ("plug_shipped", "plug_absent"))
+    monkeypatch.setattr(plugins_module, "entry_points", lambda group: [])
+    plugins = load_plugins(env={})
+    assert plugins.broken == {}
+    assert plugins.registry.source("losses", "fresh").package == "kdrecipe"
+    assert plugins.registry.names("losses") == sorted([*BUILT_IN_LOSSES, "fresh"])
+    del sys.modules["plug_shipped.losses.fresh"]
+
+
+def test_every_folder_of_the_packages_is_in_the_wheel():
     text = (ROOT / "setup.cfg").read_text(encoding="utf-8")
-    section = text.split("\nkdrecipe =\n")[-1]
-    declared = re.findall(r"^    (\w+) = kdrecipe_", section, flags=re.MULTILINE)
-    assert set(declared) <= set(installed_names())
+    listed = re.findall(
+        r"^    (kdrecipe[\w.]*)$", text.partition("packages =")[2].partition("package_dir")[0], re.M
+    )
+    folders = {"kdrecipe": "kdrecipe", "kdrecipe_plugins": "plugins", "kdrecipe_local": "local"}
+    there = {
+        ".".join((package, *path.parent.relative_to(ROOT / folder).parts))
+        for package, folder in folders.items()
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
+    assert set(listed) == there
+
+
+def test_names_that_moved_warn_and_go_on_working():
+    for old, new in {"frames": "kdrecipe.frames", "problems": "kdrecipe.corpus.problems"}.items():
+        sys.modules.pop(f"kdrecipe.data.{old}", None)
+        with pytest.warns(DeprecationWarning, match=f"import {new}"):
+            moved = importlib.import_module(f"kdrecipe.data.{old}")
+        now = importlib.import_module(new)
+        names = [n for n in vars(now) if not n.startswith("_")]
+        assert names
+        assert all(getattr(moved, n) is getattr(now, n) for n in names)
 
 
 def test_one_broken_plugin_does_not_stop_the_others(write, installed):
@@ -177,7 +215,7 @@ def test_a_duplicate_names_both_and_belongs_to_neither(write, installed):
 def test_no_plugin_may_replace_the_cores_own(write, installed):
     write("plug_ctc", loss_text("ctc"))
     installed([("mine", "plug_ctc")])
-    with pytest.raises(PluginError, match=r"kdrecipe\.heads\.ctc.* and .*plug_ctc"):
+    with pytest.raises(PluginError, match=r"kdrecipe\.model\.heads\.ctc.* and .*plug_ctc"):
         load_plugins(env={}).registry.get("losses", "ctc")
 
 
@@ -527,7 +565,7 @@ def test_examples_in_the_hooks_document_load():
 
 
 def test_core_commands_are_the_command_lines():
-    from kdrecipe.cli import cli
+    from kdrecipe.cli.main import cli
 
     assert set(cli.commands) == set(CORE_COMMANDS)
 

@@ -17,13 +17,13 @@ import soundfile
 
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Metric
-from kdrecipe.results import plots
-from kdrecipe.results.html import from_markdown, per_epoch, read_log
-from kdrecipe.results.listen import Listening, aligned, encode
-from kdrecipe.results.report import assemble, write_report
-from kdrecipe.results.scoring import Question, score
-from kdrecipe.results.searches import score_searches
-from kdrecipe.sections import Claim
+from kdrecipe.recipe.sections import Claim
+from kdrecipe.report import plots
+from kdrecipe.report.html import from_markdown, per_epoch, read_log
+from kdrecipe.report.listen import Listening, aligned, encode
+from kdrecipe.report.write import assemble, write_report
+from kdrecipe.score.scoring import Question, score
+from kdrecipe.score.searches import score_searches
 from kdrecipe_plugins.metrics.cer import Cer
 from kdrecipe_plugins.metrics.wer import TextOptions, Wer
 

@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdrecipe.data.lattice import full_lattice_posteriors, joined_cells, simple_pass, three_classes
 from kdrecipe.errors import DataError, RecipeError
-from kdrecipe.heads.rnnt import RnntHead, RnntHeadOptions, RnntLoss, RnntLossOptions
 from kdrecipe.interfaces import (
     UNK_ID,
     Batch,
@@ -20,6 +18,8 @@ from kdrecipe.interfaces import (
     ModelOutput,
     Targets,
 )
+from kdrecipe.lattice import full_lattice_posteriors, joined_cells, simple_pass, three_classes
+from kdrecipe.model.heads.rnnt import RnntHead, RnntHeadOptions, RnntLoss, RnntLossOptions
 from kdrecipe_plugins.losses.rnnt_kl import RnntKlLoss
 
 V, D = 8, 6

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from kdrecipe.errors import RecipeError
-from kdrecipe.heads.rnnt import RnntHead
 from kdrecipe.interfaces import BLANK_ID, UNK_ID, ModelOutput
+from kdrecipe.model.heads.rnnt import RnntHead
 from kdrecipe.testing.decode_checks import LetterTokens
 from kdrecipe_plugins.decoders.rnnt_beam import RnntBeam
 from kdrecipe_plugins.decoders.rnnt_greedy import RnntGreedy

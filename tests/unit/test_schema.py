@@ -10,8 +10,8 @@ from pydantic import Field
 
 from kdrecipe.errors import RecipeError
 from kdrecipe.interfaces import Options, TargetSpec
-from kdrecipe.plugins import Plugins
-from kdrecipe.schema import load_recipe
+from kdrecipe.plugin.loader import Plugins
+from kdrecipe.recipe.load import load_recipe
 
 EXAMPLE = """\
 corpus: {name: an4, root: "${KDRECIPE_TEST_ROOT}", subsets: {few: {speakers: 11}, rest: {except: few}}}

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdrecipe.data.hypotheses import read_hypotheses
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import Metric
-from kdrecipe.results.resampling import holm, interval, resampled_sums, sign_flip_p
-from kdrecipe.results.scoring import Question, score, score_split
+from kdrecipe.score.hypotheses import read_hypotheses
+from kdrecipe.score.resampling import holm, interval, resampled_sums, sign_flip_p
+from kdrecipe.score.scoring import Question, score, score_split
 from kdrecipe_plugins.metrics.cer import Cer
 from kdrecipe_plugins.metrics.wer import TextOptions, Wer
 
@@ -136,7 +136,7 @@ def test_bootstrap_by_group_is_wider_where_groups_differ() -> None:
 def test_chunks_do_not_change_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     column = {"e": np.arange(50.0)}
     whole = resampled_sums(column, resamples=300, seed=3)["e"]
-    monkeypatch.setattr("kdrecipe.results.resampling._CHUNK_CELLS", 50 * 7)
+    monkeypatch.setattr("kdrecipe.score.resampling._CHUNK_CELLS", 50 * 7)
     parts = resampled_sums(column, resamples=300, seed=3)["e"]
     assert np.array_equal(whole, parts)
 

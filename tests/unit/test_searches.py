@@ -13,17 +13,17 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from kdrecipe.data.audio import Utterance
-from kdrecipe.data.hypotheses import hyps_file
+from kdrecipe.corpus.audio import Utterance
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Hypothesis, Metric, ModelOutput, Options
 from kdrecipe.measure.search import search_rtf
-from kdrecipe.pipeline.decode import _same_texts, build_decoder
-from kdrecipe.registry import Registry
-from kdrecipe.results.reading import reading
-from kdrecipe.results.searches import pairs, score_searches
-from kdrecipe.results.text import search_table
-from kdrecipe.sections import Named
+from kdrecipe.plugin.registry import Registry
+from kdrecipe.recipe.sections import Named
+from kdrecipe.report.reading import reading
+from kdrecipe.report.text import search_table
+from kdrecipe.score.hypotheses import hyps_file
+from kdrecipe.score.searches import pairs, score_searches
+from kdrecipe.stages.decode import _same_texts, build_decoder
 from kdrecipe.testing.decode_checks import LetterTokens
 from kdrecipe_plugins.metrics.cer import Cer
 from kdrecipe_plugins.metrics.wer import TextOptions, Wer

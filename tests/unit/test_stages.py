@@ -14,7 +14,10 @@ import pytest
 
 from kdrecipe.artifacts import read_json, write_json
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.stages import STAGES, Job, Layout, Plan, describe_change, locked, run_job, why_run
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job, describe_change, locked, run_job, why_run
+from kdrecipe.stages import STAGES
+from kdrecipe.stages.layout import Layout
 
 
 class Work:
@@ -323,7 +326,7 @@ def test_a_kill_between_the_two_renames_is_survived(finished):
 HOLD = """
 import sys, time
 from pathlib import Path
-from kdrecipe.stages import locked
+from kdrecipe.jobs.stamps import locked
 with locked(Path(sys.argv[1]), "it"):
     print("held", flush=True)
     time.sleep(60)

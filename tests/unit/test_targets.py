@@ -12,14 +12,14 @@ import torch
 from lhotse.audio import Recording
 from lhotse.cut import CutSet
 
-from kdrecipe.data.target_cache import TargetCache, write_targets
-from kdrecipe.data.targets import LiveTargets
 from kdrecipe.errors import DataError, TrainingError
-from kdrecipe.heads.attention import AttentionHead, AttentionHeadOptions
-from kdrecipe.heads.rnnt import RnntHead, RnntHeadOptions
 from kdrecipe.interfaces import Batch, TargetSpec
+from kdrecipe.model.heads.attention import AttentionHead, AttentionHeadOptions
+from kdrecipe.model.heads.rnnt import RnntHead, RnntHeadOptions
+from kdrecipe.stages.inputs import merge_specs
+from kdrecipe.targets.cache import TargetCache, write_targets
+from kdrecipe.targets.live import LiveTargets
 from kdrecipe.testing.models import INPUT_DIM, VOCAB_SIZE, WIDTH, TinyModel, random_batch, tiny_model
-from kdrecipe.train.inputs import merge_specs
 from kdrecipe.train.step import along_with
 
 KEY = {"teacher": "weights-1", "tokens": "tokens-1", "features": {"num_mel_bins": 80}}

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from kdrecipe.data.batches import CutBatches
-from kdrecipe.heads.ctc import CtcHead, CtcHeadOptions, CtcLoss, CtcLossOptions
 from kdrecipe.interfaces import LossOutput, Posteriors, Targets
 from kdrecipe.model.asr import AsrModel, FeatureNorm
-from kdrecipe.sections import SpecAugment, Training
+from kdrecipe.model.heads.ctc import CtcHead, CtcHeadOptions, CtcLoss, CtcLossOptions
+from kdrecipe.recipe.sections import SpecAugment, Training
 from kdrecipe.train.loop import Objective, Term, train
 from kdrecipe_plugins.architectures.conformer import Conformer
 

@@ -1,0 +1,264 @@
+"""The command line. Imports nothing slow: every command imports what it needs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kdrecipe import __version__
+from kdrecipe.cli.plugins import new, plugins
+from kdrecipe.errors import KdrecipeError, ParityError, Problem, RecipeError, TrainingError
+from kdrecipe.plugin.registry import did_you_mean
+from kdrecipe.stages import STAGES
+
+if TYPE_CHECKING:
+    from kdrecipe.recipe.load import Recipe
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class _Cli(click.Group):
+    """The core's commands; plugins are loaded only for a command that is none of them."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = super().get_command(ctx, cmd_name)
+        if found is not None or cmd_name.startswith("-"):
+            return found
+        from kdrecipe.plugin.loader import load_plugins
+
+        registry = load_plugins().registry
+        problem = registry.problem("commands", cmd_name)
+        if problem is not None:
+            raise click.UsageError(f"{problem.what}; {problem.remedy}", ctx)
+        command: click.Command = registry.get("commands", cmd_name)
+        return command
+
+
+class _Stage(click.ParamType):
+    """A stage by number or verb."""
+
+    name = "stage"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        verbs = [verb for verb, _ in STAGES]
+        text = str(value)
+        if text in verbs:
+            return verbs.index(text)
+        if text.isdecimal() and int(text) < len(verbs):
+            return int(text)
+        self.fail(f"{text!r} is no stage, 0 to {len(verbs) - 1}; {did_you_mean(text, verbs)}", param, ctx)
+
+
+@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="kdrecipe")
+def cli() -> None:
+    """Distil, shrink and export speech recognisers, by recipe.
+
+    RECIPE is a directory, a recipe.yaml, or corpus/name below recipes/. Plugins may add commands:
+    see kdrecipe plugins list.
+    """
+
+
+def _recipe_options(function: Any) -> Any:
+    function = click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value, dotted key."
+    )(function)
+    function = click.option("--profile", help="Merge in one of the recipe's profiles (tiny).")(function)
+    return click.argument("recipe", default=".", metavar="[RECIPE]")(function)
+
+
+@cli.command()
+@_recipe_options
+@click.option("--stage", "first", type=_Stage(), default=0, help="First stage, by number or verb.")
+@click.option("--stop-stage", "last", type=_Stage(), default=len(STAGES) - 1, help="Last stage, included.")
+@click.option("--dry-run", is_flag=True, help="Only say what would run, and why.")
+@click.option("--force", is_flag=True, help="Run even what is up to date.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes side by side.  [default: by machine]")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Where results go.  [default: RECIPE/exp, or exp-PROFILE]"
+)
+@click.option("--job", hidden=True, help="Run this one job: how side-by-side processes are started.")
+def run(
+    recipe: str,
+    profile: str | None,
+    overrides: tuple[str, ...],
+    first: int,
+    last: int,
+    dry_run: bool,
+    force: bool,
+    jobs: int | None,
+    work: Path | None,
+    job: str | None,
+) -> None:
+    """Run the stages of a recipe; what is up to date is skipped."""
+    if first > last:
+        raise click.UsageError(f"--stage {first} comes after --stop-stage {last}")
+    loaded = _load(recipe, overrides, profile)
+    from kdrecipe.stages.run import run_recipe
+
+    program = (sys.executable, "-m", "kdrecipe.cli")
+    run_recipe(
+        loaded, first, last, dry_run=dry_run, force=force, jobs=jobs, work=work, job=job, program=program
+    )
+
+
+@cli.command()
+@_recipe_options
+def check(recipe: str, profile: str | None, overrides: tuple[str, ...]) -> None:
+    """Find every mistake in a recipe, in its profiles too, without running anything."""
+    loaded = _load(recipe, overrides, profile)
+    from kdrecipe.recipe.load import load_recipe
+
+    problems: list[Problem] = []
+    for other in loaded.profiles if profile is None else ():
+        try:
+            load_recipe(loaded.path, overrides=overrides, profile=other)
+        except RecipeError as error:
+            problems += [Problem(f"profile {other}: {p.what}", p.where, p.remedy) for p in error.problems]
+    if problems:
+        raise RecipeError(problems)
+    _summary(loaded)
+
+
+def _summary(recipe: Recipe) -> None:
+    from kdrecipe.stages.lm import missing_kenlm
+
+    teachers = recipe.teaching()
+    for name in recipe.build_order():
+        system = recipe.systems[name]
+        stage = 3 if name in teachers else 6 if system.kind == "compressed" else 5
+        seeds = " ".join(map(str, system.seeds))
+        needs = f"from {', '.join(system.needs)}" if system.needs else ""
+        click.echo(f"  {name:20s} {system.kind:10s} stage {stage}, seeds {seeds:10s} {needs}".rstrip())
+    lists = recipe.corpus.lists
+    text = recipe.lm.text if recipe.lm else None
+    locations = [
+        recipe.corpus.location,
+        *lists.values(),
+        text,
+        *(s.location for s in recipe.systems.values()),
+    ]
+    for location in locations:
+        try:
+            if location is not None:
+                location.path()
+        except RecipeError as error:
+            click.echo(f"  to run it: {error.problems[0].what} ({error.problems[0].where})")
+    for name, location in lists.items():
+        try:
+            path = recipe.corpus.list_path(name)
+        except RecipeError:  # an environment variable: that has been told
+            continue
+        if not path.exists():
+            click.echo(f"  to run it: there is no {path} to list the subset {name!r} ({location.where})")
+    if missing := missing_kenlm(recipe):
+        click.echo(f"  to run it: {missing.problems[0].what}: {missing.problems[0].remedy}")
+    also = f", also with --profile {', '.join(recipe.profiles)}" if recipe.profiles else ""
+    click.echo(f"{recipe.name}: no mistakes found{also if recipe.profile is None else ''}")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path), metavar="BUNDLE_OR_EXPORT")
+@click.argument("audio", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--decoder", help="The search, for bundles.  [default: greedy, of the model's first head]")
+@click.option(
+    "--variant", type=click.Choice(["fp32", "int8"]), help="Of an export.  [default: int8 if there]"
+)
+def transcribe(model: Path, audio: tuple[Path, ...], decoder: str | None, variant: str | None) -> None:
+    """Recognise audio files and say when each word starts."""
+    from kdrecipe.cli import transcribe as pipeline
+
+    pipeline.transcribe(model, audio, decoder=decoder, variant=variant)
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path), metavar="BUNDLE_OR_EXPORT")
+@click.argument("audio", nargs=-1, type=click.Path(path_type=Path))
+def bench(model: Path, audio: tuple[Path, ...]) -> None:
+    """Measure size, speed and memory on one thread; without AUDIO, on synthetic utterances."""
+    from kdrecipe.cli import bench as pipeline
+
+    pipeline.bench(model, audio)
+
+
+@cli.command()
+def stages() -> None:
+    """Print the stage table, the same for every recipe."""
+    for number, (verb, purpose) in enumerate(STAGES):
+        click.echo(f"{number:2d}  {verb:9s} {purpose}")
+
+
+cli.add_command(plugins)
+cli.add_command(new)
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def _load(text: str, overrides: Sequence[str], profile: str | None) -> Recipe:
+    path = find_recipe(text)
+    from kdrecipe.recipe.load import load_recipe
+
+    return load_recipe(path, overrides=overrides, profile=profile)
+
+
+def find_recipe(text: str) -> Path:
+    """The ``recipe.yaml`` that ``text`` means: a file, a directory, or ``corpus/name``.
+
+    Raises:
+        RecipeError: there is none; the remedy names the closest known recipe.
+    """
+    path = Path(text)
+    if path.is_file():
+        return path
+    if (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    folders = [Path.cwd() / "recipes", Path(__file__).resolve().parents[2] / "recipes"]
+    for folder in folders:
+        if (folder / text / "recipe.yaml").is_file():
+            return folder / text / "recipe.yaml"
+    known = {
+        "/".join(found.parent.parts[-2:]) for folder in folders for found in folder.glob("*/*/recipe.yaml")
+    }
+    if text == ".":
+        raise RecipeError("there is no recipe.yaml in this directory", remedy=did_you_mean("", known))
+    what = f"there is no recipe.yaml in {text!r}" if path.is_dir() else f"there is no recipe {text!r}"
+    raise RecipeError(what, remedy=did_you_mean(text, known))
+
+
+# ---------------------------------------------------------------- entry point
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    0: done; 2: the input is wrong; 1: the work failed; 130: interrupted. A traceback is a bug.
+    """
+    try:
+        status = cli.main(args=argv, prog_name="kdrecipe", standalone_mode=False)
+    except KdrecipeError as error:
+        sys.stdout.flush()
+        number = len(error.problems)
+        head = f"kdrecipe: {number} problems\n" if number > 1 else "kdrecipe: "
+        print(f"{head}{error}", file=sys.stderr)
+        return EXIT_FAILED if isinstance(error, (TrainingError, ParityError)) else EXIT_BAD_INPUT
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        print("kdrecipe: interrupted; the same command goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has stopped (| head); keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    return status if isinstance(status, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Recognise audio files with a bundle or an export, and say when each word starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from kdrecipe.corpus.audio import SAMPLE_RATE, read_audio, resample
+from kdrecipe.errors import DataError, KdrecipeError, Problem
+from kdrecipe.interfaces import Hypothesis, Options
+
+WORD_START = "\u2581"  # SentencePiece's mark on a piece that begins a word
+
+
+class Recogniser(Protocol):
+    """A bundle or an export, loaded."""
+
+    def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
+        """Recognise one utterance of any sampling rate, samples in [-1, 1]."""
+
+
+def transcribe(
+    path: Path | str,
+    audio_files: Sequence[Path | str],
+    *,
+    decoder: str | None = None,
+    variant: str | None = None,
+) -> list[Hypothesis]:
+    """Recognise files and print, per file, the text and the start of each word and token.
+
+    Args:
+        path: a bundle's directory, an export's directory, or an ``.onnx`` or ``.pt`` file of one.
+        audio_files: of any sampling rate, read by libsndfile.
+        decoder: the search, for bundles (exports bring their runtime's own); None: the greedy one of
+            the model's first head.
+        variant: ``fp32`` or ``int8`` of an export's directory; None: int8 if it is there.
+
+    Returns:
+        What was recognised, file by file.
+
+    Raises:
+        KdrecipeError: ``path`` is nothing to recognise with.
+        DataError: audio can't be read; the files before it have been printed.
+    """
+    # All files are looked at first: better than stopping at the tenth of them.
+    missing = [Problem("there is no such file", str(f)) for f in audio_files if not Path(f).is_file()]
+    if missing:
+        raise DataError(missing)
+    runner, pieces = open_runner(Path(path), decoder=decoder, variant=variant)
+    hypotheses = []
+    for number, file in enumerate(audio_files):
+        hypothesis = runner.transcribe(*read_audio(file))
+        if number:
+            print()
+        print(show(str(file), hypothesis, pieces))
+        hypotheses.append(hypothesis)
+    return hypotheses
+
+
+def open_runner(
+    path: Path, *, decoder: str | None = None, variant: str | None = None
+) -> tuple[Recogniser, list[str]]:
+    """What recognises, and its tokens by id; arguments as of :func:`transcribe`."""
+    from kdrecipe_plugins.exporters.shared import read_pieces
+
+    if (path / "bundle.json").exists():
+        runner = BundleRunner(path, decoder)
+        return runner, runner.pieces
+    opened = _open_export(path, variant)
+    if opened is None:
+        wanted = "an export" if variant is None else f"an export in {variant}"
+        raise KdrecipeError(
+            f"there is neither a bundle (bundle.json) nor {wanted}",
+            where=str(path),
+            remedy="give exp/systems/<system>/seed<k>, exp/exports/<system>/seed<k>/<exporter>, or a file",
+        )
+    return opened, read_pieces((path if path.is_dir() else path.parent) / "tokens.txt")
+
+
+def _open_export(path: Path, variant: str | None) -> Recogniser | None:
+    from kdrecipe.measure.exports import find_exports
+    from kdrecipe.plugin.loader import load_plugins
+
+    exports = {export.variant: export for export in find_exports(path, load_plugins().registry)}
+    wanted = (variant,) if variant is not None and path.is_dir() else ("int8", "fp32", *exports)
+    for name in wanted:
+        if name in exports:
+            return exports[name].load()
+    if path.is_file() and path.suffix == ".onnx":  # by another name: a CTC model from elsewhere
+        from kdrecipe_plugins.exporters.onnx_ctc import OnnxRunner
+
+        runner: Recogniser = OnnxRunner(path)
+        return runner
+    return None
+
+
+class BundleRunner:
+    """A bundle as a :class:`Recogniser`: torch, Lhotse's features, any decoder.
+
+    Args:
+        path: the bundle's directory.
+        decoder: name of the search; its options are the defaults. None: the greedy one of the
+            model's first head.
+
+    Raises:
+        KdrecipeError: the model lacks the decoder's head.
+    """
+
+    def __init__(self, path: Path, decoder: str | None = None) -> None:
+        from kdrecipe.model.bundle import Bundle
+
+        self.bundle = Bundle.load(path)
+        self.pieces: list[str] = self.bundle.tokens.pieces
+        self._decoder = self._build(decoder)
+
+    def _build(self, name: str | None) -> Any:
+        heads = list(self.bundle.meta["model"]["heads"])
+        cls = self.bundle.registry.get("decoders", name or f"{heads[0]}_greedy")
+        if cls.head not in heads:
+            fitting = [
+                n
+                for n in self.bundle.registry.names("decoders")
+                if self.bundle.registry.get("decoders", n).head in heads
+            ]
+            raise KdrecipeError(
+                f"{name!r} searches the head {cls.head!r}, the model has {', '.join(heads)}",
+                where=str(self.bundle.path),
+                remedy=f"give one of {', '.join(fitting)}",
+            )
+        config: Options = cls.Config()
+        lm = (None,) if "lm_weight" in cls.Config.model_fields else ()
+        return cls(config, self.bundle.tokens, self.bundle.meta["frame_shift_s"], *lm)
+
+    def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
+        """Recognise one utterance of any sampling rate."""
+        import torch
+
+        from kdrecipe.data.features import extract
+
+        features_TF = extract(resample(samples_S, sample_rate), SAMPLE_RATE, self.bundle.meta["features"])
+        with torch.no_grad():
+            out = self.bundle.model(torch.from_numpy(features_TF)[None], torch.tensor([len(features_TF)]))
+        result: Hypothesis = self._decoder.decode(self.bundle.model, out)[0]
+        return result
+
+
+def show(name: str, hypothesis: Hypothesis, pieces: Sequence[str]) -> str:
+    """The text, then a line per word: its start in seconds, the word, and its tokens with theirs."""
+    lines = [name, f"  {hypothesis.text or '(nothing recognised)'}"]
+    for word in _words(hypothesis, pieces):
+        text = "".join(piece for piece, _ in word).replace(WORD_START, "")
+        tokens = "  ".join(f"{piece}@{start_s:.2f}" for piece, start_s in word)
+        lines.append(f"  {word[0][1]:8.2f} s  {text:<16s} {tokens}")
+    return "\n".join(lines)
+
+
+def _words(hypothesis: Hypothesis, pieces: Sequence[str]) -> list[list[tuple[str, float]]]:
+    """Tokens and their starts, by word."""
+    words: list[list[tuple[str, float]]] = []
+    for token, start_s in zip(hypothesis.tokens, hypothesis.times_s, strict=False):
+        if not words or pieces[token].startswith(WORD_START):
+            words.append([])
+        words[-1].append((pieces[token], start_s))
+    return words

@@ -1,0 +1,237 @@
+"""Manifests of a corpus: validated and written; nothing is left out in silence.
+
+A corpus plugin makes Lhotse recordings and supervisions, by itself or with
+:func:`kdrecipe.corpus.gather.gather`; :func:`validate_corpus` then looks at every recording and
+transcript, and :func:`finish` writes ``<split>_recordings.jsonl.gz``,
+``<split>_supervisions.jsonl.gz`` and ``summary.json``. Once there are tokens,
+:func:`check_lengths` finds utterances that are too short for their text.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrecipe.corpus.gather import reason
+from kdrecipe.corpus.problems import NAMES_SHOWN, DataProblem, OnError, as_left_out, settle
+from kdrecipe.interfaces import Prepared, TokenTable
+
+if TYPE_CHECKING:
+    from lhotse.audio import RecordingSet
+    from lhotse.cut import CutSet
+    from lhotse.supervision import SupervisionSet
+
+SAMPLE_RATE = 16000
+_BEYOND_S = 0.01  # a transcript may end this much after its audio: rounding in hand-made manifests
+
+
+@dataclass
+class Summary:
+    """What :func:`finish` wrote, also as ``summary.json``.
+
+    Args:
+        splits: name -> ``{"utterances", "speakers", "hours"}``.
+        left_out: ``{"id", "where", "reason"}`` of everything left out.
+        notes: facts that the report must state.
+    """
+
+    splits: dict[str, dict[str, float]] = field(default_factory=dict)
+    left_out: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def validate_corpus(
+    prepared: Prepared, *, sampling_rate: int = SAMPLE_RATE, num_workers: int = 1
+) -> list[DataProblem]:
+    """Look at all transcripts and decode all audio.
+
+    Args:
+        prepared: a corpus plugin's result; not changed.
+        sampling_rate: in Hz, what every recording must have.
+        num_workers: threads that decode.
+
+    Returns:
+        What is wrong, besides ``prepared.problems``; several per utterance if need be.
+    """
+    problems: list[DataProblem] = []
+    seen: dict[str, str] = {}
+    for split, (recordings, supervisions) in prepared.splits.items():
+        by_id = {recording.id: recording for recording in _items(recordings)}
+        sups_of: dict[str, list[str]] = {}
+        for sup in _items(supervisions):
+            if sup.id in seen:
+                what = f"in {seen[sup.id]} and {split}" if seen[sup.id] != split else f"in {split}"
+                problems.append(DataProblem(what, sup.id, kind="duplicate_id", id=sup.id))
+            seen.setdefault(sup.id, split)
+            sups_of.setdefault(sup.recording_id, []).append(sup.id)
+            problems += _check_supervision(sup, by_id.get(sup.recording_id))
+        used = [by_id[i] for i in sups_of if i in by_id]
+        with ThreadPoolExecutor(max(1, num_workers)) as pool:
+            faults = pool.map(lambda recording: _check_audio(recording, sampling_rate), used)
+            for recording, fault in zip(used, faults, strict=True):
+                if fault is not None:
+                    kind, what = fault
+                    where = audio_path(recording)
+                    problems += [DataProblem(what, where, kind=kind, id=i) for i in sups_of[recording.id]]
+    return problems
+
+
+def _items(manifest: Any) -> list[Any]:
+    """The manifest as a list; Lhotse's annotations do not let it be iterated."""
+    return list(manifest)
+
+
+def _check_supervision(sup: Any, recording: Any | None) -> list[DataProblem]:
+    """Faults of one transcript."""
+    where = audio_path(recording) if recording is not None else sup.recording_id
+    text, found = sup.text or "", []
+    if recording is None:
+        found.append(DataProblem(f"no recording for {sup.id}", where, kind="missing_audio", id=sup.id))
+    elif sup.duration <= 0 or sup.start < 0 or sup.end > recording.duration + _BEYOND_S:
+        what = f"{sup.start:.2f} to {sup.end:.2f} s of {recording.duration:.2f} s"
+        if recording.duration > 0:  # an empty recording is reported as such
+            found.append(DataProblem(what, where, kind="beyond_audio", id=sup.id))
+    if not text.strip():
+        found.append(DataProblem("", where, kind="empty_text", id=sup.id))
+    if "\ufffd" in text:  # what readers put in place of bytes that they could not decode
+        found.append(DataProblem(repr(text[:40]), where, kind="not_utf8", id=sup.id))
+    return found
+
+
+def _check_audio(recording: Any, sampling_rate: int) -> tuple[str, str] | None:
+    """(kind, detail) of what is wrong with the audio, or None."""
+    for source in recording.sources:
+        if source.type == "file" and not Path(source.source).is_file():
+            return "missing_audio", ""
+    if recording.num_samples == 0:
+        return "zero_length", ""
+    if recording.sampling_rate != sampling_rate:
+        return "sampling_rate", f"{recording.sampling_rate} Hz instead of {sampling_rate}"
+    try:
+        samples = recording.load_audio()
+    except Exception as error:  # whatever the decoder raises, the file is at fault
+        return "undecodable", reason(error)
+    return None if samples.size else ("zero_length", "")
+
+
+def audio_path(recording: Any) -> str:
+    """Where a recording's (:class:`lhotse.Recording`) audio is: its first source's file, else its id."""
+    files = [source.source for source in recording.sources if source.type == "file"]
+    return str(files[0]) if files else str(recording.id)
+
+
+def check_lengths(
+    cuts: CutSet,
+    tokenizer: TokenTable,
+    subsampling: int | Callable[[int], int],
+    frame_shift_s: float = 0.01,
+) -> list[DataProblem]:
+    """Cuts that CTC can't align: fewer encoder frames than tokens plus repetitions.
+
+    Between two equal tokens CTC needs a blank, hence the repetitions.
+
+    Args:
+        cuts: with text, with features or without.
+        tokenizer: gives the tokens of a text.
+        subsampling: feature frames per encoder frame, or the encoder's own ``output_len``.
+        frame_shift_s: of the features, for cuts that have none yet.
+
+    Returns:
+        A problem per such cut, ``id`` being the cut's id.
+    """
+    problems = []
+    for cut in _items(cuts):
+        ids = tokenizer.encode(" ".join(sup.text or "" for sup in cut.supervisions))
+        needed = len(ids) + sum(a == b for a, b in itertools.pairwise(ids))
+        num_frames = cut.num_frames if cut.has_features else round(cut.duration / frame_shift_s)
+        frames = subsampling(num_frames) if callable(subsampling) else num_frames // subsampling
+        if frames < needed:
+            where = audio_path(cut.recording) if cut.has_recording else cut.id
+            what = f"{cut.id}: {cut.duration:.2f} s give {frames} frames, its {len(ids)} tokens need {needed}"
+            problems.append(DataProblem(what, where, kind="too_short", id=cut.id))
+    return problems
+
+
+def overlap_notes(splits: dict[str, tuple[RecordingSet, SupervisionSet]]) -> list[str]:
+    """What ``dev`` and ``test`` share with ``train``, as sentences for the report.
+
+    Sentences are always counted; speakers only if there are any in common.
+    """
+    notes = []
+    train = _items(splits["train"][1]) if "train" in splits else []
+    texts, speakers = {sup.text for sup in train}, {sup.speaker for sup in train} - {None}
+    for split, (_, supervisions) in splits.items():
+        if split == "train" or not train:
+            continue
+        others = _items(supervisions)
+        shared = sum(sup.text in texts for sup in others)
+        notes.append(f"{shared} of {len(others)} {split} sentences occur in train")
+        common = sorted({sup.speaker for sup in others} & speakers)
+        if common:
+            shown = ", ".join(map(str, common[:NAMES_SHOWN]))
+            notes.append(f"{len(common)} speakers of {split} are also in train: {shown}")
+    return notes
+
+
+def finish(prepared: Prepared, out_dir: Path, on_error: OnError) -> Summary:
+    """Write manifests and ``summary.json``, without whatever ``prepared.problems`` says to leave out.
+
+    The files do not depend on the time of writing: equal input gives equal bytes.
+
+    Args:
+        prepared: a corpus plugin's result, its problems completed by :func:`validate_corpus`.
+        out_dir: created if needed.
+        on_error: what to do about problems, see :func:`settle`.
+
+    Raises:
+        DataError: see :func:`settle`; and if nothing is left of a split.
+    """
+    out = settle(prepared.problems, on_error, out_dir / "problems.txt")
+    from lhotse.audio import RecordingSet
+    from lhotse.supervision import SupervisionSet
+
+    summary = Summary(left_out=as_left_out(prepared.problems), notes=list(prepared.notes))
+    kept: dict[str, tuple[RecordingSet, SupervisionSet]] = {}
+    seen: set[str] = set()
+    for split, (recordings, supervisions) in prepared.splits.items():
+        sups = []
+        for sup in _items(supervisions):
+            if sup.id not in seen and sup.id not in out:
+                seen.add(sup.id)
+                sups.append(sup)
+        wanted = {sup.recording_id for sup in sups}
+        recs = list({r.id: r for r in reversed(_items(recordings)) if r.id in wanted}.values())[::-1]
+        listed = {sup.recording_id for sup in _items(supervisions)}
+        unused = [r.id for r in _items(recordings) if r.id not in listed]
+        if unused:
+            shown = ", ".join(unused[:NAMES_SHOWN]) + (", ..." if len(unused) > NAMES_SHOWN else "")
+            summary.notes.append(f"{len(unused)} recordings of {split} have no transcript, not used: {shown}")
+        kept[split] = (RecordingSet.from_recordings(recs), SupervisionSet.from_segments(sups))
+        summary.splits[split] = {
+            "utterances": len(sups),
+            "speakers": len({sup.speaker for sup in sups} - {None}),
+            "hours": round(sum(sup.duration for sup in sups) / 3600, 4),
+        }
+    empty = [DataProblem("", split, kind="empty_split") for split, sets in kept.items() if not len(sets[1])]
+    settle(empty, "stop")
+    summary.notes = list(dict.fromkeys(summary.notes + overlap_notes(kept)))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for split, (recording_set, supervision_set) in kept.items():
+        _write_jsonl(out_dir / f"{split}_recordings.jsonl.gz", recording_set)
+        _write_jsonl(out_dir / f"{split}_supervisions.jsonl.gz", supervision_set)
+    text = json.dumps(asdict(summary), indent=1, ensure_ascii=False) + "\n"
+    (out_dir / "summary.json").write_text(text, encoding="utf-8")
+    return summary
+
+
+def _write_jsonl(path: Path, items: Iterable[Any]) -> None:
+    # gzip.open would write the time into the header.
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+        for item in items:
+            file.write((json.dumps(item.to_dict(), ensure_ascii=False) + "\n").encode("utf-8"))

@@ -1,0 +1,113 @@
+"""Small tools for losses over frames: valid frames, precision, top-k posteriors.
+
+Shapes, in names: B utterances, T frames (padded), N valid frames of a batch in a row, V vocabulary,
+K kept classes, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdrecipe.errors import DataError
+from kdrecipe.interfaces import Posteriors
+
+
+def frame_mask(lens_B: Tensor, num_frames: int) -> Tensor:
+    """Bool (B, num_frames): True on the first ``lens_B`` frames of each utterance."""
+    return torch.arange(num_frames, device=lens_B.device) < lens_B[:, None]
+
+
+def valid_frames(values_BT: Tensor, lens_B: Tensor) -> Tensor:
+    """The valid frames of (B, T, ...) one after the other: (N, ...), N = sum of ``lens_B``."""
+    return values_BT[frame_mask(lens_B, values_BT.shape[1])]
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """float32 of bf16 and fp16 tensors, others unchanged: sums over frames need it."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def check_aligned(student_lens_B: Tensor, target_lens_B: Tensor) -> None:
+    """Refuse targets whose frame counts are not the student's; nothing is ever cropped.
+
+    Raises:
+        DataError: with the first utterance's counts.
+    """
+    if student_lens_B.shape != target_lens_B.shape:
+        raise DataError(
+            f"the batch has {len(student_lens_B)} utterances, its targets {len(target_lens_B)}",
+            remedy="compute the targets anew from these cuts (stage 4)",
+        )
+    differs_B = student_lens_B != target_lens_B.to(student_lens_B.device)
+    if bool(differs_B.any()):
+        row = int(differs_B.nonzero()[0])
+        raise DataError(
+            f"{int(differs_B.sum())} of {len(differs_B)} utterances have other frame counts in student and "
+            f"targets; utterance {row} of the batch has {int(student_lens_B[row])} and "
+            f"{int(target_lens_B[row])}",
+            remedy="teacher and student must subsample by the same rule, and see the same cuts; "
+            "targets are never cropped to fit",
+        )
+
+
+def keep_top(posteriors: Posteriors, top_k: int | None) -> Posteriors:
+    """At most ``top_k`` classes per frame, the others' mass moved into the tail.
+
+    Unchanged if ``top_k`` is None or not below the K there is. Kept classes come in falling order.
+    """
+    num_kept = posteriors.log_probs_BTK.shape[-1]
+    if top_k is None or top_k >= num_kept:
+        return posteriors
+    order_BTK = posteriors.log_probs_BTK.argsort(dim=-1, descending=True, stable=True)
+    sorted_BTK = posteriors.log_probs_BTK.gather(-1, order_BTK)
+    log_tail_BT = sorted_BTK[..., top_k:].logsumexp(-1)
+    if posteriors.log_tail_BT is not None:
+        log_tail_BT = torch.logaddexp(log_tail_BT, posteriors.log_tail_BT)
+    indices_BTK = order_BTK[..., :top_k]
+    if posteriors.indices_BTK is not None:
+        indices_BTK = posteriors.indices_BTK.gather(-1, indices_BTK)
+    return Posteriors(sorted_BTK[..., :top_k], posteriors.lens_B, indices_BTK, log_tail_BT)
+
+
+def bucket_log_probs(logits_NV: Tensor, indices_NK: Tensor | None) -> Tensor:
+    """Log-posteriors of the kept classes and, last, of all others together: (N, K + 1).
+
+    With ``indices_NK`` None, or K = V, nothing is left over and the result is (N, V).
+    """
+    log_probs_NV = logits_NV.log_softmax(-1)
+    if indices_NK is None:
+        return log_probs_NV
+    kept_NK = log_probs_NV.gather(-1, indices_NK)
+    if indices_NK.shape[-1] == logits_NV.shape[-1]:
+        return kept_NK
+    # The sum of what is left, not 1 minus what is kept: that would lose a tail below 1e-7.
+    tail_N1 = log_probs_NV.scatter(-1, indices_NK, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([kept_NK, tail_N1], dim=-1)
+
+
+def frame_log_probs(logits_BTV: Tensor, lens_B: Tensor, teacher: Posteriors) -> tuple[Tensor, Tensor]:
+    """Log-posteriors of teacher and student over the same classes, valid frames in a row.
+
+    With top-k targets the classes are the K kept ones and, last, all others together (K + 1).
+    The teacher's carry no gradient; both have the student's type, float32 at least.
+
+    Args:
+        logits_BTV: the student's, not normalised.
+        lens_B: the student's valid frames.
+        teacher: full posteriors or the top k.
+
+    Returns:
+        The teacher's (N, K) and the student's (N, K).
+
+    Raises:
+        DataError: the frame counts differ.
+    """
+    check_aligned(lens_B, teacher.lens_B)
+    logits_NV = full_precision(valid_frames(logits_BTV, lens_B))
+    log_p_NK = valid_frames(teacher.log_probs_BTK, teacher.lens_B)
+    indices_NK = None if teacher.indices_BTK is None else valid_frames(teacher.indices_BTK, teacher.lens_B)
+    if teacher.log_tail_BT is not None:
+        tail_N = valid_frames(teacher.log_tail_BT, teacher.lens_B)
+        log_p_NK = torch.cat([log_p_NK, tail_N[:, None]], dim=-1)
+    return log_p_NK.detach().to(logits_NV.dtype), bucket_log_probs(logits_NV, indices_NK)

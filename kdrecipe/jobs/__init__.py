@@ -1,0 +1,1 @@
+"""The engine that runs jobs; it knows no stage."""

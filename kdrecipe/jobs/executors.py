@@ -1,0 +1,122 @@
+"""Where jobs run: in a process of their own, with a share of the machine's threads and one GPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+PARENT = "KDRECIPE_PARENT"
+"""Environment variable that a job's process finds its parent's number in."""
+
+
+def num_gpus() -> int:
+    """GPUs that torch sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def set_threads() -> None:
+    """Give torch as many threads as ``KDRECIPE_THREADS`` says, if it says anything."""
+    threads = os.environ.get("KDRECIPE_THREADS")
+    if threads:
+        import torch
+
+        torch.set_num_threads(int(threads))
+
+
+def die_with_parent() -> None:
+    """Have Linux end this process with the one that started it, so that none trains on unseen."""
+    parent = os.environ.get(PARENT)
+    if parent and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(parent):
+            raise SystemExit(1)
+
+
+@dataclass
+class JobProcess:
+    """A job in a process of its own."""
+
+    process: subprocess.Popen[str]
+    reader: threading.Thread
+    gpu: int
+    start: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Processes:
+    """The processes at work, at most ``limit`` at a time.
+
+    Args:
+        limit: how many, at least 1; each gets an equal share of the cores.
+        relay: called with a job's name and each line that its process prints.
+    """
+
+    limit: int
+    relay: Callable[[str, str], None]
+    running: dict[str, JobProcess] = field(default_factory=dict)
+
+    @property
+    def full(self) -> bool:
+        """Whether no further process may be started now."""
+        return len(self.running) >= self.limit
+
+    def start(self, name: str, command: Sequence[str]) -> None:
+        """Start ``command`` for the job ``name``."""
+        threads = os.environ.get("KDRECIPE_THREADS") or str(max(1, (os.cpu_count() or 1) // self.limit))
+        env = {
+            **os.environ,
+            "KDRECIPE_THREADS": threads,
+            "OMP_NUM_THREADS": threads,
+            PARENT: str(os.getpid()),
+        }
+        gpus = num_gpus()
+        taken = [one.gpu for one in self.running.values()]
+        gpu = min(range(max(1, gpus)), key=taken.count)
+        if gpus > 1:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        reader = threading.Thread(target=self._read, args=(process, name), daemon=True)
+        reader.start()
+        self.running[name] = JobProcess(process, reader, gpu)
+
+    def _read(self, process: subprocess.Popen[str], name: str) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self.relay(name, line.rstrip())
+
+    def finished(self) -> list[tuple[str, int, float]]:
+        """Name, exit status and seconds of every process that has ended since the last call."""
+        ended = []
+        for name, one in list(self.running.items()):
+            if one.process.poll() is None:
+                continue
+            one.reader.join()
+            del self.running[name]
+            ended.append((name, one.process.returncode, time.monotonic() - one.start))
+        return ended
+
+    def stop(self) -> None:
+        """End all that still run."""
+        for one in self.running.values():
+            one.process.terminate()
+        for one in self.running.values():
+            one.process.wait()
+            one.reader.join()

@@ -1,0 +1,58 @@
+"""Jobs in an order in which they can be run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kdrecipe.errors import KdrecipeError
+from kdrecipe.jobs.stamps import Job, why_run
+
+
+@dataclass
+class Plan:
+    """Jobs in an order in which each comes after what it needs."""
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+
+    def add(self, job: Job) -> None:
+        """Append a job.
+
+        Raises:
+            AssertionError: a name is taken, or a need has not been added before.
+        """
+        assert job.name not in self.jobs, job.name
+        assert all(n in self.jobs for n in job.needs), (job.name, job.needs)
+        self.jobs[job.name] = job
+
+    def reasons(self, selected: Sequence[Job], *, force: bool = False) -> dict[str, str]:
+        """Why each selected job would run; jobs that are up to date are left out."""
+        reasons: dict[str, str] = {}
+        for job in selected:
+            reason = "forced" if force else why_run(job, self.jobs)
+            if reason is None:
+                rerun = [n for n in job.needs if n in reasons]
+                reason = f"{rerun[0]} will run" if rerun else None
+            if reason is not None:
+                reasons[job.name] = reason
+        return reasons
+
+    def check_available(self, selected: Sequence[Job]) -> None:
+        """Refuse to run stages whose inputs are neither finished nor about to be made.
+
+        Raises:
+            KdrecipeError: naming the stage to run first, for every such input.
+        """
+        chosen = {job.name for job in selected}
+        missing: dict[str, str] = {}
+        for job in selected:
+            for need in job.needs:
+                if need not in chosen and (reason := why_run(self.jobs[need], self.jobs)):
+                    missing[need] = reason
+        if missing:
+            stage = min(self.jobs[n].stage for n in missing)
+            listed = "; ".join(f"{name} ({why})" for name, why in list(missing.items())[:5])
+            raise KdrecipeError(
+                f"stage {selected[0].stage} reads what earlier stages have not finished: {listed}",
+                remedy=f"start with --stage {stage}",
+            )

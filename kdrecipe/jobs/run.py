@@ -1,0 +1,139 @@
+"""Runs the jobs of a plan that have a reason to, several at a time.
+
+Jobs that do not depend on each other run side by side in processes of their own: two small
+students on one core each finish far sooner than one after the other on both.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdrecipe.errors import KdrecipeError, TrainingError
+from kdrecipe.jobs.executors import Processes
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job, run_job, why_run
+
+
+@dataclass
+class Run:
+    """One invocation: the queue, and the processes at work.
+
+    Args:
+        plan: all jobs, also those that are not selected.
+        selected: jobs to run or to skip, in the plan's order.
+        reasons: why each runs, by name; the others are up to date.
+        verbs: name of each stage, for what is printed.
+        command: the command that runs one job in a process of its own.
+        num_jobs: processes side by side.
+        force: run also what turns out to be up to date.
+    """
+
+    plan: Plan
+    selected: Sequence[Job]
+    reasons: Mapping[str, str]
+    verbs: Sequence[str]
+    command: Callable[[Job], Sequence[str]]
+    num_jobs: int = 1
+    force: bool = False
+    bar: Any = field(default=None, init=False)
+    processes: Processes = field(init=False)
+    failed: dict[str, int] = field(default_factory=dict, init=False)  # job -> exit status
+
+    def run(self) -> None:
+        """Run all that has a reason to.
+
+        Raises:
+            KdrecipeError: at least one job failed; those beside it were let finish.
+        """
+        self._print_skipped()
+        queue = [j for j in self.selected if j.name in self.reasons]
+        self.processes = Processes(self.num_jobs, self._relay)
+        if sys.stdout.isatty() and self.num_jobs > 1 and queue:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=len(queue), unit="job", dynamic_ncols=True, file=sys.stdout)
+        try:
+            while queue or self.processes.running:
+                self._reap()
+                started = False if self.failed else self._start_next(queue)
+                if self.failed and not self.processes.running:
+                    break
+                if not started and self.processes.running:
+                    time.sleep(0.1)
+        finally:
+            self.processes.stop()
+            if self.bar is not None:
+                self.bar.close()
+        if self.failed:
+            only_bad_input = set(self.failed.values()) == {2}  # else the work failed: exit status 1
+            raise (KdrecipeError if only_bad_input else TrainingError)(
+                f"failed: {', '.join(self.failed)} (messages above)",
+                remedy="fix the cause and give the same command: finished work is kept",
+            )
+
+    def _print_skipped(self) -> None:
+        skipped = [j for j in self.selected if j.name not in self.reasons]
+        for stage in sorted({j.stage for j in skipped}):
+            names = [j.name for j in skipped if j.stage == stage]
+            shown = names[0] if len(names) == 1 else f"{len(names)} jobs"
+            print(f"stage {stage} {self.verbs[stage]}: {shown} up to date, skipped")
+
+    def _start_next(self, queue: list[Job]) -> bool:
+        waiting = {j.name for j in queue} | set(self.processes.running)
+        for job in queue:
+            if any(need in waiting for need in job.needs):
+                continue
+            here = job.alone or self.num_jobs == 1
+            if self.processes.running and (here or self.processes.full):
+                return False
+            queue.remove(job)
+            if not self.force and why_run(job, self.plan.jobs) is None:
+                # What it needs was made again and came out the same.
+                self._say(job, "up to date after all, skipped")
+            elif here:
+                self._say(job, f"... ({self.reasons[job.name]})")
+                self._done(job, run_job(job, self.plan.jobs))
+            else:
+                self._say(job, f"... ({self.reasons[job.name]})")
+                self.processes.start(job.name, self.command(job))
+            return True
+        return False
+
+    def _reap(self) -> None:
+        for name, status, seconds in self.processes.finished():
+            job = self.plan.jobs[name]
+            if status:
+                self.failed[name] = status
+                self._say(job, f"FAILED (exit {status})")
+            else:
+                self._done(job, seconds)
+
+    def _done(self, job: Job, seconds: float) -> None:
+        self._say(job, f"done in {_duration(seconds)}")
+
+    def _say(self, job: Job, text: str) -> None:
+        self._print(f"stage {job.stage} {self.verbs[job.stage]}: {job.name} {text}")
+        if self.bar is not None and not text.startswith("..."):
+            self.bar.update()
+
+    def _print(self, line: str) -> None:
+        if self.bar is None:
+            print(line, flush=True)
+        else:
+            self.bar.write(line)
+
+    def _relay(self, name: str, line: str) -> None:
+        """Pass on what a process says; on a terminal its progress is the bar's."""
+        if self.bar is not None and line.startswith(("step ", "epoch ")):
+            self.bar.set_postfix_str(f"{name} {line}")
+        else:
+            self._print(f"  [{name}] {line}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -1,0 +1,249 @@
+"""A bundle: a directory with a model that describes itself.
+
+::
+
+    bundle.json   what it is: configuration, tokens, provenance, compression steps
+    weights.pt    a state dict of plain tensors
+    tokens.txt    token and id per line
+    spm.model     the SentencePiece model
+
+Decoding, exporting, compressing and teaching need nothing else. The plugins that built the
+model must be loadable; the error says which one is not.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import os
+import platform
+import subprocess
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrecipe import __version__
+from kdrecipe.artifacts import read_json, sha256_file, write_atomic, write_json
+from kdrecipe.errors import KdrecipeError
+from kdrecipe.interfaces import ModelInfo, Options
+
+if TYPE_CHECKING:
+    from kdrecipe.data.tokens import Tokenizer
+    from kdrecipe.model.asr import AsrModel
+    from kdrecipe.plugin.registry import Registry
+
+FORMAT = 1
+
+
+class Bundle:
+    """A bundle on disk; the model is built when first asked for.
+
+    Args:
+        path: its directory.
+        meta: content of ``bundle.json``.
+        registry: where architectures, heads and compressors are looked up; None: all that is
+            installed.
+    """
+
+    def __init__(self, path: Path, meta: dict[str, Any], registry: Registry | None = None) -> None:
+        self.path = path
+        self.meta = meta
+        self._registry = registry
+
+    @classmethod
+    def load(cls, path: Path | str, registry: Registry | None = None) -> Bundle:
+        """Open a bundle.
+
+        Raises:
+            KdrecipeError: not a bundle, or written by a later version.
+        """
+        path = Path(path)
+        if not (path / "bundle.json").exists():
+            raise KdrecipeError(
+                "not a bundle: there is no bundle.json in it",
+                where=str(path),
+                remedy="give the directory of a trained system, e.g. exp/systems/kd/seed1",
+            )
+        meta = read_json(path / "bundle.json")
+        version = meta.get("format") if isinstance(meta, dict) else None
+        if version != FORMAT:
+            raise KdrecipeError(
+                f"bundle format {version}, this version reads {FORMAT}",
+                where=str(path),
+                remedy="use the version of kdrecipe named in its bundle.json under provenance",
+            )
+        return cls(path, meta, registry)
+
+    @classmethod
+    def save(cls, path: Path, model: AsrModel, tokens: Tokenizer, meta: dict[str, Any]) -> Bundle:
+        """Write a bundle; ``meta`` holds what :class:`Bundle` documents, without the derived fields."""
+        import torch
+
+        from kdrecipe.model.asr import model_info
+
+        path.mkdir(parents=True, exist_ok=True)
+        tokens.save(path)
+        # Through memory: torch's own writer reports a full disk as an internal error of its archive.
+        buffer = io.BytesIO()
+        torch.save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, buffer)
+        write_atomic(path / "weights.pt", buffer.getvalue())
+        full = {
+            "format": FORMAT,
+            **meta,
+            "vocab_id": tokens.vocab_id,
+            "params": count_params(model),
+            "frame_shift_s": model_info(model, tokens.vocab_id).frame_shift_s,
+            "weights_sha256": sha256_file(path / "weights.pt"),
+        }
+        write_json(path / "bundle.json", full)
+        return cls(path, full)
+
+    @property
+    def name(self) -> str:
+        """The system's name."""
+        return str(self.meta["name"])
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the weights are 8-bit integers."""
+        return any(step["name"].startswith("int8") for step in self.meta.get("compression", []))
+
+    @property
+    def hash(self) -> str:
+        """Identifies weights and tokens: the key of whatever is derived from this bundle."""
+        return f"{self.meta['weights_sha256']}-{self.meta['vocab_id']}"
+
+    @cached_property
+    def registry(self) -> Registry:
+        """The plugins that this bundle's model is built from."""
+        if self._registry is None:
+            from kdrecipe.plugin.loader import load_plugins
+
+            files = [self.path / name for name in self.meta.get("plugin_files", [])]
+            self._registry = load_plugins(files).registry
+        return self._registry
+
+    @cached_property
+    def tokens(self) -> Tokenizer:
+        """Its tokens."""
+        from kdrecipe.data.tokens import Tokenizer
+
+        return Tokenizer.load(self.path)
+
+    @cached_property
+    def model(self) -> AsrModel:
+        """Its model, on the CPU, in evaluation mode.
+
+        Raises:
+            KdrecipeError: the weights are damaged or do not fit the configuration.
+        """
+        import torch
+
+        from kdrecipe.model.asr import build_model
+
+        model = build_model(
+            self.meta["model"],
+            input_dim=self.meta["features"]["num_mel_bins"],
+            vocab_size=len(self.tokens),
+            registry=self.registry,
+        )
+        for step in self.meta.get("compression", []):
+            model = build_compressor(self.registry, step).rebuild(model)
+        weights = self.path / "weights.pt"
+        # Looked at first: torch loads a file without a murmur in which only numbers are damaged.
+        if not weights.is_file() or sha256_file(weights) != self.meta["weights_sha256"]:
+            raise KdrecipeError(
+                "the weights are damaged (their hash differs from bundle.json)"
+                if weights.is_file()
+                else "the weights are missing",
+                where=str(weights),
+                remedy="rerun the stage that wrote this bundle with --force",
+            )
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            model.load_state_dict(state)
+        except Exception as error:  # torch raises a different type for everything that does not fit
+            raise KdrecipeError(f"the weights do not fit the model: {error}", where=str(weights)) from error
+        return model.eval()
+
+    @cached_property
+    def info(self) -> ModelInfo:
+        """What losses may know of this model."""
+        from kdrecipe.model.asr import model_info
+
+        return model_info(self.model, self.meta["vocab_id"])
+
+
+def build_compressor(registry: Registry, step: dict[str, Any]) -> Any:
+    """The compressor that ``{name, options}`` names."""
+    cls = registry.get("compressors", step["name"])
+    config: Options = cls.Config.model_validate(step.get("options", {}))
+    return cls(config)
+
+
+def count_params(model: AsrModel) -> int:
+    """Number of weights, whatever their type: parameters, and the int8 weights kept as buffers."""
+    import torch
+
+    count = sum(p.numel() for p in model.parameters())
+    return count + sum(b.numel() for b in model.buffers() if b.dtype in (torch.int8, torch.uint8))
+
+
+def provenance(command: str, **more: Any) -> dict[str, Any]:
+    """Versions and machine, for ``bundle.json`` and the report; no host name, no local path."""
+    import importlib.metadata as md
+
+    names = ("torch", "torchaudio", "lhotse", "sentencepiece", "onnxruntime", "sherpa-onnx")
+    versions = {"kdrecipe": __version__, "python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = md.version(name)
+        except md.PackageNotFoundError:
+            versions[name] = "absent"
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "git": git_commit(),
+        "machine": machine(),
+        "versions": versions,
+        **more,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The machine in words, nothing that names it."""
+    cpu = platform.processor() or platform.machine()
+    gpu = _gpu()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        cpu = models[0] if models else cpu
+    return {"cpu": cpu, "cores": os.cpu_count(), **({"gpu": gpu} if gpu else {})}
+
+
+def _gpu() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree that this code runs from, ``+`` if it has changes; None if unknown."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    # Only code counts: results written into a recipe must not change the name of what made them.
+    code = ["--", "*.py", "*.yaml", "*.cfg", "*.toml"]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+        if head.returncode:
+            return None
+        status = [*git, "status", "--porcelain", "--untracked-files=no", *code]
+        changed = subprocess.run(status, capture_output=True, text=True, timeout=30).stdout.strip()
+        return head.stdout.strip() + ("+" if changed else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None

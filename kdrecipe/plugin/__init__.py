@@ -1,0 +1,1 @@
+"""How plugins enter: hooks, registry, loader."""

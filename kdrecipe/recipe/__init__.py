@@ -1,0 +1,1 @@
+"""``recipe.yaml``: read with line numbers, checked as a whole before any work."""

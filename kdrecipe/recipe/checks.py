@@ -1,0 +1,405 @@
+"""What can be wrong between the parts of a recipe that are right by themselves.
+
+Found before any work: names that do not exist, circles, losses that their teachers can't serve.
+The latter is asked of the plugins themselves, on models that are built but not initialised.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from kdrecipe.errors import KdrecipeError, PluginError, Problem
+from kdrecipe.interfaces import LossSetup, ModelInfo, TargetSpec
+from kdrecipe.plugin.loader import reason
+from kdrecipe.plugin.registry import Registry, did_you_mean
+from kdrecipe.recipe.parsing import SECTION_OF, Parser
+from kdrecipe.recipe.sections import (
+    Corpus,
+    Decode,
+    Features,
+    Lm,
+    Named,
+    System,
+    Term,
+    Tokens,
+    depth_first,
+    uses_lm,
+)
+from kdrecipe.recipe.suitable import bundle_model, head_of, heads_of, measured_exporter, searches
+from kdrecipe.recipe.yaml import KeyPath
+
+FEATURE_FRAME_SHIFT_S = 0.01
+
+
+class Checker:
+    """Looks at all systems together; problems go to the parser's list."""
+
+    def __init__(
+        self,
+        parser: Parser,
+        systems: Mapping[str, System],
+        corpus: Corpus | None,
+        decode: Decode,
+        exports: tuple[Named, ...],
+    ) -> None:
+        self.parser = parser
+        self.systems = systems
+        self.corpus = corpus
+        self.decode = decode
+        self.exports = exports
+        written = parser.document.data.get("systems")
+        # Also those that could not be read: one mistake must not be told twice.
+        self.names = {n for n, v in written.items() if v is not None} if isinstance(written, dict) else set()
+
+    def check(self) -> None:
+        """All checks but those that build models."""
+        self._subsets()
+        for system in self.systems.values():
+            self._names(system)
+            self._seeds(system)
+            if system.kind in ("trained", "distilled"):
+                self._data(system)
+                self._terms(system)
+        for circle in depth_first(self.systems)[1]:
+            self._problem(
+                self.systems[circle[0]], (), f"needs itself: {' -> '.join(circle)}", "break the circle"
+            )
+        for i, pair in enumerate(self.decode.compare):
+            for name in pair:
+                self._known(name, ("decode", "compare", i))
+        self._heads()
+
+    # ------------------------------------------------------------ names
+
+    def _subsets(self) -> None:
+        subsets = self.corpus.subsets if self.corpus else {}
+        for name, rule in subsets.items():
+            seen = [name]
+            while "except" in rule:
+                path: KeyPath = ("corpus", "subsets", name)
+                other = rule["except"]
+                if other not in subsets:
+                    remedy = did_you_mean(other, set(subsets) - {name})
+                    self.parser.problem(path, f"unknown subset {other!r}", remedy)
+                    break
+                seen.append(other)
+                if other in seen[:-1]:
+                    self.parser.problem(path, f"needs itself: {' -> '.join(seen)}")
+                    break
+                rule = subsets[other]
+
+    def _names(self, system: System) -> None:
+        for i, teacher in enumerate(system.teachers):
+            if teacher in system.teachers[:i]:
+                self._problem(system, ("teachers", i), f"{teacher!r} is listed twice")
+            elif self._known(teacher, self._path(system, "teachers", i)):
+                self._buildable_before(system, teacher, ("teachers", i), "teach")
+        if system.parent is not None:
+            self._known(system.parent, self._path(system, "from"))
+        if system.init_from is not None and self._known(system.init_from, self._path(system, "init_from")):
+            self._buildable_before(system, system.init_from, ("init_from",), "lend its weights")
+            self._same_encoder(system, system.init_from)
+
+    def _same_encoder(self, system: System, other: str) -> None:
+        parent = self.systems.get(other)
+        model = parent.model if parent is not None else None  # a bundle's is seen in its stage
+        if parent is not None and parent.kind == "pretrained":
+            model = bundle_model(parent)
+        if model is None or system.model is None:
+            return
+        mine, its = ({k: v for k, v in m.items() if k != "heads"} for m in (system.model, model))
+        if mine != its:
+            differ = ", ".join(sorted(k for k in {**mine, **its} if mine.get(k) != its.get(k)))
+            what = f"{other!r} has another encoder ({differ}): its weights do not fit"
+            self._problem(system, ("init_from",), what, "give both the same encoder; heads may differ")
+
+    def _buildable_before(self, system: System, other: str, path: KeyPath, verb: str) -> None:
+        if other in self.systems and self.systems[other].kind == "compressed":
+            remedy = "name the system that it is compressed from"
+            what = f"{other!r} is compressed, in stage 6, and comes too late to {verb}"
+            self._problem(system, path, what, remedy)
+
+    def _known(self, name: str, path: KeyPath) -> bool:
+        if name in self.names:
+            return True
+        self.parser.problem(path, f"unknown system {name!r}", did_you_mean(name, self.names))
+        return False
+
+    def _seeds(self, system: System) -> None:
+        for other in system.needs:
+            if other not in self.systems or len(self.systems[other].seeds) == 1:
+                continue
+            absent = [s for s in system.seeds if s not in self.systems[other].seeds]
+            if absent:
+                has = list(self.systems[other].seeds)
+                what = f"has seeds {list(system.seeds)}, but {other!r}, which it needs, has only {has}"
+                self._problem(system, (), what, f"give {other!r} the same seeds, or a single one")
+
+    def _data(self, system: System) -> None:
+        subsets = self.corpus.subsets if self.corpus else None
+        for key in ("data", "unlabelled"):
+            name = getattr(system, key)
+            if name is not None and subsets is not None and name not in subsets:
+                remedy = did_you_mean(name, subsets) + " (corpus.subsets)"
+                self._problem(system, (key,), f"unknown subset {name!r}", remedy)
+        if system.unlabelled is not None and system.data in (None, system.unlabelled):
+            whole = "all of the training split" if system.data is None else f"{system.data!r}"
+            what = f"{whole} is labelled data already, nothing is left without labels"
+            self._problem(system, ("unlabelled",), what, "give data: and unlabelled: different subsets")
+
+    # ------------------------------------------------------------ losses
+
+    def _terms(self, system: System) -> None:
+        written = self.parser.document.data["systems"][system.name][SECTION_OF[system.kind]]
+        if len(system.terms) < len(written.get("losses", [0])):
+            return  # a term could not be read: that has been told
+        if all(term.weight == 0 for term in system.terms):
+            self._problem(system, ("losses",), "all weights are 0: there is nothing to learn")
+        taught: set[str] = set()
+        for i, term in enumerate(system.terms):
+            path = ("losses", i, "teacher")
+            if not self.requires(term):
+                if term.teacher is not None:
+                    self._problem(system, path, f"{term.name!r} learns nothing from a teacher", "remove it")
+            elif not system.teachers:
+                remedy = "make it distill: with teachers: [...], or use another loss"
+                self._problem(system, ("losses", i), f"{term.name!r} needs a teacher", remedy)
+            elif term.teacher is not None and term.teacher not in system.teachers:
+                remedy = did_you_mean(term.teacher, system.teachers)
+                self._problem(system, path, f"{term.teacher!r} is not among its teachers", remedy)
+            else:
+                taught |= {term.teacher} if term.teacher else set(system.teachers)
+        if system.teachers and not any(self.requires(t) for t in system.terms):
+            losses = [n for n in self._registry.names("losses") if self._can_distill(n)]
+            remedy = f"add one of {', '.join(losses)}, or make it train:"
+            self._problem(system, ("losses",), "no loss learns from a teacher", remedy)
+        elif taught and (idle := [t for t in system.teachers if t not in taught]):
+            self._problem(system, ("teachers",), f"no loss learns from {', '.join(idle)}")
+        if system.unlabelled is not None and all(self._supervised(t) for t in system.terms):
+            remedy = "add a loss that needs no labels, or remove unlabelled:"
+            self._problem(system, ("unlabelled",), "all losses need labels", remedy)
+
+    def requires(self, term: Term) -> list[TargetSpec]:
+        """What a term asks of a teacher."""
+        cls = self._registry.get("losses", term.name)
+        config = cls.Config.model_validate(term.options)
+        try:
+            return list(cls.requires(config)) if hasattr(cls, "requires") else []
+        except KdrecipeError:
+            raise
+        except Exception as error:
+            raise PluginError(f"loss {term.name!r}: its requires() fails: {reason(error)}") from error
+
+    def _can_distill(self, name: str) -> bool:
+        try:
+            return bool(self.requires(Term(name)))
+        except Exception:  # options without defaults: it can't be asked
+            return True
+
+    def _supervised(self, term: Term) -> bool:
+        return bool(getattr(self._registry.get("losses", term.name), "supervised", False))
+
+    # ------------------------------------------------------------ heads
+
+    def _heads(self) -> None:
+        """Every system's first head is searched and measured; every decoder has a system."""
+        heads = {name: heads_of(self.systems, name) for name in self.systems}
+        by_first: dict[str, list[str]] = {}
+        for name, found in heads.items():
+            if found:
+                by_first.setdefault(found[0], []).append(name)
+        written = self._written("decode", "decoders", {})
+        given = [label for label, data in written.items() if data is not None]
+        if set(given) <= set(self.decode.decoders):  # else one could not be read: that has been told
+            for head, names in by_first.items():
+                if not searches([head], self.decode.decoders, self._registry):
+                    self._unsearched(head, names)
+            for name, found in heads.items():
+                self._beside(name, found or ())
+            if self.names <= set(heads) and None not in heads.values():
+                used = {head for found in heads.values() for head in found or ()}
+                for label in given:
+                    self._unused(label, used)
+        if len(self._written("export", None, [])) <= len(self.exports):
+            for head, names in by_first.items():
+                if measured_exporter([head], self.exports, self._registry) is None:
+                    self._unmeasured(head, names)
+
+    def _written(self, section: str, key: str | None, kind: Any) -> Any:
+        """What the document says there, if it is of that kind; else ``kind``, which is empty."""
+        data = self.parser.document.data.get(section)
+        if key is not None:
+            data = data.get(key) if isinstance(data, dict) else None
+        return data if isinstance(data, type(kind)) else kind
+
+    def _unsearched(self, head: str, names: list[str]) -> None:
+        fitting = [
+            n for n in self._registry.names("decoders") if head_of(self._registry, "decoders", n) == head
+        ]
+        what = f"no decoder in decode.decoders searches the head {head!r} of {_systems(names)}"
+        remedy = f"add one of {', '.join(fitting)}" if fitting else "install a plugin with one"
+        self.parser.problem(("decode", "decoders"), what, remedy)
+
+    def _beside(self, system: str, heads: Sequence[str]) -> None:
+        """A decoder of one of the system's heads may need another one beside it."""
+        for label, decoder in searches(heads, self.decode.decoders, self._registry).items() if heads else ():
+            cls = self._registry.get("decoders", decoder.name)
+            needs = cls.beside(cls.Config.model_validate(decoder.options)) if hasattr(cls, "beside") else ()
+            for head in (h for h in needs if h not in heads):
+                what = f"{decoder.name!r} with these options also reads the head {head!r}, which "
+                what += f"{system!r} lacks"
+                remedy = f"add {head}: {{}} to the model's heads, or change the decoder's options"
+                self.parser.problem(("decode", "decoders", label), what, remedy)
+
+    def _unused(self, label: str, used: set[str]) -> None:
+        name = self.decode.decoders[label].name
+        head = head_of(self._registry, "decoders", name)
+        if head not in used:
+            what = f"{name!r} searches the head {head!r}, which no system has"
+            self.parser.problem(("decode", "decoders", label), what, "remove it, or add the head to a model")
+
+    def _unmeasured(self, head: str, names: list[str]) -> None:
+        what = (
+            "size, speed and memory are measured on an export, and none of those listed is of "
+            f"the head {head!r} of {_systems(names)}"
+        )
+        registry = self._registry
+        known = [Named(name) for name in registry.names("exporters")]
+        fitting = [e.name for e in known if measured_exporter([head], [e], registry) is not None]
+        remedy = " or ".join(f"add {{name: {name}}}" for name in fitting) or "install a plugin with one"
+        self.parser.problem(("export",), what, remedy)
+
+    @property
+    def _registry(self) -> Registry:
+        return self.parser.registry
+
+    def _path(self, system: System, *rest: str | int) -> KeyPath:
+        return ("systems", system.name, SECTION_OF[system.kind], *rest)
+
+    def _problem(self, system: System, rest: KeyPath, what: str, remedy: str = "") -> None:
+        self.parser.problem(self._path(system, *rest), what, remedy)
+
+
+def check_lm(parser: Parser, lm: Lm | None, corpus: Corpus | None, decode: Decode) -> None:
+    """What the language model is made of is there, and so is the model where a search weights one."""
+    if lm is None:
+        written = parser.document.data.get("lm")
+        for label, decoder in decode.decoders.items() if written is None else ():
+            if uses_lm(decoder.options):
+                what = f"is {decoder.options['lm_weight']}, the recipe has no language model"
+                parser.problem(("decode", "decoders", label, "lm_weight"), what, "add lm: {name: ngram}")
+        return
+    if lm.data is not None and lm.text is not None:
+        parser.problem(("lm",), "data and text exclude each other", "remove one of them")
+    elif lm.data is not None and corpus is not None and lm.data not in corpus.subsets:
+        remedy = did_you_mean(lm.data, corpus.subsets) + " (corpus.subsets)"
+        parser.problem(("lm", "data"), f"unknown subset {lm.data!r}", remedy)
+    elif lm.text is not None:
+        try:
+            path = lm.text.path()
+        except KdrecipeError:
+            return  # an environment variable: looked up when there is work
+        if not path.is_file():
+            what, remedy = f"there is no file {path}", "a text file with a sentence per line"
+            parser.problem(("lm", "text"), what, remedy)
+
+
+class FitChecker:
+    """Whether teachers can give what losses need, asked of models built for the purpose."""
+
+    def __init__(self, checker: Checker, features: Features, tokens: Tokens) -> None:
+        self.checker = checker
+        self.features = features
+        self.vocab_size = tokens.vocab_size or 32  # characters are counted in stage 2
+        self._infos: dict[str, ModelInfo | None] = {}
+
+    def check(self) -> None:
+        """Every term of every system against each of its teachers."""
+        for system in self.checker.systems.values():
+            student = self._info(system)
+            if student is None:
+                continue
+            for i, term in enumerate(system.terms):
+                needs = self.checker.requires(term)
+                names = [term.teacher] if term.teacher else list(system.teachers)
+                for name in names if needs else [None]:
+                    if problem := self._misfit(term, needs, student, name):
+                        parser, path = self.checker.parser, self.checker._path(system, "losses", i)
+                        parser.problem(path, problem.what, problem.remedy)
+
+    def _misfit(
+        self, term: Term, needs: list[TargetSpec], student: ModelInfo, name: str | None
+    ) -> Problem | None:
+        teacher = self._info(self.checker.systems[name]) if name else None
+        if name and teacher is None:
+            return None  # not known before it is there
+        offered = {spec.key: spec for spec in teacher.provides()} if teacher else {}
+        for need in needs:
+            if need.key not in offered:
+                remedy = did_you_mean(need.key, offered)
+                return Problem(f"{term.name!r} needs {need.key}, the teacher {name!r} lacks it", "", remedy)
+            if (why := need.mismatch(offered[need.key])) is not None:
+                return Problem(f"{term.name!r} can't learn from {name!r}: {why}")
+        cls = self.checker._registry.get("losses", term.name)
+        try:
+            with _uninitialised():
+                cls(cls.Config.model_validate(term.options), LossSetup(student, teacher))
+        except KdrecipeError as error:
+            return Problem(error.problems[0].what, "", error.problems[0].remedy)
+        except Exception as error:
+            return Problem(f"{term.name!r} can't be built: {reason(error)}")
+        return None
+
+    def _info(self, system: System) -> ModelInfo | None:
+        """What losses may know of a system's model; None where that can't be known yet."""
+        model = bundle_model(system) if system.kind == "pretrained" else system.model
+        if model is None:
+            return None
+        key = json.dumps(model, sort_keys=True)
+        if key not in self._infos:
+            self._infos[key] = None
+            try:
+                self._infos[key] = self._build(model)
+            except Exception as error:
+                what = f"a model of architecture {model['name']!r} can't be built: {reason(error)}"
+                self.checker._problem(system, () if system.model is None else ("model",), what)
+        return self._infos[key]
+
+    def _build(self, model: Mapping[str, Any]) -> ModelInfo:
+        options = {k: v for k, v in model.items() if k not in ("name", "heads")}
+        cls = self.checker._registry.get("architectures", model["name"])
+        with _uninitialised():
+            encoder = cls(cls.Config.model_validate(options), self.features.num_mel_bins)
+        taps = {tap: dim for tap, (_, dim) in encoder.taps().items()}
+        shift_s = FEATURE_FRAME_SHIFT_S * encoder.subsampling
+        kinds = {name: self.checker._registry.get("heads", name).target_kinds for name in model["heads"]}
+        return ModelInfo("the recipe's", self.vocab_size, shift_s, kinds, taps)
+
+
+@contextmanager
+def _uninitialised() -> Iterator[None]:
+    """Modules built within keep random weights unset: their memory is never touched.
+
+    Not torch's ``meta`` device: some operations on it import torch's compiler, which takes longer
+    than all else that ``kdrecipe check`` does.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    random = (torch.Tensor.uniform_, torch.Tensor.normal_)
+
+    class SkipRandom(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return args[0] if func in random else func(*args, **(kwargs or {}))
+
+    with torch.random.fork_rng(devices=[]), SkipRandom():
+        yield
+
+
+def _systems(names: list[str]) -> str:
+    """``system 'a'``, ``systems 'a', 'b'``, at most three of them by name."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"system{'s' if len(names) > 1 else ''} {', '.join(map(repr, names[:3]))}{more}"

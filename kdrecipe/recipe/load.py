@@ -1,0 +1,341 @@
+"""A recipe: ``recipe.yaml``, checked as a whole before any work."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdrecipe.errors import PluginError, Problem, RecipeError
+from kdrecipe.plugin.loader import Plugins, load_plugins
+from kdrecipe.plugin.registry import did_you_mean
+from kdrecipe.recipe.checks import Checker, FitChecker, check_lm
+from kdrecipe.recipe.parsing import TOP_KEYS, Parser
+from kdrecipe.recipe.sections import (
+    Claim,
+    Corpus,
+    Decode,
+    Features,
+    Lm,
+    Location,
+    Named,
+    Parity,
+    SpecAugment,
+    System,
+    TargetOptions,
+    Term,
+    Tokens,
+    Training,
+    depth_first,
+)
+from kdrecipe.recipe.suitable import heads_of, model_of, searches
+from kdrecipe.recipe.yaml import Document, KeyPath, load_yaml, parse_value
+
+__all__ = [
+    "Claim",
+    "Corpus",
+    "Decode",
+    "Features",
+    "Lm",
+    "Named",
+    "Parity",
+    "Recipe",
+    "SpecAugment",
+    "System",
+    "TargetOptions",
+    "Term",
+    "Tokens",
+    "Training",
+    "load_recipe",
+]
+
+CHOSEN_NAMES: tuple[KeyPath, ...] = (
+    ("systems",),
+    ("profiles",),
+    ("corpus", "subsets"),
+    ("decode", "decoders"),
+)
+"""Mappings whose keys are the user's own names."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe in which nothing is known to be wrong.
+
+    Args:
+        document: the YAML with profile and overrides applied; ``document.where(key_path)``.
+        plugins: what is loaded for it.
+        plugin_files: its own plugin files.
+        profile: the profile that was merged in, if any.
+        overrides: ``key=value`` texts that were applied.
+    """
+
+    document: Document
+    plugins: Plugins
+    corpus: Corpus
+    features: Features
+    tokens: Tokens
+    seeds: tuple[int, ...]
+    training: Training
+    targets: TargetOptions
+    systems: dict[str, System]
+    decode: Decode
+    export: tuple[Named, ...]
+    parity: Parity
+    claims: tuple[Claim, ...] = ()
+    lm: Lm | None = None
+    profiles: tuple[str, ...] = ()
+    plugin_files: tuple[Path, ...] = ()
+    profile: str | None = None
+    overrides: tuple[str, ...] = field(default=())
+
+    @property
+    def path(self) -> Path:
+        """The ``recipe.yaml``."""
+        return self.document.path
+
+    @property
+    def dir(self) -> Path:
+        """Its directory."""
+        return self.path.resolve().parent
+
+    @property
+    def name(self) -> str:
+        """``corpus/name`` below a directory ``recipes``, else the directory's name."""
+        parts = self.dir.parts
+        if "recipes" in parts[:-1]:
+            last = len(parts) - 1 - parts[::-1].index("recipes")
+            return "/".join(parts[last + 1 :])
+        return self.dir.name
+
+    @property
+    def command(self) -> str:
+        """The command that makes its results, without any path of this machine."""
+        words = ["kdrecipe", "run", self.name]
+        words += ["--profile", self.profile] if self.profile else []
+        for override in self.overrides:
+            words += ["--set", override]
+        return shlex.join(words)
+
+    def teaching(self) -> list[str]:
+        """Systems of stage 3, in the order in which they can be built.
+
+        Those that teach and have no teacher themselves, and what they start from.
+        """
+        teachers = {t for s in self.systems.values() for t in s.teachers}
+        wanted = {n for n in teachers if not self.systems[n].teachers}
+        while more := {need for n in wanted for need in self.systems[n].needs} - wanted:
+            wanted |= more
+        return [name for name in depth_first(self.systems)[0] if name in wanted]
+
+    def build_order(self) -> list[str]:
+        """All systems, each after what it needs: those of stage 3, of stage 5, of stage 6."""
+        early = self.teaching()
+        later = [name for name in depth_first(self.systems)[0] if name not in early]
+        return early + sorted(later, key=lambda name: self.systems[name].kind == "compressed")
+
+    def seed_of(self, system: str, seed: int) -> int:
+        """The seed of ``system`` that serves a child with ``seed``: its only one, or the same."""
+        seeds = self.systems[system].seeds
+        return seeds[0] if len(seeds) == 1 else seed
+
+    def trained_ancestor(self, system: str) -> System | None:
+        """The trained or distilled system that a compressed one stems from; None if imported."""
+        found = self.systems[system]
+        while found.parent is not None:
+            found = self.systems[found.parent]
+        return found if found.kind in ("trained", "distilled") else None
+
+    def model_of(self, system: str) -> dict[str, Any] | None:
+        """The description of its model, or of its parent's; None: a bundle not there yet."""
+        return model_of(self.systems, system)
+
+    def heads_of(self, system: str) -> tuple[str, ...] | None:
+        """Heads of its model, the first being the one it is judged by; None: a bundle not there yet."""
+        return heads_of(self.systems, system)
+
+    def searches_of(self, system: str) -> dict[str, Named]:
+        """Decoders that serve it, by label, its main search first; all where its heads are not known."""
+        heads = self.heads_of(system)
+        if heads is None:
+            return dict(self.decode.decoders)
+        return searches(heads, self.decode.decoders, self.plugins.registry)
+
+    def caches(self, teacher: str) -> bool:
+        """Whether its targets come from the cache; stage 4 sees only the teachers of stage 3."""
+        return self.targets.mode == "cached" and teacher in self.teaching()
+
+
+def load_recipe(
+    path: Path | str,
+    *,
+    overrides: Sequence[str] = (),
+    profile: str | None = None,
+    plugins: Plugins | None = None,
+) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: ``recipe.yaml`` or its directory.
+        overrides: ``key=value`` with a dotted key (list items by number) and a YAML value, applied
+            after the profile.
+        profile: one of the recipe's ``profiles``, merged in first.
+        plugins: use these instead of loading what is installed and what the recipe names.
+
+    Raises:
+        RecipeError: all that is wrong, each with file and line.
+    """
+    path = Path(path)
+    document = load_yaml(path / "recipe.yaml" if path.is_dir() else path)
+    document, problems = _apply(document, profile, overrides)
+    files, file_problems = _plugin_files(document)
+    problems += file_problems
+    if plugins is None:
+        try:
+            plugins = load_plugins(files)
+        except PluginError as error:
+            problems += error.problems
+            plugins = load_plugins()
+    parser = Parser(document, plugins.registry)
+    parser.problems += problems
+    parser.top_keys()
+    seeds, training = parser.seeds(), parser.section(Training, "training")
+    features, tokens = parser.section(Features, "features"), parser.section(Tokens, "tokens")
+    targets, parity = parser.section(TargetOptions, "targets"), parser.section(Parity, "parity")
+    corpus, decode, claims = parser.corpus(), parser.decode(), parser.claims()
+    lm = parser.lm()
+    systems = parser.systems(seeds, training, targets)
+    exports = parser.exports(systems)
+    checker = Checker(parser, systems, corpus, decode, exports)
+    checker.check()
+    check_lm(parser, lm, corpus, decode)
+    if not parser.problems:
+        FitChecker(checker, features, tokens).check()
+    if parser.problems or corpus is None:
+        raise RecipeError(_sorted(parser.problems))
+    recipe = Recipe(
+        document=document,
+        plugins=plugins,
+        corpus=corpus,
+        features=features,
+        tokens=tokens,
+        seeds=seeds,
+        training=training,
+        targets=targets,
+        systems=systems,
+        decode=decode,
+        export=exports,
+        parity=parity,
+        claims=claims,
+        lm=lm,
+        profiles=tuple(document.data.get("profiles") or {}),
+        plugin_files=tuple(files),
+        profile=profile,
+        overrides=tuple(overrides),
+    )
+    _ask_plugins(recipe)
+    return recipe
+
+
+def _apply(
+    document: Document, profile: str | None, overrides: Sequence[str]
+) -> tuple[Document, list[Problem]]:
+    """The document with profile and overrides in it."""
+    problems: list[Problem] = []
+    profiles = document.data.get("profiles") or {}
+    where = document.where(("profiles",))
+    if not isinstance(profiles, dict) or not all(isinstance(p, dict) for p in profiles.values()):
+        problems.append(Problem("profiles: must be a mapping of mappings: {tiny: {...}}", where))
+    elif profile is not None and profile not in profiles:
+        remedy = did_you_mean(profile, profiles)
+        problems.append(Problem(f"unknown profile {profile!r}", f"--profile {profile}", remedy))
+    elif profile is not None:
+        document = document.merged(("profiles", profile))
+    for override in overrides:
+        try:
+            _override(document, override)
+        except RecipeError as error:
+            problems += error.problems
+    return document, problems
+
+
+def _override(document: Document, override: str) -> None:
+    where = f"--set {override}"
+    key, equals, text = override.partition("=")
+    path: KeyPath = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise RecipeError(
+            "not of the form key=value", where=where, remedy="for example --set training.epochs=3"
+        )
+    if path[0] not in TOP_KEYS:
+        raise RecipeError(
+            f"unknown key {path[0]!r}", where=where, remedy=did_you_mean(str(path[0]), TOP_KEYS)
+        )
+    for names in CHOSEN_NAMES:
+        # One level deeper an unknown name is a mistake; as the last key it makes a new entry.
+        if path[: len(names)] == names and len(path) > len(names) + 1:
+            known: Any = document.data
+            for part in names:
+                known = known.get(part) if isinstance(known, dict) else None
+            name = str(path[len(names)])
+            if isinstance(known, dict) and name not in known:
+                raise RecipeError(
+                    f"there is no {'.'.join(map(str, names))}.{name}",
+                    where=where,
+                    remedy=did_you_mean(name, known),
+                )
+    document.set(_with_indices(document.data, path), parse_value(text, where), where)
+
+
+def _with_indices(data: Any, path: KeyPath) -> KeyPath:
+    """List indices in ``path`` as numbers, so that places agree with those of the file."""
+    result: list[str | int] = []
+    for key in path:
+        is_index = isinstance(data, list) and str(key).isdecimal()
+        result.append(int(key) if is_index else key)
+        if isinstance(data, Mapping):
+            data = data.get(str(key))
+        elif is_index and int(key) < len(data):
+            data = data[int(key)]
+        else:
+            data = None
+    return tuple(result)
+
+
+def _plugin_files(document: Document) -> tuple[list[Path], list[Problem]]:
+    """``plugins: {files: [...]}``, relative to the recipe's directory."""
+    section = document.data.get("plugins")
+    if section is None:
+        return [], []
+    parser = Parser(document, Plugins().registry)
+    if not isinstance(section, dict) or set(section) != {"files"}:
+        parser.problem(("plugins",), "must be a mapping with files", "write plugins: {files: [plugin.py]}")
+        return [], parser.problems
+    found = []
+    for i, text in enumerate(parser.strings(section["files"], ("plugins", "files"))):
+        path = Location(text, document.where(), document.path.resolve().parent).path()
+        if path.is_file():
+            found.append(path)
+        else:
+            parser.problem(("plugins", "files", i), f"there is no file {text!r} in the recipe's directory")
+    return found, parser.problems
+
+
+def _ask_plugins(recipe: Recipe) -> None:
+    """The hook ``check_recipe``."""
+    found = recipe.plugins.pm.hook.check_recipe(recipe=recipe)
+    problems = [p if isinstance(p, Problem) else Problem(str(p)) for part in found for p in part or ()]
+    if problems:
+        raise RecipeError(problems)
+
+
+def _sorted(problems: Sequence[Problem]) -> list[Problem]:
+    """By file and line; what is not of a file comes first."""
+
+    def key(problem: Problem) -> tuple[str, int]:
+        file, _, line = problem.where.rpartition(":")
+        return (file, int(line)) if line.isdecimal() else ("", 0)
+
+    return sorted(problems, key=key)

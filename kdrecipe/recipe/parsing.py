@@ -1,0 +1,398 @@
+"""From a YAML document to the sections of a recipe, collecting everything that is wrong.
+
+Each problem gets the line it is about. A part that is wrong is left out and the rest is still
+looked at, so that all mistakes are told at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from kdrecipe.interfaces import Options
+from kdrecipe.plugin.registry import did_you_mean
+from kdrecipe.recipe.sections import (
+    Claim,
+    Corpus,
+    Decode,
+    Kind,
+    Lm,
+    Location,
+    Named,
+    Seeds,
+    Subset,
+    System,
+    TargetOptions,
+    Term,
+    Training,
+    depth_first,
+)
+from kdrecipe.recipe.suitable import head_of, heads_of
+from kdrecipe.recipe.validation import Validator, short
+from kdrecipe.recipe.yaml import KeyPath
+
+Mappings = Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+KINDS: Mapping[str, Kind] = {
+    "train": "trained",
+    "distill": "distilled",
+    "compress": "compressed",
+    "pretrained": "pretrained",
+}
+"""Key within a system -> kind of system."""
+
+SECTION_OF = {kind: key for key, kind in KINDS.items()}
+
+TOP_KEYS = (
+    "corpus", "features", "tokens", "lm", "seeds", "plugins", "training", "targets", "systems", "decode",
+    "export", "parity", "claims", "profiles",
+)  # fmt: skip
+
+DEFAULT_DECODERS = ("ctc_greedy", "attention_greedy", "rnnt_greedy")
+DEFAULT_EXPORTS = ("onnx_ctc", "onnx_transducer", "onnx_attention", "torchscript")
+"""Of both, those that are installed and suit some system."""
+
+EXAMPLES: Mapping[str, str] = {
+    "corpus": '{name: an4, root: "${AN4_ROOT}"}',
+    "tokens": "{name: bpe, vocab_size: 64}",
+    "systems": "{student: {train: {model: {name: conformer, heads: {ctc: {}}}}}}",
+}
+"""What a recipe can't do without."""
+
+
+class TrainSection(Options):
+    """``train``: a system trained from labels."""
+
+    model: dict[str, Any]
+    data: str | None = None
+    losses: Mappings = [{"name": "ctc"}]
+    training: dict[str, Any] = {}
+    seeds: Seeds | None = None
+    init_from: str | None = None
+
+
+class DistillSection(Options):
+    """``distill``: a system trained with teachers."""
+
+    model: dict[str, Any]
+    data: str | None = None
+    unlabelled: str | None = None
+    teachers: Annotated[tuple[str, ...], Field(min_length=1)]
+    losses: Mappings
+    training: dict[str, Any] = {}
+    seeds: Seeds | None = None
+    init_from: str | None = None
+
+
+class CompressSection(Options):
+    """``compress``: a system made smaller."""
+
+    parent: str = Field(alias="from")
+    steps: Mappings
+    training: dict[str, Any] = {}
+
+
+class PretrainedSection(Options):
+    """``pretrained``: a bundle made elsewhere."""
+
+    bundle: str
+
+
+SECTIONS: Mapping[str, type[Options]] = {
+    "train": TrainSection,
+    "distill": DistillSection,
+    "compress": CompressSection,
+    "pretrained": PretrainedSection,
+}
+
+
+class CorpusSection(Options):
+    """``corpus`` without the plugin's options."""
+
+    root: str | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+    subsets: dict[str, dict[str, Any]] = {}
+
+
+class LmSection(Options):
+    """``lm`` as written; the orders are what KenLM reads as it comes from PyPI."""
+
+    name: Literal["ngram"] = "ngram"
+    order: int = Field(default=6, ge=2, le=6)
+    word_order: int = Field(default=3, ge=2, le=6)
+    data: str | None = None
+    text: str | None = None
+
+
+class DecodeSection(Options):
+    """``decode`` as written."""
+
+    splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("test",)
+    decoders: Annotated[dict[str, Any], Field(min_length=1)] = {n: {"name": n} for n in DEFAULT_DECODERS}
+    metrics: Mappings = [{"name": "wer"}, {"name": "cer"}]
+    compare: tuple[tuple[str, str], ...] = ()
+    measure_max: int = Field(default=100, ge=1)
+
+
+class TermSection(Options):
+    """A loss without the plugin's options."""
+
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    teacher: str | None = None
+
+
+class Parser(Validator):
+    """Reads the parts of one document; :attr:`problems` grows meanwhile."""
+
+    _top_k: int | None = None  # of ``targets``, for losses that have the option and do not set it
+
+    # ------------------------------------------------------------ sections
+
+    def top_keys(self) -> None:
+        """Unknown and missing keys at the top."""
+        for key in self.document.data:
+            if key not in TOP_KEYS:
+                self.problem((key,), "unknown key", did_you_mean(key, TOP_KEYS))
+        for key, example in EXAMPLES.items():
+            if self.document.data.get(key) is None:
+                self.problem((), f"{key} is missing", f"for example {key}: {example}")
+
+    def corpus(self) -> Corpus | None:
+        """``corpus``; rules of subsets are checked one by one."""
+        data, path = self.document.data.get("corpus"), ("corpus",)
+        if data is None:
+            return None
+        core = tuple(CorpusSection.model_fields)
+        named = self.named("corpora", data, path, beside=core)
+        own = {k: v for k, v in data.items() if k in core} if isinstance(data, dict) else {}
+        section = self.validate(CorpusSection, own, path)
+        subsets: dict[str, dict[str, Any]] = {}
+        lists: dict[str, Location] = {}
+        for name, rule in (section.subsets if section else {}).items():
+            self._check_name(name, (*path, "subsets", name))
+            subset = self.validate(Subset, rule, (*path, "subsets", name))
+            subsets[name] = subset.rule() if subset else {}
+            if subset and subset.listed_in:
+                lists[name] = self._location(subset.listed_in, (*path, "subsets", name, "listed_in"))
+        if section is None:
+            return None
+        named = named or Named("")  # the subsets are still of use to the checks
+        location = self._location(section.root, (*path, "root")) if section.root else None
+        return Corpus(named.name, named.options, section.on_error, subsets, location, lists)
+
+    def lm(self) -> Lm | None:
+        """``lm``; None if it is absent."""
+        if self.document.data.get("lm") is None:
+            return None
+        section = self.section(LmSection, "lm")
+        text = self._location(section.text, ("lm", "text")) if section.text else None
+        return Lm(section.order, section.word_order, section.data, text)
+
+    def decode(self) -> Decode:
+        """``decode``."""
+        path = ("decode",)
+        section = self.section(DecodeSection, "decode")
+        metrics = [self.named("metrics", m, (*path, "metrics", i)) for i, m in enumerate(section.metrics)]
+        return Decode(
+            splits=section.splits,
+            decoders=self._decoders(section),
+            metrics=tuple(m for m in metrics if m is not None),
+            compare=section.compare,
+            measure_max=section.measure_max,
+        )
+
+    def _decoders(self, section: DecodeSection) -> dict[str, Named]:
+        """``decode.decoders``, those that could be read; one whose value is null is left out."""
+        if "decoders" not in section.model_fields_set:
+            names = [n for n in DEFAULT_DECODERS if n in self.registry.names("decoders")]
+            return {name: self._default("decoders", name) for name in names}
+        found: dict[str, Named | None] = {}
+        for label, data in section.decoders.items():
+            path: KeyPath = ("decode", "decoders", label)
+            if label == "name" and isinstance(data, str):
+                remedy = f"write decoders: {{{data}: {{name: {data}}}}}"
+                self.problem(path, "decoders maps labels of your own to decoders", remedy)
+            elif data is not None:
+                self._check_name(label, path)
+                found[label] = self.named("decoders", data, path)
+        return {label: named for label, named in found.items() if named is not None}
+
+    def _default(self, kind: str, name: str) -> Named:
+        """A plugin with its default options."""
+        return Named(name, self.registry.config(kind, name).model_dump(mode="json", by_alias=True))
+
+    def claims(self) -> tuple[Claim, ...]:
+        """``claims``: a list of figures published elsewhere."""
+        data = self.document.data.get("claims") or []
+        if not isinstance(data, list):
+            example = "write [{text: ..., system: ..., figure: wer, value: 6.5}]"
+            self.problem(("claims",), f"is {short(data)}, it must be a list", example)
+            return ()
+        found = [self.validate(Claim, item, ("claims", i)) for i, item in enumerate(data)]
+        return tuple(claim for claim in found if claim is not None)
+
+    def exports(self, systems: Mapping[str, System]) -> tuple[Named, ...]:
+        """``export``: a list of exporters, each named once; by default all shipped that suit a system."""
+        data = self.document.data.get("export")
+        if data is None:
+            return self._default_exports(systems)
+        if not isinstance(data, list):
+            self.problem(("export",), f"is {short(data)}, it must be a list", "write [{name: onnx_ctc}]")
+            return ()
+        found = [self.named("exporters", item, ("export", i)) for i, item in enumerate(data)]
+        names = [x.name if x else None for x in found]
+        for i, name in enumerate(names):
+            if name is not None and name in names[:i]:
+                self.problem(("export", i), f"exporter {name!r} is listed twice")
+        return tuple(x for x in found if x is not None)
+
+    def _default_exports(self, systems: Mapping[str, System]) -> tuple[Named, ...]:
+        heads = [heads_of(systems, name) for name in systems]
+        installed = [n for n in DEFAULT_EXPORTS if n in self.registry.names("exporters")]
+        if None not in heads:  # else any might suit the system that can't be looked into yet
+            used = {head for found in heads if found for head in found}
+            installed = [n for n in installed if head_of(self.registry, "exporters", n) in used]
+        return tuple(self._default("exporters", name) for name in installed)
+
+    def seeds(self) -> tuple[int, ...]:
+        """``seeds``, of the recipe."""
+        data = self.document.data.get("seeds", [1])
+        return self._distinct(self.validate(_SeedList, {"seeds": data}, ()), ("seeds",)) or (1,)
+
+    def _distinct(self, section: Any, path: KeyPath) -> tuple[int, ...] | None:
+        seeds: tuple[int, ...] | None = getattr(section, "seeds", None)
+        if seeds and len(set(seeds)) < len(seeds):
+            self.problem(path, f"the same seed twice: {list(seeds)}", "each seed makes a model of its own")
+        return seeds
+
+    # ------------------------------------------------------------ systems
+
+    def systems(
+        self, seeds: tuple[int, ...], training: Training, targets: TargetOptions
+    ) -> dict[str, System]:
+        """``systems``, those that could be read; a system whose value is null is left out."""
+        self._top_k = targets.top_k
+        data = self.document.data.get("systems")
+        if data is None:
+            return {}
+        if not isinstance(data, dict) or not any(v is not None for v in data.values()):
+            self.problem(("systems",), "must be a mapping with at least one system")
+            return {}
+        found = {n: self._system(n, v, seeds, training) for n, v in data.items() if v is not None}
+        return self._inherit({n: s for n, s in found.items() if s is not None}, seeds)
+
+    def _system(self, name: str, data: Any, seeds: tuple[int, ...], training: Training) -> System | None:
+        path: KeyPath = ("systems", name)
+        self._check_name(name, path)
+        if not isinstance(data, dict) or not data:
+            self.problem(path, f"is {short(data)}", f"give it one of {', '.join(KINDS)}")
+            return None
+        for key in data:
+            if key not in KINDS:
+                self.problem((*path, key), "unknown kind of system", did_you_mean(key, KINDS))
+        kinds = [key for key in data if key in KINDS]
+        if len(kinds) > 1:
+            both = " and ".join(kinds)
+            self.problem(path, f"is both {both}", "a system has one kind: make two systems of it")
+        if len(kinds) != 1:
+            return None
+        key, here = kinds[0], (*path, kinds[0])
+        section: Any = self.validate(SECTIONS[key], data[key], here)
+        if section is None:
+            return None
+        own = self._training(data[key].get("training"), training, (*here, "training"))
+        common: dict[str, Any] = {"name": name, "kind": KINDS[key], "training": own, "seeds": seeds}
+        if key == "pretrained":
+            return System(**common, location=self._location(section.bundle, (*here, "bundle")))
+        if key == "compress":
+            steps = [self.named("compressors", s, (*here, "steps", i)) for i, s in enumerate(section.steps)]
+            return System(**common, parent=section.parent, steps=tuple(s for s in steps if s is not None))
+        if section.seeds:
+            common["seeds"] = self._distinct(section, (*here, "seeds"))
+        terms = [self._term(t, (*here, "losses", i)) for i, t in enumerate(section.losses)]
+        return System(
+            **common,
+            model=self._model(section.model, (*here, "model")),
+            data=section.data,
+            unlabelled=getattr(section, "unlabelled", None),
+            teachers=getattr(section, "teachers", ()),
+            init_from=section.init_from,
+            terms=tuple(t for t in terms if t is not None),
+        )
+
+    def _model(self, data: dict[str, Any], path: KeyPath) -> dict[str, Any] | None:
+        named = self.named("architectures", data, path, beside=("heads",))
+        heads = data.get("heads")
+        if not isinstance(heads, dict) or not heads:
+            self.problem(path, "heads is missing", "write heads: {ctc: {}}")
+            return None
+        built = {
+            n: self.plugin("heads", n, options, (*path, "heads", n), (*path, "heads", n))
+            for n, options in heads.items()
+        }
+        if named is None or not all(built.values()):
+            return None
+        return {"name": named.name, **named.options, "heads": {n: h.options for n, h in built.items() if h}}
+
+    def _term(self, data: dict[str, Any], path: KeyPath) -> Term | None:
+        core = tuple(TermSection.model_fields)
+        named = self.named("losses", data, path, beside=core)
+        if named is not None and named.options.get("top_k", 0) is None and "top_k" not in data:
+            named.options["top_k"] = self._top_k
+        section = self.validate(TermSection, {k: v for k, v in data.items() if k in core}, path)
+        if named is None or section is None:
+            return None
+        return Term(named.name, named.options, section.weight, section.teacher)
+
+    def _training(self, data: Any, base: Training, path: KeyPath) -> Training:
+        """The recipe's settings with ``data`` over them, nested ones too."""
+        if not data:
+            return base
+        before = len(self.problems)
+        self.validate(Training, data, path)
+        if len(self.problems) > before:
+            return base
+        return Training.model_validate(_over(base.model_dump(), data))
+
+    def _inherit(self, systems: dict[str, System], seeds: tuple[int, ...]) -> dict[str, System]:
+        """Seeds of teachers (one is enough), seeds and settings of compressed systems (the parent's)."""
+        teaching = {t for s in systems.values() for t in s.teachers}
+        result: dict[str, System] = {}
+        for name in depth_first(systems)[0]:
+            system = systems[name]
+            key = SECTION_OF[system.kind]
+            data = self.document.data["systems"][name][key]
+            alone = system.kind == "trained" and name in teaching and not data.get("seeds")
+            if alone or system.kind == "pretrained":
+                system = replace(system, seeds=seeds[:1])
+            elif system.parent in result:
+                parent = result[system.parent]
+                path = ("systems", name, key, "training")
+                training = self._training(data.get("training"), parent.training, path)
+                system = replace(system, seeds=parent.seeds, training=training)
+            result[name] = system
+        return {name: result[name] for name in systems}
+
+    def _location(self, text: str, path: KeyPath) -> Location:
+        return Location(text, self.document.where(path), Path(self.document.path).resolve().parent)
+
+    def _check_name(self, name: str, path: KeyPath) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            self.problem(path, "a name has letters, digits, '_' and '-' only: it becomes a directory's")
+
+
+class _SeedList(Options):
+    seeds: Seeds
+
+
+def _over(base: dict[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in data.items():
+        old = result.get(key)
+        result[key] = _over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result

@@ -1,0 +1,422 @@
+"""The parts of a recipe, checked: what :mod:`kdrecipe.recipe.load` hands to the pipeline.
+
+Pydantic models for what the core defines, plain records for what plugins have a say in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from kdrecipe.interfaces import Options
+from kdrecipe.recipe.yaml import expand_env
+
+Kind = Literal["trained", "pretrained", "distilled", "compressed"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A plugin by name, with its options: validated, defaults filled in, JSON-like."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Term(Named):
+    """A weighted loss.
+
+    Args:
+        weight: finite, 0 or more.
+        teacher: the system it learns from; None: all teachers of its system, evenly.
+    """
+
+    weight: float = 1.0
+    teacher: str | None = None
+
+
+@dataclass(frozen=True)
+class Location:
+    """A path as the recipe writes it; environment variables are looked up when it is used.
+
+    Args:
+        text: may hold ``${NAME}`` and ``~``.
+        where: its place in the recipe.
+        base: directory that relative paths count from.
+    """
+
+    text: str
+    where: str
+    base: Path
+
+    def path(self) -> Path:
+        """The path; RecipeError naming the environment variable that is not set."""
+        return self.base / Path(expand_env(self.text, self.where)).expanduser()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """``corpus``.
+
+    Args:
+        name: the corpus plugin.
+        options: its options.
+        on_error: whether faulty utterances stop the work or are left out and listed.
+        subsets: named parts of the training split: name -> rule, see ``kdrecipe.corpus.subsets``.
+        location: where the raw corpus lies, if it is not made by the plugin.
+        lists: of the subsets whose utterances are listed somewhere: name -> where.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    on_error: Literal["stop", "skip"] = "stop"
+    subsets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    location: Location | None = None
+    lists: dict[str, Location] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Path | None:
+        """Directory of the raw corpus; RecipeError if it names an environment variable not set."""
+        return self.location.path() if self.location else None
+
+    def list_path(self, subset: str) -> Path:
+        """The file or directory that lists a subset's utterances, whether or not it is there.
+
+        A relative path counts from the root or else from a folder in it, as archives unpack, and
+        without a root from the recipe's directory. RecipeError as for :attr:`root`.
+        """
+        location, root = self.lists[subset], self.root
+        if root is None:
+            return location.path()
+        inner = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+        paths = [replace(location, base=base).path() for base in (root, *inner)]
+        return next((path for path in paths if path.exists()), paths[0])
+
+
+class Subset(Options):
+    """A rule for a part of the training split: exactly one of these.
+
+    Args:
+        speakers: number of speakers.
+        utterances: number of utterances.
+        hours: of speech.
+        fraction: of the utterances, between 0 and 1.
+        listed_in: a file whose lines begin with an utterance's id each, or a directory below
+            which ``*.trans.txt`` files are such; ids of other splits do no harm.
+        rest_of: (``except``) what another subset leaves over.
+    """
+
+    speakers: int | None = Field(default=None, ge=1)
+    utterances: int | None = Field(default=None, ge=1)
+    hours: Positive | None = None
+    fraction: float | None = Field(default=None, gt=0, lt=1)
+    listed_in: str | None = Field(default=None, min_length=1)
+    rest_of: str | None = Field(default=None, alias="except")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Subset:
+        if len(self.rule()) != 1:
+            rules = [info.alias or name for name, info in type(self).model_fields.items()]
+            raise ValueError(f"a subset has exactly one rule, one of {', '.join(rules)}")
+        return self
+
+    def rule(self) -> dict[str, Any]:
+        """The rule as a mapping with one key."""
+        return self.model_dump(exclude_none=True, by_alias=True)
+
+
+class Features(Options):
+    """``features``: log-mel filter banks, one frame per 0.01 s.
+
+    Args:
+        name: ``fbank``.
+        num_mel_bins: F.
+        speed_perturb: speeds at which training utterances are seen, as copies of their own; the
+            speed 1.0 is always among them.
+    """
+
+    name: Literal["fbank"] = "fbank"
+    num_mel_bins: int = Field(default=80, ge=8, le=256)
+    speed_perturb: tuple[Annotated[float, Field(ge=0.5, le=2.0)], ...] = (1.0,)
+
+    @model_validator(mode="after")
+    def _speeds(self) -> Features:
+        if 1.0 not in self.speed_perturb or len(set(self.speed_perturb)) < len(self.speed_perturb):
+            raise ValueError("speed_perturb lists different speeds, 1.0 among them")
+        return self
+
+
+class Tokens(Options):
+    """``tokens``: SentencePiece.
+
+    Args:
+        name: ``bpe``, ``unigram`` or ``char``.
+        vocab_size: number of tokens, the three special ones included; optional for ``char``.
+    """
+
+    name: Literal["bpe", "unigram", "char"]
+    vocab_size: int | None = Field(default=None, ge=5, le=65536)
+
+    @model_validator(mode="after")
+    def _size(self) -> Tokens:
+        if self.name != "char" and self.vocab_size is None:
+            raise ValueError(f"{self.name} needs a vocab_size")
+        return self
+
+
+@dataclass(frozen=True)
+class Lm:
+    """``lm``: n-grams over tokens and over words, for searches.
+
+    Args:
+        order: n over tokens.
+        word_order: n over words.
+        data: subset whose transcripts they are estimated from; None: all of the training split.
+        text: a text file to estimate them from instead, a sentence per line.
+    """
+
+    order: int
+    word_order: int
+    data: str | None = None
+    text: Location | None = None
+
+
+def uses_lm(options: Mapping[str, Any]) -> bool:
+    """Whether a decoder with these options asks for the recipe's language model."""
+    return bool(options.get("lm_weight"))
+
+
+class SpecAugment(Options):
+    """Masks over the student's input (Park et al. 2019, arXiv 1904.08779), without time warp.
+
+    Args:
+        num_freq_masks: masks over mel bins.
+        freq_width: bins, the widest of them.
+        num_time_masks: masks over time.
+        time_width: feature frames of 0.01 s, the widest of them.
+        max_time_fraction: share of an utterance that time masks may cover, 0 to 1.
+    """
+
+    num_freq_masks: int = Field(default=2, ge=0)
+    freq_width: int = Field(default=27, ge=0)
+    num_time_masks: int = Field(default=10, ge=0)
+    time_width: int = Field(default=100, ge=0)
+    max_time_fraction: float = Field(default=0.15, ge=0, le=1)
+
+
+class Training(Options):
+    """``training``: the one loop's settings; a system overrides any of them.
+
+    Args:
+        epochs: passes over the data, at least 1.
+        batch_duration_s: audio per batch and process, in seconds.
+        lr: the highest learning rate.
+        warmup: share of all steps in which the rate rises from 0, in [0, 1).
+        schedule: afterwards: ``cosine`` or ``linear`` to 0, ``constant``, or ``noam`` (inverse
+            square root of the step).
+        weight_decay: of AdamW, on matrices only.
+        betas: of AdamW.
+        grad_clip: highest norm of the gradient; null: no clipping.
+        average: the last so many epochs' weights are averaged.
+        precision: ``auto`` takes bf16 where the hardware has it.
+        accumulate: batches per optimiser step.
+        spec_augment: masks over the input; null: none.
+        log_every: steps from one line of the log to the next.
+        checkpoint_every_s: seconds from one checkpoint to the next within an epoch.
+        dev_every: epochs from one pass over the development data to the next.
+    """
+
+    epochs: int = Field(default=30, ge=1)
+    batch_duration_s: Positive = 60.0
+    lr: Positive = 2e-3
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant", "noam"] = "cosine"
+    weight_decay: NotNegative = 1e-2
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    grad_clip: Positive | None = 5.0
+    average: int = Field(default=5, ge=1)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    accumulate: int = Field(default=1, ge=1)
+    spec_augment: SpecAugment | None = SpecAugment()
+    log_every: int = Field(default=20, ge=1)
+    checkpoint_every_s: Positive = 600.0
+    dev_every: int = Field(default=1, ge=1)
+
+
+class TargetOptions(Options):
+    """``targets``.
+
+    Args:
+        mode: ``cached``: teachers of stage 3 speak once, onto disk; ``live``: at every step.
+        top_k: classes kept per frame by losses that have this option and do not set it; null: all.
+    """
+
+    mode: Literal["cached", "live"] = "cached"
+    top_k: int | None = Field(default=None, ge=1)
+
+
+class Parity(Options):
+    """``parity``: how far an export may stray from its bundle before the recipe fails.
+
+    Token and word errors are counted against what the bundle itself recognises, not against the
+    transcripts. Percentage points are those of the word error rate.
+
+    Args:
+        max_log_prob_diff_fp32: largest difference of any log-probability at any step, fp32.
+        max_token_error_fp32: share of tokens, 0 to 1, that the fp32 file recognises otherwise.
+        max_kl_int8: nats per frame (attention: per token), mean divergence of the int8 file's posteriors.
+        max_token_error_int8: share of tokens, 0 to 1, that the int8 file recognises otherwise.
+        max_token_error_runtime: share of tokens, 0 to 1, that the device's runtime recognises
+            otherwise than the same fp32 file does on the features of the training (int8: as above).
+        max_wer_increase_int8: percentage points.
+        max_deletion_increase_int8: percentage points of words left out: what int8 breaks first.
+        slack: tokens or words; a difference of so few is never held against an export, since a
+            handful of near ties proves nothing; nor is one of words that chance explains, within three
+            standard deviations over the utterances.
+        num_utterances: taken for the comparison.
+    """
+
+    max_log_prob_diff_fp32: Positive = 1e-3
+    max_token_error_fp32: float = Field(default=0.01, ge=0, le=1)
+    max_kl_int8: Positive = 0.05
+    max_token_error_int8: float = Field(default=0.1, ge=0, le=1)
+    max_token_error_runtime: float = Field(default=0.02, ge=0, le=1)
+    max_wer_increase_int8: NotNegative = 1.0
+    max_deletion_increase_int8: NotNegative = 1.0
+    slack: int = Field(default=3, ge=0)
+    num_utterances: int = Field(default=50, ge=1)
+
+
+class Decode(Options):
+    """``decode``.
+
+    Args:
+        splits: splits to recognise; the first one is the table's.
+        decoders: the searches, by label; see :mod:`kdrecipe.recipe.suitable` for which serve a system.
+        metrics: figures over the hypotheses; the first one is the table's.
+        compare: pairs of systems whose difference is tested for significance.
+        measure_max: utterances of the first split on which time and memory are measured.
+    """
+
+    splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("test",)
+    decoders: dict[str, Named]
+    metrics: tuple[Named, ...] = (Named("wer"), Named("cer"))
+    compare: tuple[tuple[str, str], ...] = ()
+    measure_max: int = Field(default=100, ge=1)
+
+
+class Claim(Options):
+    """One of ``claims``: a figure that somebody else published, to stand beside what is measured here.
+
+    Args:
+        text: what is claimed, in words.
+        system: the system that it is about; null if nothing here measures it.
+        figure: ``wer``, or ``params_ratio`` and ``size_ratio`` of ``system`` over ``of``.
+        value: as claimed: percent for ``wer``, a fraction for the ratios.
+        of: the system that a ratio is taken over.
+        split: of a ``wer``; null: the first that is decoded.
+        on: the corpus and split that it was claimed on, such as ``LibriSpeech test-clean``.
+        source: where it is claimed.
+    """
+
+    text: Annotated[str, Field(min_length=1)]
+    system: str | None = None
+    figure: Literal["wer", "params_ratio", "size_ratio"] | None = None
+    value: NotNegative | None = None
+    of: str | None = None
+    split: str | None = None
+    on: str | None = None
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Claim:
+        if (self.figure is None) != (self.value is None):
+            raise ValueError("figure and value go together")
+        if self.system is not None and self.figure is None:
+            raise ValueError("a claim about a system needs a figure and its value")
+        is_ratio = self.figure in ("params_ratio", "size_ratio")
+        if is_ratio and self.system is not None and self.of is None:
+            raise ValueError(f"{self.figure} is a ratio: of: names the system that it is taken over")
+        if not is_ratio and self.of is not None:
+            raise ValueError("only params_ratio and size_ratio are taken of another system")
+        if self.figure != "wer" and self.split is not None:
+            raise ValueError("only a wer is of a split")
+        return self
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the result table.
+
+    Args:
+        name: its name.
+        kind: what it is.
+        seeds: one model is made for each.
+        training: the recipe's settings with this system's own put over them.
+        model: ``{name, <options>, heads: {<head>: {...}}}``, defaults filled in; None if it comes
+            from elsewhere (compressed, pretrained).
+        data: labelled subset of the training split; None: all of it.
+        unlabelled: subset that only terms without labels see.
+        teachers: systems it learns from.
+        parent: system it is compressed from.
+        init_from: system with the same encoder, whose weights it starts with: those of the encoder and
+            of the heads that both have; other heads start anew.
+        terms: its objective.
+        steps: compressors, in order.
+        location: of a pretrained bundle.
+    """
+
+    name: str
+    kind: Kind
+    seeds: tuple[int, ...]
+    training: Training
+    model: dict[str, Any] | None = None
+    data: str | None = None
+    unlabelled: str | None = None
+    teachers: tuple[str, ...] = ()
+    parent: str | None = None
+    init_from: str | None = None
+    terms: tuple[Term, ...] = ()
+    steps: tuple[Named, ...] = ()
+    location: Location | None = None
+
+    @property
+    def bundle(self) -> Path | None:
+        """Directory of a pretrained bundle; RecipeError if an environment variable is not set."""
+        return self.location.path() if self.location else None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Systems that must be built before this one."""
+        others = (self.parent, self.init_from)
+        return tuple(dict.fromkeys([*self.teachers, *(o for o in others if o is not None)]))
+
+
+def depth_first(systems: Mapping[str, System]) -> tuple[list[str], list[list[str]]]:
+    """Names such that each comes after what it needs, and the circles that prevent it."""
+    order: list[str] = []
+    circles: list[list[str]] = []
+    state: dict[str, str] = {}
+
+    def visit(name: str, trail: list[str]) -> None:
+        if state.get(name) == "open":
+            circles.append([*trail[trail.index(name) :], name])
+            return
+        if name in state or name not in systems:
+            return
+        state[name] = "open"
+        for need in systems[name].needs:
+            visit(need, [*trail, name])
+        state[name] = "done"
+        order.append(name)
+
+    for name in systems:
+        visit(name, [])
+    return order, circles

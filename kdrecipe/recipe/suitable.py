@@ -1,0 +1,94 @@
+"""Which decoders and exporters suit a system: a matter of the heads of its model.
+
+A system is judged by its first head: that head's first decoder makes the hypotheses of the table,
+and the export of that head is what is measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdrecipe.errors import KdrecipeError
+from kdrecipe.plugin.registry import Registry
+from kdrecipe.recipe.sections import Named, System
+
+
+def model_of(systems: Mapping[str, System], name: str) -> dict[str, Any] | None:
+    """The description of a system's model; that of a compressed system is its parent's.
+
+    None where that can't be known: a pretrained bundle is not there yet, a parent is wrong.
+    """
+    seen: set[str] = set()
+    system = systems.get(name)
+    while system is not None and system.parent is not None:
+        if system.name in seen:
+            return None
+        seen.add(system.name)
+        system = systems.get(system.parent)
+    if system is None:
+        return None
+    return bundle_model(system) if system.kind == "pretrained" else system.model
+
+
+def heads_of(systems: Mapping[str, System], name: str) -> tuple[str, ...] | None:
+    """Heads of a system's model, in order; None as of :func:`model_of`."""
+    model = model_of(systems, name)
+    return tuple(model["heads"]) if model and model["heads"] else None
+
+
+def bundle_model(system: System) -> dict[str, Any] | None:
+    """The model's description within a pretrained bundle, None if that can't be read yet."""
+    try:
+        path = system.bundle
+        if path is None or not (path / "bundle.json").is_file():
+            return None
+        model = json.loads(Path(path / "bundle.json").read_text(encoding="utf-8")).get("model")
+    except (KdrecipeError, OSError, ValueError):
+        return None  # stage 3 imports it, and tells
+    return model if isinstance(model, dict) and {"name", "heads"} <= set(model) else None
+
+
+def head_of(registry: Registry, kind: str, name: str) -> str | None:
+    """The head that a decoder or an exporter is for."""
+    head: str | None = getattr(registry.get(kind, name), "head", None)
+    return head
+
+
+def searches(heads: Sequence[str], decoders: Mapping[str, Named], registry: Registry) -> dict[str, Named]:
+    """The decoders that serve a model with ``heads``, by label, its main search first.
+
+    The main search is the first decoder of the first head; empty if there is none of that head.
+    """
+    fitting = {label: d for label, d in decoders.items() if head_of(registry, "decoders", d.name) in heads}
+    main = [x for x, d in fitting.items() if head_of(registry, "decoders", d.name) == heads[0]][:1]
+    return {label: fitting[label] for label in dict.fromkeys([*main, *fitting])} if main else {}
+
+
+def exporters_for(
+    model: Mapping[str, Any], exporters: Sequence[Named], registry: Registry
+) -> tuple[Named, ...]:
+    """The exporters of a head that ``model`` (its description) has, and that can take it."""
+    return tuple(
+        e
+        for e in exporters
+        if head_of(registry, "exporters", e.name) in model["heads"] and unfit(registry, e.name, model) is None
+    )
+
+
+def unfit(registry: Registry, exporter: str, model: Mapping[str, Any]) -> str | None:
+    """Why an exporter can't take a model of its head; None if it can."""
+    cls = registry.get("exporters", exporter)
+    why: str | None = cls.unfit(model) if hasattr(cls, "unfit") else None
+    return why
+
+
+def measured_exporter(heads: Sequence[str], exporters: Sequence[Named], registry: Registry) -> Named | None:
+    """The exporter whose files are measured: the first of the first head that has a runtime."""
+    for exporter in exporters:
+        cls = registry.get("exporters", exporter.name)
+        if head_of(registry, "exporters", exporter.name) == heads[0] and getattr(cls, "runtime", None):
+            return exporter
+    return None

@@ -1,0 +1,339 @@
+"""The report's sections as blocks of text and tables, which become Markdown here and HTML elsewhere.
+
+Text in blocks may hold ``**bold**`` and `` `code` ``.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdrecipe.report.reading import (
+    NONE,
+    System,
+    count,
+    duration,
+    figure,
+    p_value,
+    percent,
+    points,
+    rtf,
+    span,
+    spread,
+)
+from kdrecipe.score.claims import claimed_text, measured_text
+
+MAX_REASONS = 20  # for leaving out utterances that are listed one by one
+_PARITY = {
+    "max_log_prob_diff": "largest log-prob difference",
+    "token_error": "tokens differing %",
+    "runtime_token_error": "in the runtime %",
+    "wer": "WER %",
+    "deletions": "del %",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text; columns in ``numeric`` are set flush right, cells in ``prose`` may break."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numeric: frozenset[int] = frozenset()
+    prose: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines for a terminal."""
+
+    text: str
+
+
+Block = str | list[str] | Table | Code
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it: paragraphs, lists, tables, code."""
+
+    title: str
+    blocks: list[Block] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _parents(system: System) -> str:
+    parent = system["parent"]
+    return NONE if not parent else parent if isinstance(parent, str) else ", ".join(parent)
+
+
+def split_names(results: Mapping[str, Any]) -> list[str]:
+    """Splits that were scored, in order; the first is the main one."""
+    return list(dict.fromkeys(split for system in results["systems"] for split in system["splits"]))
+
+
+def main_table(results: Mapping[str, Any], split: str) -> Table:
+    """One row per system: error rates and what they cost."""
+    headers = ["system", "kind", "from", "WER %", "95 % interval", "CER %", "params", "MB", "RTF", "RSS MB"]
+    rows = []
+    for system in results["systems"]:
+        scores = system["splits"].get(split, {})
+        wer = scores.get("wer") or {}
+        rates = [spread(wer), span(wer.get("ci95")), spread(scores.get("cer"))]
+        costs = [figure(cost) for cost in (system["size_mb"], rtf(system), system["peak_rss_mb"])]
+        origin = [system["name"], system["kind"], _parents(system)]
+        rows.append([*origin, *rates, count(system["params"]), *costs])
+    return Table(headers, rows, frozenset(range(3, 10)))
+
+
+def search_table(results: Mapping[str, Any], split: str, *, timed: bool) -> Table:
+    """One row per search of the systems that have several; ``timed``: with the real-time factor."""
+    headers = ["system", "search", "WER %", "95 % interval", "CER %", "points to the first", "p (Holm)"]
+    headers += ["RTF (torch, 1 thread)"] if timed else []
+    rows: list[list[str]] = []
+    main: dict[str, str] = {}
+    for row in results["searches"]:
+        scores, system = row["splits"].get(split, {}), row["system"]
+        first = main.setdefault(system, row["search"])
+        wer = scores.get("wer") or {}
+        rates = [spread(wer), span(wer.get("ci95")), spread(scores.get("cer"))]
+        against = [c for c in row["comparisons"] if c["split"] == split and c["b"] == first]
+        change = [f"{100 * c['difference']:+.2f}".replace("-", "−") for c in against] or [NONE]
+        p = [p_value(c["p_adjusted"]) for c in against] or [NONE]
+        time = [figure(row["rtf"])] if timed else []
+        rows.append([system, row["search"], *rates, *change, *p, *time])
+    return Table(headers, rows, frozenset(range(2, 8)))
+
+
+def _search_section(results: Mapping[str, Any], split: str, first: bool) -> Section:
+    """The searches on a split; what they are is said once."""
+    section = Section(f"Searches on {split}", [search_table(results, split, timed=first)])
+    if first:
+        described = {row["search"]: _flat(row.get("options") or {}) for row in results["searches"]}
+        names = {row["search"]: row["decoder"] for row in results["searches"]}
+        section.blocks.append([", ".join([f"{x}: {names[x]}", *options]) for x, options in described.items()])
+    return section
+
+
+def _errors_table(results: Mapping[str, Any], split: str) -> Table:
+    """Kinds of errors, the way from baseline to teacher, likeness to the teacher."""
+    headers = [
+        "system",
+        "sub %",
+        "ins %",
+        "del %",
+        "gap recovered %",
+        "differs from teacher %",
+        "same text %",
+    ]
+    rows = []
+    for system in results["systems"]:
+        if not (scores := system["splits"].get(split)):
+            continue
+        gap, like = scores.get("gap_recovered"), scores.get("fidelity") or {}
+        recovered = NONE if not gap else f"{100 * gap['mean']:.0f}"
+        if gap and gap.get("ci95"):
+            recovered += " ({:.0f} to {:.0f})".format(*(100 * end for end in gap["ci95"]))
+        kinds = [percent(scores.get(kind)) for kind in ("sub", "ins", "del")]
+        alike = [percent(like.get("wer")), percent(like.get("agreement"))]
+        rows.append([system["name"], *kinds, recovered, *alike])
+    return Table(headers, rows, frozenset(range(1, 7)))
+
+
+def _comparison_table(results: Mapping[str, Any]) -> Table:
+    headers = [
+        "system",
+        "against",
+        "split",
+        "WER %",
+        "points",
+        "95 % interval",
+        "p",
+        "p (Holm)",
+        "seed pairs won",
+    ]
+    rows = []
+    for c in results["comparisons"]:
+        change = f"{percent(c['b_mean'])} → {percent(c['a_mean'])}"
+        difference = f"{100 * c['difference']:+.2f}".replace("-", "−")
+        ends = points(c["ci95"]) if c.get("ci95") else NONE
+        seeds = "{} of {}".format(*c["seed_pairs"]) if c.get("seed_pairs") else NONE
+        p_values = [p_value(c["p"]), p_value(c.get("p_adjusted"))]
+        rows.append([c["a"], c["b"], c["split"], change, difference, ends, *p_values, seeds])
+    return Table(headers, rows, frozenset(range(3, 9)))
+
+
+def _flat(value: Any, name: str = "") -> list[str]:
+    """A nested value as ``name value`` pieces."""
+    if isinstance(value, Mapping):
+        return [piece for key, item in value.items() for piece in _flat(item, f"{name} {key}".strip())]
+    if isinstance(value, list):
+        text = ", ".join(piece for item in value for piece in _flat(item))
+    else:
+        text = figure(value) if isinstance(value, float) else str(value)
+    return [f"{name} {text}".strip()]
+
+
+def _made_section(results: Mapping[str, Any]) -> Section:
+    """Command, seeds, versions, machine."""
+    recipe = results["recipe"]
+    keys = ("path", "profile", "git", "date", "seeds", "machine", "versions")
+    lines = [f"{key}: {', '.join(_flat(recipe[key]))}" for key in keys if recipe.get(key)]
+    runtimes: dict[str, list[str]] = {}
+    for system in results["systems"]:
+        if system["runtime"]:
+            runtimes.setdefault(str(system["runtime"]), []).append(system["name"])
+    lines += [
+        f"{', '.join(names)}: {runtime if runtime.startswith('not measured') else f'measured in {runtime}'}"
+        for runtime, names in runtimes.items()
+    ]
+    if method := results.get("method"):
+        lines.append(f"intervals: {method['interval']}")
+        lines.append(f"test: {method['test']}; p (Holm) allows for the number of comparisons")
+    section = Section("How this was made", [lines])
+    if command := recipe.get("command"):
+        section.blocks.insert(0, Code(shlex.join(command) if isinstance(command, list) else str(command)))
+    return section
+
+
+def _corpus_section(results: Mapping[str, Any]) -> Section:
+    """Splits, what was left out, overlaps."""
+    summary = results["corpus_summary"]
+    section = Section("The corpus")
+    if splits := summary.get("splits"):
+        columns = ("utterances", "speakers", "hours")
+        rows = [[name, *(figure(facts.get(key)) for key in columns)] for name, facts in splits.items()]
+        section.blocks.append(Table(["split", *columns], rows, frozenset({1, 2, 3})))
+    left_out = summary.get("left_out") or []
+    if left_out:
+        reasons = Counter(str(item["reason"] if isinstance(item, Mapping) else item) for item in left_out)
+        often = sorted(reasons.items(), key=lambda found: (-found[1], found[0]))
+        section.blocks.append(f"Left out: {len(left_out)} utterances.")
+        section.blocks.append([f"{number} × {reason}" for reason, number in often[:MAX_REASONS]])
+        if len(often) > MAX_REASONS:
+            section.blocks.append(f"... and {len(often) - MAX_REASONS} more reasons, all in `results.json`.")
+    elif splits:
+        section.blocks.append("Nothing was left out.")
+    if notes := summary.get("notes"):
+        section.blocks.extend(("To know about this corpus:", [str(note) for note in notes]))
+    return section
+
+
+def _making_section(results: Mapping[str, Any]) -> Section:
+    """Training effort, compression, parity of exports."""
+    section = Section("Training, compression, export")
+    rows = []
+    for system in results["systems"]:
+        if train := system["train"]:
+            numbers = [count(train.get("epochs")), count(train.get("steps")), duration(train.get("seconds"))]
+            rows.append([system["name"], *numbers, figure(train.get("audio_s_per_s"))])
+    if rows:
+        headers = ["system", "epochs", "steps", "time per seed", "audio seconds per second"]
+        section.blocks.append(Table(headers, rows, frozenset(range(1, 5))))
+    steps = []
+    for system in results["systems"]:
+        for step in system["compression"] or []:
+            facts = _flat(step.get("options") or {}) + _flat(step.get("report") or {})
+            steps.append(f"{system['name']}, {step['name']}: {', '.join(facts)}")
+    if steps:
+        section.blocks.append(steps)
+    checked = [row for system in results["systems"] for row in _parity_rows(system["name"], system["parity"])]
+    if checked:
+        section.blocks.append("Exports against the bundles they were made from:")
+        headers = ["system", "export", *_PARITY.values()]
+        section.blocks.append(Table(headers, checked, frozenset(range(2, 2 + len(_PARITY)))))
+    return section
+
+
+def _parity_rows(system: str, found: Any, export: str = "") -> list[list[str]]:
+    """One row per exported variant, wherever in the nested figures it stands."""
+    if not isinstance(found, Mapping):
+        return []
+    if "max_log_prob_diff" in found:
+        percents = {"token_error", "runtime_token_error", "wer", "deletions"}
+        figures = [percent(found.get(k)) if k in percents else figure(found.get(k), 2) for k in _PARITY]
+        return [[system, export or NONE, *figures]]
+    return [
+        row for key, item in found.items() for row in _parity_rows(system, item, f"{export} {key}".strip())
+    ]
+
+
+def _claims_section(claims: Sequence[Mapping[str, Any]]) -> Section:
+    """What others published, beside what was measured."""
+    rows = [
+        [claim["text"], claimed_text(claim) or NONE, measured_text(claim) or NONE, claim["note"]]
+        for claim in claims
+    ]
+    table = Table(["claim", "claimed", "measured", "note"], rows, prose=frozenset(range(4)))
+    section = Section("Claims beside what was measured", [table])
+    if sources := list(dict.fromkeys(claim["source"] for claim in claims if claim["source"])):
+        section.blocks.append(f"Claimed in: {'; '.join(sources)}.")
+    return section
+
+
+def sections(results: Mapping[str, Any]) -> list[Section]:
+    """The whole report after its title, but for the plugins' sections; the first is the reading."""
+    said: list[Block] = [[item["text"] for item in results["reading"]]]
+    found = [Section("What the numbers say", said if results["reading"] else ["Nothing was compared."])]
+    if results["claims"]:
+        found.append(_claims_section(results["claims"]))
+    for i, split in enumerate(split_names(results)):
+        table = main_table(results, split)
+        if i:  # what a system costs does not depend on the split
+            table = Table(table.headers[:6], [row[:6] for row in table.rows], table.numeric & set(range(6)))
+        facts = results["splits"].get(split, {})
+        blocks: list[Block] = [table, _errors_table(results, split)]
+        if facts.get("utterances"):
+            people = f" by {facts['speakers']} speakers" if facts.get("speakers") else ""
+            blocks.insert(0, f"{facts['utterances']} utterances{people}, {facts['words']} words.")
+        found.append(Section(f"Systems on {split}", blocks))
+        if results["searches"]:
+            found.append(_search_section(results, split, first=i == 0))
+    if not results["systems"] or not split_names(results):
+        found.append(Section("Systems", [main_table(results, "")]))
+    if results["comparisons"]:
+        found.append(Section("Comparisons", [_comparison_table(results)]))
+    found += [_making_section(results), _corpus_section(results), _made_section(results)]
+    return [section for section in found if section.blocks]
+
+
+# ---------------------------------------------------------------- Markdown
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The report as Markdown that is legible on a terminal as well."""
+    parts = [f"# Results of {results['recipe']['name']}", results["subtitle"]]
+    body = sections(results)
+    extra = [Section(item["title"], [item["markdown"]]) for item in results["sections"]]
+    for section in [*body[:-1], *extra, body[-1]]:
+        parts += [f"## {section.title}", *(_block(block) for block in section.blocks)]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _block(block: Block) -> str:
+    if isinstance(block, Table):
+        return _markdown_table(block)
+    if isinstance(block, Code):
+        return f"```sh\n{block.text}\n```"
+    return "\n".join(f"- {item}" for item in block) if isinstance(block, list) else block
+
+
+def _markdown_table(table: Table) -> str:
+    texts = [
+        [cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (table.headers, *table.rows)
+    ]
+    widths = [max(3, *(len(row[i]) for row in texts)) for i in range(len(table.headers))]
+    lines = []
+    for row in texts:
+        cells = [
+            cell.rjust(width) if i in table.numeric else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    rules = ["-" * (width + 1) + (":" if i in table.numeric else "-") for i, width in enumerate(widths)]
+    return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])

@@ -1,1 +1,0 @@
-"""From hypotheses to figures one can trust, and to the report."""

@@ -1,0 +1,1 @@
+"""Error rates, resampling, comparisons, claims, hypotheses."""

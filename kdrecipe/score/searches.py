@@ -1,0 +1,96 @@
+"""Searches of one system against each other: the same statistics as between systems.
+
+A search of a system takes the part of a system: ``kd/beam`` is what ``kd`` says by the decoder
+that the recipe calls ``beam``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdrecipe.interfaces import Metric
+from kdrecipe.score.resampling import RESAMPLES
+from kdrecipe.score.scoring import Question, score
+
+LM_OPTIONS = ("lm_", "length_bonus")  # beginnings of options that a language model brings with it
+
+
+def score_searches(
+    hyps: Mapping[str, Mapping[str, Mapping[int, Mapping[str, Path]]]],
+    facts: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    metrics: Mapping[str, Metric],
+    *,
+    speakers: Mapping[str, str] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Score every search of the systems that have more than one.
+
+    Args:
+        hyps: system -> label of the search, the main one first -> seed -> split -> hypotheses file.
+        facts: system -> label -> ``decoder``, ``options``, ``lm`` (whether it uses one).
+        metrics: by name; the first is the one that searches are compared by.
+        speakers, resamples, seed: see :func:`kdrecipe.score.scoring.score`.
+
+    Returns:
+        Per system and search ``{"system", "search", "splits", "comparisons"}``: ``splits`` as of a
+        system; ``comparisons`` with the system's main search, and of one with a language model
+        with the same search without, p-values allowing for all comparisons of searches. Their
+        ``seed_pairs`` are of the same seed, since it is the same model.
+
+    Raises:
+        DataError: hypotheses files that are broken or do not agree.
+    """
+    several = {system: labels for system, labels in hyps.items() if len(labels) > 1}
+    if not several:
+        return []
+    files = {_name(system, x): seeds for system, labels in several.items() for x, seeds in labels.items()}
+    compare = [(_name(s, a), _name(s, b)) for s in several for a, b in pairs(facts[s])]
+    scored = score(
+        files, metrics, Question(compare=compare), speakers=speakers, resamples=resamples, seed=seed
+    )["splits"]
+    rows = []
+    for system, labels in several.items():
+        for label in labels:
+            name = _name(system, label)
+            found = [
+                _of_labels(c, part) for part in scored.values() for c in part["comparisons"] if c["a"] == name
+            ]
+            splits = {split: part["systems"][name] for split, part in scored.items()}
+            rows.append({"system": system, "search": label, "splits": splits, "comparisons": found})
+    return rows
+
+
+def pairs(facts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Labels to compare: each with the first, and one with a language model with itself without."""
+    main = next(iter(facts))
+    found = [(label, main) for label in facts if label != main]
+    for label, search in facts.items():
+        plain = next((x for x, other in facts.items() if _is_without_lm(other, search)), None)
+        if plain is not None and (label, plain) not in found and (plain, label) not in found:
+            found.append((label, plain))
+    return found
+
+
+def _is_without_lm(candidate: Mapping[str, Any], search: Mapping[str, Any]) -> bool:
+    """Whether ``candidate`` is ``search`` but for its language model."""
+    alike = candidate["decoder"] == search["decoder"] and _plain(candidate) == _plain(search)
+    return bool(search["lm"]) and not candidate["lm"] and alike
+
+
+def _plain(search: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in search["options"].items() if not key.startswith(LM_OPTIONS)}
+
+
+def _name(system: str, label: str) -> str:
+    return f"{system}/{label}"  # names of systems have no slash
+
+
+def _of_labels(found: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison with labels in place of names, and the seeds paired."""
+    rates_a, rates_b = (part["systems"][found[x]][found["metric"]]["seeds"] for x in ("a", "b"))
+    won = sum(rates_a[seed] < rates_b[seed] for seed in rates_a)
+    labels = {x: found[x].partition("/")[2] for x in ("a", "b")}
+    return {**found, **labels, "seed_pairs": [won, len(rates_a)]}

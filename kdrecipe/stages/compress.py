@@ -1,0 +1,93 @@
+"""Stage 6: prune and quantise, one bundle from another."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
+from kdrecipe.recipe.load import Recipe, System
+from kdrecipe.stages.layout import Layout
+
+NUM_CALIBRATION_BATCHES = 16
+
+
+def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
+    """One job per compressed system and seed."""
+    from kdrecipe.stages.inputs import system_inputs
+
+    for name in recipe.build_order():
+        system = recipe.systems[name]
+        if system.kind != "compressed":
+            continue
+        registry = recipe.plugins.registry
+        trained = recipe.trained_ancestor(name)
+        for seed in system.seeds:
+            assert system.parent is not None
+            parent = f"{system.parent}/seed{recipe.seed_of(system.parent, seed)}"
+            inputs = {
+                "steps": [{"name": s.name, **s.options} for s in system.steps],
+                "plugins": {s.name: registry.fingerprint("compressors", s.name) for s in system.steps},
+                "training": dict(system_inputs(recipe, trained)) if trained else None,
+                "fine_tuning": system.training.model_dump(mode="json"),
+            }
+            targets = [
+                f"targets/{t}/seed{recipe.seed_of(t, seed)}"
+                for t in (trained.teachers if trained else ())
+                if f"targets/{t}/seed{recipe.seed_of(t, seed)}" in plan.jobs
+            ]
+            plan.add(
+                Job(
+                    6,
+                    f"{name}/seed{seed}",
+                    layout.system(name, seed),
+                    inputs,
+                    partial(run, recipe, layout, system, seed),
+                    (parent, "features", "tokens", *targets),
+                    resumable=True,
+                    alone=False,
+                )
+            )
+
+
+def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
+    """Apply the steps in turn; a step that fine-tunes does so with its ancestor's own objective."""
+    from kdrecipe.interfaces import CompressContext
+    from kdrecipe.model.bundle import Bundle, build_compressor, provenance
+    from kdrecipe.stages.session import Session
+
+    assert system.parent is not None
+    registry = recipe.plugins.registry
+    parent = Bundle.load(layout.system(system.parent, recipe.seed_of(system.parent, seed)), registry)
+    trained = recipe.trained_ancestor(system.name)
+    session = Session(recipe, layout, trained or system, seed)
+    model = parent.model
+    done = list(parent.meta["compression"])
+    context = CompressContext(lambda: session.calibration(NUM_CALIBRATION_BATCHES), seed)
+    result = None
+    for number, step in enumerate(system.steps):
+        spec = {"name": step.name, "options": step.options}
+        compressor = build_compressor(registry, spec)
+        model = compressor.apply(model, context)
+        if compressor.num_epochs:
+            training = system.training.model_copy(update={"epochs": compressor.num_epochs})
+            result = session.run(model, out / "train" / f"step{number}", training, on_step=compressor.on_step)
+        model = compressor.finish(model).eval()
+        done.append({**spec, "report": compressor.report()})
+    meta = {
+        **{k: parent.meta[k] for k in ("model", "features", "plugin_files")},
+        "name": system.name,
+        "kind": "compressed",
+        "parent": system.parent,
+        "seed": seed,
+        "compression": done,
+        "training": result.summary() if result else None,
+        "provenance": provenance(recipe.command, recipe=recipe.name),
+    }
+    for name in meta["plugin_files"]:
+        (out / name).write_bytes((parent.path / name).read_bytes())
+    Bundle.save(out, model, parent.tokens, meta)
+    for checkpoints in out.glob("train/*/checkpoints"):
+        shutil.rmtree(checkpoints)

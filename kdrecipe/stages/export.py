@@ -1,0 +1,79 @@
+"""Stage 7: bundles -> files for the device, refused if they do not say what the bundle says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kdrecipe.artifacts import write_json
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
+from kdrecipe.recipe.load import Named, Recipe, System
+from kdrecipe.recipe.suitable import exporters_for
+from kdrecipe.stages.layout import Layout
+
+
+def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
+    """One job per system and seed, for all of the recipe's exporters that suit the system."""
+    registry = recipe.plugins.registry
+    for name in recipe.build_order():
+        system = recipe.systems[name]
+        exporters = _exporters(recipe, recipe.model_of(name))
+        for seed in system.seeds:
+            inputs = {
+                "export": [{"name": e.name, **e.options} for e in exporters],
+                "plugins": {e.name: registry.fingerprint("exporters", e.name) for e in exporters},
+                "parity": recipe.parity.model_dump(mode="json"),
+                "split": parity_split(recipe),
+            }
+            plan.add(
+                Job(
+                    7,
+                    f"export/{name}/seed{seed}",
+                    layout.export(name, seed),
+                    inputs,
+                    partial(run, recipe, layout, system, seed),
+                    (f"{name}/seed{seed}", "features"),
+                    alone=False,
+                )
+            )
+
+
+def _exporters(recipe: Recipe, model: Mapping[str, Any] | None) -> tuple[Named, ...]:
+    """Those that suit a model of this description; all where it is not known yet."""
+    return recipe.export if model is None else exporters_for(model, recipe.export, recipe.plugins.registry)
+
+
+def parity_split(recipe: Recipe) -> str:
+    """Utterances that an export is compared on: those of the first split that is decoded."""
+    return recipe.decode.splits[0]
+
+
+def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
+    """Export, then compare.
+
+    Raises:
+        ParityError: an export strays from its bundle by more than ``parity`` allows.
+    """
+    from kdrecipe.corpus.audio import utterances_from_cuts
+    from kdrecipe.data.features import load_cuts
+    from kdrecipe.measure.parity import check_parity
+    from kdrecipe.model.bundle import Bundle
+
+    bundle = Bundle.load(layout.system(system.name, seed), recipe.plugins.registry)
+    cuts = load_cuts(layout.features, parity_split(recipe))
+    sample = utterances_from_cuts(cuts, recipe.parity.num_utterances)
+    found = {}
+    for wanted in _exporters(recipe, bundle.meta["model"]):
+        cls = recipe.plugins.registry.get("exporters", wanted.name)
+        exporter = cls(cls.Config.model_validate(wanted.options))
+        files = exporter.export(bundle, out / wanted.name)
+        found[wanted.name] = {
+            "files": files,
+            "parity": check_parity(
+                bundle, exporter, out / wanted.name, sample, recipe.parity, variants=list(files)
+            ),
+        }
+    write_json(out / "parity.json", found)

@@ -1,0 +1,147 @@
+"""Stage 2, second job: n-gram language models over tokens and over words, for searches.
+
+``tokens.arpa`` is over the pieces of the recipe's tokens, ``words.arpa`` over words, both as
+:func:`kdrecipe.data.ngram.escape` writes symbols; ``lm.json`` says what they are made of and how
+well they foretell the development split's text.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrecipe.artifacts import read_json, sha256_file, write_json
+from kdrecipe.errors import DataError, MissingExtra, RecipeError
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
+from kdrecipe.recipe.load import Lm, Recipe
+from kdrecipe.recipe.sections import uses_lm
+from kdrecipe.stages.layout import Layout
+
+if TYPE_CHECKING:
+    from kdrecipe.data.tokens import Tokenizer
+
+
+def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
+    """Add the job, if the recipe has a language model.
+
+    Raises:
+        KdrecipeError: what the job or a search needs is not on this machine.
+    """
+    lm = recipe.lm
+    if lm is None:
+        return
+    if missing := missing_kenlm(recipe):
+        raise missing
+    inputs = {
+        "order": lm.order,
+        "word_order": lm.word_order,
+        "data": lm.data,
+        "text": sha256_file(_text_file(lm)) if lm.text else None,
+    }
+    needs = ("prepare", "features", "tokens")
+    plan.add(Job(2, "lm", layout.lm, inputs, lambda out: run(recipe, layout, out), needs))
+
+
+def missing_kenlm(recipe: Recipe) -> MissingExtra | None:
+    """What to tell if some search uses the language model and KenLM is not installed."""
+    from kdrecipe.data.ngram import INSTALL_KENLM
+
+    users = [label for label, decoder in recipe.decode.decoders.items() if uses_lm(decoder.options)]
+    if not users or find_spec("kenlm") is not None:
+        return None
+    where = recipe.document.where(("decode", "decoders", users[0], "lm_weight"))
+    return MissingExtra("kenlm", f"{where}: decode.decoders.{users[0]}", INSTALL_KENLM)
+
+
+def run(recipe: Recipe, layout: Layout, out: Path) -> None:
+    """Estimate both models and write them.
+
+    Raises:
+        DataError: there is no text.
+    """
+    from kdrecipe.data.ngram import estimate
+    from kdrecipe.data.tokens import Tokenizer
+
+    assert recipe.lm is not None
+    tokenizer = Tokenizer.load(layout.tokens)
+    texts = training_texts(recipe.lm, layout)
+    dev_texts = transcripts(layout, "dev")
+    pieces = [_pieces(text, tokenizer) for text in texts]
+    tokens = estimate(pieces, recipe.lm.order, vocabulary=tokenizer.pieces[3:])
+    tokens.write_arpa(out / "tokens.arpa")
+    perplexity = tokens.perplexity(_pieces(t, tokenizer) for t in dev_texts) if dev_texts else None
+    words = [text.split() for text in texts]
+    estimate(words, recipe.lm.word_order).write_arpa(out / "words.arpa")
+    known = {word for line in words for word in line}
+    dev_words = [word for text in dev_texts for word in text.split()]
+    facts: dict[str, Any] = {
+        "sentences": len(texts),
+        "tokens": sum(map(len, pieces)),
+        "words": sum(map(len, words)),
+        "order": recipe.lm.order,
+        "word_order": recipe.lm.word_order,
+        "vocab_id": tokenizer.vocab_id,
+        "dev_perplexity": perplexity,
+        "dev_words": len(dev_words),
+        "dev_words_out_of_vocabulary": sum(word not in known for word in dev_words),
+    }
+    write_json(out / "lm.json", facts)
+    print(f"  {_summary(facts)}", flush=True)
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    made = f"{facts['order']}-gram over tokens, from {facts['sentences']} sentences"
+    if facts["dev_perplexity"] is None:
+        return f"{made}; no dev split to try it on"
+    share = facts["dev_words_out_of_vocabulary"] / max(1, facts["dev_words"])
+    return f"{made}: perplexity {facts['dev_perplexity']:.2f} per token of dev, {share:.1%} of its words new"
+
+
+def training_texts(lm: Lm, layout: Layout) -> list[str]:
+    """Sentences of ``lm.text``, or transcripts of the training split or of a subset of it.
+
+    Raises:
+        DataError: the file is not UTF-8, or there is no text.
+    """
+    if lm.text is not None:
+        path = _text_file(lm)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"not UTF-8 ({error.reason})", where=str(path), remedy="convert it") from None
+        texts, where = [line for line in lines if line.strip()], str(path)
+    else:
+        ids = set(read_json(layout.features / "subsets.json")[lm.data]) if lm.data else None
+        texts, where = transcripts(layout, "train", ids), "the train split's transcripts"
+    if not texts:
+        raise DataError("no text to estimate a language model from", where=where)
+    return texts
+
+
+def transcripts(layout: Layout, split: str, ids: set[str] | None = None) -> list[str]:
+    """Texts of a split's utterances, each once whatever copies at other speeds there are of it.
+
+    Empty if there is no such split; ``ids``: only these utterances.
+    """
+    from lhotse.supervision import SupervisionSet
+
+    path = layout.manifests / f"{split}_supervisions.jsonl.gz"
+    if not path.exists():
+        return []
+    supervisions = SupervisionSet.from_file(path)
+    return [s.text for s in supervisions if s.text and s.text.strip() and (ids is None or s.id in ids)]
+
+
+def _pieces(text: str, tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.pieces[i] for i in tokenizer.encode(text)]
+
+
+def _text_file(lm: Lm) -> Path:
+    assert lm.text is not None
+    path = lm.text.path()
+    if not path.is_file():
+        remedy = "a text file with a sentence per line"
+        raise RecipeError(f"lm.text: there is no file {path}", where=lm.text.where, remedy=remedy)
+    return path

@@ -1,0 +1,42 @@
+"""From a recipe to its jobs: the one file that knows all stages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.stages import (
+    compress,
+    decode,
+    export,
+    features,
+    lm,
+    prepare,
+    report,
+    score,
+    targets,
+    tokens,
+    train,
+)
+from kdrecipe.stages.layout import Layout
+
+if TYPE_CHECKING:
+    from kdrecipe.recipe.load import Recipe
+
+
+def build_plan(recipe: Recipe, layout: Layout) -> Plan:
+    """All jobs of a recipe, in order."""
+    plan = Plan()
+    prepare.add_jobs(plan, recipe, layout)
+    features.add_jobs(plan, recipe, layout)
+    tokens.add_jobs(plan, recipe, layout)
+    lm.add_jobs(plan, recipe, layout)
+    train.add_teachers(plan, recipe, layout)
+    targets.add_jobs(plan, recipe, layout)
+    train.add_students(plan, recipe, layout)
+    compress.add_jobs(plan, recipe, layout)
+    export.add_jobs(plan, recipe, layout)
+    decode.add_jobs(plan, recipe, layout)
+    score.add_jobs(plan, recipe, layout)
+    report.add_jobs(plan, recipe, layout)
+    return plan

@@ -1,0 +1,63 @@
+"""Stage 0: the raw corpus -> validated Lhotse manifests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdrecipe.artifacts import listing_digest
+from kdrecipe.errors import DataError
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
+from kdrecipe.recipe.load import Recipe
+from kdrecipe.stages.layout import Layout
+
+
+def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
+    """Add the stage's one job."""
+    corpus = recipe.corpus
+    root = corpus.root
+    inputs = {
+        "corpus": corpus.name,
+        "options": corpus.options,
+        "on_error": corpus.on_error,
+        "plugin": recipe.plugins.registry.fingerprint("corpora", corpus.name),
+        "raw": listing_digest(root) if root and root.is_dir() else None,
+    }
+    plan.add(Job(0, "prepare", layout.manifests, inputs, lambda out: run(recipe, root, out), in_place=True))
+
+
+def run(recipe: Recipe, root: Path | None, out: Path) -> None:
+    """Prepare, validate, write.
+
+    Raises:
+        DataError: the corpus or a list of a subset's utterances is absent, or the corpus has
+            mistakes and ``corpus.on_error`` is ``stop``.
+    """
+    from kdrecipe.corpus.manifests import finish, validate_corpus
+
+    corpus = recipe.corpus
+    if root is not None and not root.is_dir():
+        raise DataError(
+            f"corpus.root is not a directory: {root}",
+            where=corpus.location.where if corpus.location else "",
+            remedy="set it to where the corpus lies, in the file or with --set corpus.root=DIR",
+        )
+    for name in corpus.lists:
+        path = corpus.list_path(name)
+        if not path.exists():  # stage 1 reads it; better to know now
+            raise DataError(
+                f"the utterances of the subset {name!r} are to be listed in {path}, which is not there",
+                where=corpus.lists[name].where,
+                remedy="put it there, or say with listed_in: where it is",
+            )
+    cls = recipe.plugins.registry.get("corpora", corpus.name)
+    prepared = cls(cls.Config.model_validate(corpus.options)).prepare(root, out)
+    prepared.problems += validate_corpus(prepared)
+    summary = finish(prepared, out, corpus.on_error)
+    for split, facts in summary.splits.items():
+        speakers, hours = facts["speakers"], facts["hours"]
+        print(f"  {split}: {facts['utterances']} utterances, {speakers} speakers, {hours:.2f} h")
+    if summary.left_out:
+        print(f"  left out: {len(summary.left_out)} (listed in {out / 'summary.json'})")
+    for note in summary.notes:
+        print(f"  note: {note}")

@@ -1,0 +1,175 @@
+"""Stage 10: everything measured -> ``results.json``, ``RESULTS.md``, ``report.html``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrecipe.artifacts import read_json
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
+from kdrecipe.recipe.load import Recipe, System
+from kdrecipe.stages.layout import Layout
+from kdrecipe.stages.score import hypotheses, search_facts
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SECTIONS_PRINTED = 3  # title, reading, table of systems, and claims if any; the rest is in the file
+
+
+def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
+    """The stage's one job."""
+    each = [f"{name}/seed{seed}" for name in recipe.build_order() for seed in recipe.systems[name].seeds]
+    needs = ("score", *each, *(f"{verb}/{e}" for verb in ("export", "decode") for e in each))
+    claims = [claim.model_dump(mode="json") for claim in recipe.claims]
+    inputs = {"systems": list(recipe.systems), "profile": recipe.profile, "claims": claims}
+    plan.add(Job(10, "report", layout.report, inputs, lambda out: run(recipe, layout, out), needs))
+
+
+def run(recipe: Recipe, layout: Layout, out: Path) -> None:
+    """Write the report; the recipe as it stands, run in its own place, also renews its tables."""
+    from kdrecipe.report.write import write_report
+
+    scores = read_json(layout.scores / "scores.json")
+    data = {
+        "recipe": _facts(recipe, layout),
+        "corpus_summary": _corpus_summary(layout),
+        "systems": [_row(system, recipe, layout) for system in recipe.systems.values()],
+        "scores": scores,
+        "searches": _searches(scores["searches"], search_facts(recipe, layout)),
+        "claims": [claim.model_dump(mode="json") for claim in recipe.claims],
+    }
+    found = recipe.plugins.pm.hook.report_sections(recipe=recipe, results=data)
+    data["sections"] = [{"title": title, "markdown": text} for part in found for title, text in part or ()]
+    write_report(data, hypotheses(recipe, layout), _logs(recipe, layout), out, audio=_audio(layout))
+    published = layout.root == (recipe.dir / "exp").resolve()
+    if published and recipe.profile is None and not recipe.overrides:
+        for name in ("RESULTS.md", "results.json"):
+            shutil.copyfile(out / name, recipe.dir / name)
+    shown = (out / "RESULTS.md").read_text(encoding="utf-8").split("\n## ")
+    shown = shown[: SECTIONS_PRINTED + bool(recipe.claims)]
+    print("\n## ".join(shown).rstrip(), flush=True)
+
+
+def _searches(
+    scored: list[dict[str, Any]], facts: dict[str, dict[int, dict[str, dict[str, Any]]]]
+) -> list[dict[str, Any]]:
+    """What stage 9 found of each search, with what stage 8 noted; time averaged over seeds."""
+    rows = []
+    for row in scored:
+        seeds = [labels[row["search"]] for labels in facts[row["system"]].values()]
+        rows.append({**row, **seeds[0], "rtf": _mean(found["rtf"] for found in seeds)})
+    return rows
+
+
+def _corpus_summary(layout: Layout) -> dict[str, Any]:
+    """What stage 0 wrote, and what stage 2 left out besides."""
+    from kdrecipe.corpus.problems import KINDS
+
+    summary: dict[str, Any] = read_json(layout.manifests / "summary.json")
+    reason = KINDS["too_short"].singular
+    too_short = [
+        {"id": cut, "where": "", "reason": reason} for cut in read_json(layout.tokens / "left_out.json")
+    ]
+    return {**summary, "left_out": summary["left_out"] + too_short}
+
+
+def _facts(recipe: Recipe, layout: Layout) -> dict[str, Any]:
+    """Where the figures come from."""
+    first = next(iter(recipe.systems.values()))
+    provenance = read_json(layout.system(first.name, first.seeds[0]) / "bundle.json")["provenance"]
+    return {
+        "name": recipe.name,
+        "path": f"recipes/{recipe.name}",
+        "corpus": recipe.corpus.name,
+        "command": recipe.command,
+        "seeds": list(recipe.seeds),
+        "profile": recipe.profile,
+        "git": provenance.get("git"),
+        "date": provenance.get("date"),
+        "machine": provenance.get("machine"),
+        "versions": provenance.get("versions"),
+    }
+
+
+def _row(system: System, recipe: Recipe, layout: Layout) -> dict[str, Any]:
+    """One system's row: figures that vary with the seed are averaged over seeds."""
+    bundles = [read_json(layout.system(system.name, seed) / "bundle.json") for seed in system.seeds]
+    decoded = [read_json(layout.hyps(system.name, seed) / "decode.json") for seed in system.seeds]
+    parity = read_json(layout.export(system.name, system.seeds[0]) / "parity.json")
+    first = bundles[0]
+    return {
+        "name": system.name,
+        "kind": system.kind,
+        "parent": list(system.teachers) or system.parent or system.init_from,
+        "seeds": list(system.seeds),
+        "params": first["params"],
+        "size_mb": decoded[0]["size_mb"],
+        "rtf": _rtf([d["rtf"] for d in decoded]),
+        "peak_rss_mb": max((d["peak_rss_mb"] for d in decoded if d["peak_rss_mb"]), default=None),
+        "runtime": decoded[0]["runtime"],
+        "same_text_as_bundle": _mean_or_none(d["same_text_as_bundle"] for d in decoded),
+        "parity": {name: found["parity"] for name, found in parity.items()},
+        "compression": first["compression"],
+        "train": _effort([b["training"] for b in bundles]) if first.get("training") else None,
+        "losses": [{"name": t.name, "weight": t.weight} for t in system.terms],
+        "data": system.data,
+        "unlabelled": system.unlabelled,
+    }
+
+
+def _rtf(found: list[dict[str, float] | None]) -> dict[str, float] | None:
+    """Averaged over seeds; None where nothing was measured."""
+    known = [one for one in found if one is not None]
+    return {key: _mean(one[key] for one in known) for key in ("median", "p95", "total")} if known else None
+
+
+def _effort(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What training took, averaged over seeds, and each seed's own figures."""
+    return {
+        "epochs": _mean(run["epochs"] for run in runs),
+        "steps": _mean(run["steps"] for run in runs),
+        "seconds": _mean(run["seconds"] for run in runs),
+        "audio_s_per_s": sum(run["audio_s"] for run in runs) / max(sum(run["seconds"] for run in runs), 1e-9),
+        "by_seed": runs,
+    }
+
+
+def _mean(values: Any) -> float:
+    listed = list(values)
+    return float(sum(listed) / len(listed))
+
+
+def _mean_or_none(values: Any) -> float | None:
+    """The mean, None where some are not known."""
+    listed = list(values)
+    return None if None in listed else _mean(listed)
+
+
+def _logs(recipe: Recipe, layout: Layout) -> dict[str, dict[int, Path]]:
+    """Training logs of the systems that were trained."""
+    return {
+        name: {seed: layout.system(name, seed) / "train" / "log.jsonl" for seed in system.seeds}
+        for name, system in recipe.systems.items()
+        if system.kind in ("trained", "distilled")
+    }
+
+
+def _audio(layout: Layout) -> Callable[[str, str], tuple[np.ndarray, int] | None]:
+    """Audio of an utterance, for the page to play."""
+    from kdrecipe.data.features import load_cuts
+
+    @cache
+    def cuts(split: str) -> dict[str, Any]:
+        listed: Any = load_cuts(layout.features, split)
+        return {cut.id: cut for cut in listed}
+
+    def load(split: str, utterance: str) -> tuple[np.ndarray, int] | None:
+        cut = cuts(split).get(utterance)
+        return None if cut is None else (cut.load_audio()[0], cut.sampling_rate)
+
+    return load

@@ -1,0 +1,116 @@
+"""Run stages of a recipe: say why each job runs, and hand them to the engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdrecipe.jobs.executors import die_with_parent, num_gpus, set_threads
+from kdrecipe.jobs.run import Run
+from kdrecipe.jobs.stamps import Job, locked, run_job
+from kdrecipe.stages import STAGES
+from kdrecipe.stages.layout import Layout
+from kdrecipe.stages.plan import build_plan
+
+if TYPE_CHECKING:
+    from kdrecipe.recipe.load import Recipe
+
+MAX_JOBS = 8  # more processes than this need a machine and a thought of their own
+
+
+def run_recipe(
+    recipe: Recipe,
+    first: int = 0,
+    last: int = len(STAGES) - 1,
+    *,
+    dry_run: bool = False,
+    force: bool = False,
+    jobs: int | None = None,
+    work: Path | None = None,
+    job: str | None = None,
+    program: Sequence[str] = (),
+) -> None:
+    """Run stages ``first`` to ``last``.
+
+    Args:
+        recipe: a checked recipe.
+        first: number of the first stage.
+        last: number of the last stage, included.
+        dry_run: only say what would run, and why.
+        force: run even what is up to date.
+        jobs: processes side by side; None: one per GPU, or one per core up to 8.
+        work: directory for everything made; None: see :func:`default_work`.
+        job: run this one job and nothing else (what the processes side by side are started with).
+        program: the command whose ``run`` this is, for those processes; () keeps to this process.
+
+    Raises:
+        KdrecipeError: a stage failed or its inputs are missing; what was finished stays.
+    """
+    layout = Layout((work or default_work(recipe)).resolve())
+    plan = build_plan(recipe, layout)
+    if job is not None:
+        die_with_parent()
+        set_threads()
+        run_job(plan.jobs[job], plan.jobs)
+        return
+    selected = [j for j in plan.jobs.values() if first <= j.stage <= last]
+    reasons = plan.reasons(selected, force=force)
+    if dry_run:
+        _print_dry_run(selected, reasons)
+        return
+    if selected:
+        plan.check_available([j for j in selected if j.name in reasons])
+    with locked(layout.root / ".lock", "this recipe"):
+        set_threads()
+        verbs = [verb for verb, _ in STAGES]
+        number = _num_jobs(jobs) if reasons and program else 1
+
+        def command(job: Job) -> list[str]:
+            return [*program, *_job_arguments(recipe, layout, job)]
+
+        Run(plan, selected, reasons, verbs, command, number, force).run()
+    if last == len(STAGES) - 1:
+        print(f"report: {_shown(layout.report / 'report.html')}")
+
+
+def default_work(recipe: Recipe) -> Path:
+    """``exp`` beside the recipe, or ``exp-<profile>``, so that a trial never costs a finished run."""
+    return recipe.dir / (f"exp-{recipe.profile}" if recipe.profile else "exp")
+
+
+def _print_dry_run(selected: Sequence[Job], reasons: dict[str, str]) -> None:
+    for number, (verb, _) in enumerate(STAGES):
+        stage = [j for j in selected if j.stage == number]
+        if not stage:
+            continue
+        print(f"stage {number:2d} {verb}")
+        for j in stage:
+            print(
+                f"    {j.name:34s} {'would run: ' + reasons[j.name] if j.name in reasons else 'up to date'}"
+            )
+
+
+def _job_arguments(recipe: Recipe, layout: Layout, job: Job) -> list[str]:
+    """The arguments with which kdrecipe runs one job of this recipe."""
+    arguments = ["run", str(recipe.path), "--job", job.name, "--work", str(layout.root)]
+    if recipe.profile:
+        arguments += ["--profile", recipe.profile]
+    for override in recipe.overrides:
+        arguments += ["--set", override]
+    return arguments
+
+
+def _num_jobs(jobs: int | None) -> int:
+    if jobs is not None:
+        return max(1, jobs)
+    return num_gpus() or min(os.cpu_count() or 1, MAX_JOBS)
+
+
+def _shown(path: Path) -> str:
+    """``path`` as short as it can be said from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

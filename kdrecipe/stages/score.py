@@ -1,0 +1,136 @@
+"""Stage 9: hypotheses -> error rates with intervals, significance, fidelity to the teacher.
+
+The same for the searches of a system, against its main one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kdrecipe.artifacts import read_json, write_json
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
+from kdrecipe.recipe.load import Recipe, System
+from kdrecipe.score.hypotheses import hyps_file
+from kdrecipe.stages.layout import Layout
+
+
+def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
+    """The stage's one job: systems are compared with each other."""
+    registry = recipe.plugins.registry
+    inputs = {
+        "metrics": [{"name": m.name, **m.options} for m in recipe.decode.metrics],
+        "plugins": {m.name: registry.fingerprint("metrics", m.name) for m in recipe.decode.metrics},
+        "compare": comparisons(recipe),
+        "baselines": baselines(recipe),
+    }
+    needs = tuple(
+        f"decode/{name}/seed{seed}" for name in recipe.build_order() for seed in recipe.systems[name].seeds
+    )
+    plan.add(Job(9, "score", layout.scores, inputs, lambda out: run(recipe, layout, out), needs))
+
+
+def hypotheses(recipe: Recipe, layout: Layout) -> dict[str, dict[int, dict[str, Path]]]:
+    """System -> seed -> split -> hypotheses file, in the order of the recipe."""
+    return {
+        name: {
+            seed: {split: layout.hyps(name, seed) / f"{split}.jsonl" for split in recipe.decode.splits}
+            for seed in system.seeds
+        }
+        for name, system in recipe.systems.items()
+    }
+
+
+def search_facts(recipe: Recipe, layout: Layout) -> dict[str, dict[int, dict[str, dict[str, Any]]]]:
+    """System -> seed -> label of the search, the main one first -> what stage 8 noted of it."""
+    return {
+        name: {seed: read_json(layout.hyps(name, seed) / "decode.json")["searches"] for seed in system.seeds}
+        for name, system in recipe.systems.items()
+    }
+
+
+def _search_hypotheses(
+    recipe: Recipe, layout: Layout, facts: dict[str, dict[int, dict[str, dict[str, Any]]]]
+) -> dict[str, dict[str, dict[int, dict[str, Path]]]]:
+    """System -> label -> seed -> split -> hypotheses file."""
+    found: dict[str, dict[str, dict[int, dict[str, Path]]]] = {}
+    for name, seeds in facts.items():
+        for seed, labels in seeds.items():
+            main, directory = next(iter(labels)), layout.hyps(name, seed)
+            for label in labels:
+                files = {split: hyps_file(directory, label, main, split) for split in recipe.decode.splits}
+                found.setdefault(name, {}).setdefault(label, {})[seed] = files
+    return found
+
+
+def run(recipe: Recipe, layout: Layout, out: Path) -> None:
+    """Score all splits of all systems, and the searches of each against each other."""
+    from kdrecipe.score.scoring import Question, score
+    from kdrecipe.score.searches import score_searches
+
+    registry = recipe.plugins.registry
+    metrics = {}
+    for wanted in recipe.decode.metrics:
+        cls = registry.get("metrics", wanted.name)
+        metrics[wanted.name] = cls(cls.Config.model_validate(wanted.options))
+    hyps = hypotheses(recipe, layout)
+    teachers = {n: s.teachers[0] for n, s in recipe.systems.items() if s.teachers}
+    question = Question(teachers=teachers, baselines=baselines(recipe), compare=comparisons(recipe))
+    speakers = _speakers(hyps)
+    result = score(hyps, metrics, question, speakers=speakers)
+    facts = search_facts(recipe, layout)
+    files = _search_hypotheses(recipe, layout, facts)
+    first_seed = {name: next(iter(seeds.values())) for name, seeds in facts.items()}
+    result["searches"] = score_searches(files, first_seed, metrics, speakers=speakers)
+    write_json(out / "scores.json", result)
+    first, metric = recipe.decode.splits[0], next(iter(metrics))
+    for name, facts in result["splits"][first]["systems"].items():
+        print(f"  {name:20s} {metric.upper()} {100 * facts[metric]['mean']:6.2f} % on {first}", flush=True)
+
+
+def _speakers(hyps: dict[str, dict[int, dict[str, Path]]]) -> dict[str, str] | None:
+    """Speaker of every utterance, None where some are not known."""
+    found: dict[str, str] = {}
+    for path in next(iter(next(iter(hyps.values())).values())).values():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row.get("speaker") is None:
+                return None
+            found[row["id"]] = row["speaker"]
+    return found
+
+
+def baselines(recipe: Recipe) -> dict[str, str]:
+    """Distilled system -> the system of the same model and labels that had no teacher.
+
+    Of several, the one with the fewest losses: plain training before self-distillation.
+    """
+    found: dict[str, str] = {}
+    for name, system in recipe.systems.items():
+        if system.kind != "distilled":
+            continue
+        alike = [s for s in recipe.systems.values() if _is_baseline(s, system)]
+        if alike:
+            found[name] = min(alike, key=lambda s: len(s.terms)).name
+    return found
+
+
+def _is_baseline(candidate: System, student: System) -> bool:
+    same_model = candidate.model == student.model and candidate.data == student.data
+    return candidate.kind == "trained" and same_model and candidate.init_from == student.init_from
+
+
+def comparisons(recipe: Recipe) -> list[tuple[str, str]]:
+    """Pairs to test: the recipe's own, or each student with every system trained without a teacher
+    on the same labels, and each compressed system with its parent."""
+    if recipe.decode.compare:
+        return list(recipe.decode.compare)
+    pairs = []
+    for name, system in recipe.systems.items():
+        if system.kind == "distilled":
+            pairs += [(name, s.name) for s in recipe.systems.values() if _is_baseline(s, system)]
+        elif system.kind == "compressed" and system.parent:
+            pairs.append((name, system.parent))
+    return pairs

@@ -1,0 +1,164 @@
+"""Stages 3 and 5: teachers, and students with or without one, all by the same loop."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrecipe.artifacts import write_json
+from kdrecipe.errors import RecipeError
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job
+from kdrecipe.recipe.load import Recipe, System
+from kdrecipe.stages.layout import Layout
+
+if TYPE_CHECKING:
+    from kdrecipe.model.asr import AsrModel
+
+
+def add_teachers(plan: Plan, recipe: Recipe, layout: Layout) -> None:
+    """Stage 3: what teaches and has no teacher itself."""
+    for name in recipe.teaching():
+        _add(plan, recipe, layout, recipe.systems[name], stage=3)
+
+
+def add_students(plan: Plan, recipe: Recipe, layout: Layout) -> None:
+    """Stage 5: every other system that is trained or imported."""
+    for name in recipe.build_order():
+        system = recipe.systems[name]
+        if system.kind != "compressed" and name not in recipe.teaching():
+            _add(plan, recipe, layout, system, stage=5)
+
+
+def _add(plan: Plan, recipe: Recipe, layout: Layout, system: System, stage: int) -> None:
+    for seed in system.seeds:
+        out = layout.system(system.name, seed)
+        name = f"{system.name}/seed{seed}"
+        if system.kind == "pretrained":
+            inputs = {"bundle": str(system.bundle), "stamp": _bundle_hash(system)}
+            plan.add(Job(stage, name, out, inputs, _importer(recipe, system, seed)))
+            continue
+        plan.add(
+            Job(
+                stage,
+                name,
+                out,
+                {"system": _inputs(recipe, system), "seed": seed},
+                partial(run, recipe, layout, system, seed),
+                needs=_needs(plan, recipe, system, seed),
+                resumable=True,
+                alone=False,
+            )
+        )
+
+
+def _inputs(recipe: Recipe, system: System) -> dict[str, object]:
+    from kdrecipe.stages.inputs import system_inputs
+
+    return dict(system_inputs(recipe, system))
+
+
+def _needs(plan: Plan, recipe: Recipe, system: System, seed: int) -> tuple[str, ...]:
+    needs = ["features", "tokens"]
+    for teacher in system.teachers:
+        name = f"{teacher}/seed{recipe.seed_of(teacher, seed)}"
+        needs.append(f"targets/{name}" if f"targets/{name}" in plan.jobs else name)
+        if needs[-1] != name:
+            needs.append(name)
+    if system.init_from:
+        needs.append(f"{system.init_from}/seed{recipe.seed_of(system.init_from, seed)}")
+    return tuple(needs)
+
+
+def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
+    """Train one system with one seed and write its bundle; ``out/train`` keeps log and checkpoints."""
+    import numpy as np
+    import torch
+
+    from kdrecipe.model.asr import FeatureNorm, build_model
+    from kdrecipe.model.bundle import Bundle, provenance
+    from kdrecipe.stages.session import Session
+
+    assert system.model is not None  # pretrained ones are imported
+    torch.manual_seed(seed)
+    session = Session(recipe, layout, system, seed)
+    model = build_model(
+        system.model,
+        input_dim=recipe.features.num_mel_bins,
+        vocab_size=len(session.tokens),
+        registry=recipe.plugins.registry,
+    )
+    stats = np.load(layout.features / "norm.npz")
+    model.norm = FeatureNorm.from_stats(torch.from_numpy(stats["mean"]), torch.from_numpy(stats["std"]))
+    if system.init_from:
+        place = layout.system(system.init_from, recipe.seed_of(system.init_from, seed))
+        parent = Bundle.load(place, recipe.plugins.registry)
+        start_from(model, parent.model, shared_parts(system.model, parent.meta["model"]))
+    result = session.run(model, out / "train", system.training)
+    meta = {
+        "name": system.name,
+        "kind": system.kind,
+        "parent": system.teachers[0] if system.teachers else system.init_from,
+        "seed": seed,
+        "model": system.model,
+        "features": recipe.features.model_dump(mode="json"),
+        "compression": [],
+        "training": result.summary(),
+        "plugin_files": copy_plugin_files(recipe, out),
+        "provenance": provenance(recipe.command, recipe=recipe.name),
+    }
+    Bundle.save(out, model, session.tokens, meta)
+    shutil.rmtree(out / "train" / "checkpoints", ignore_errors=True)
+
+
+def shared_parts(model: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The parts of ``model`` that ``other`` has, too: the encoder and equal heads.
+
+    Raises:
+        RecipeError: the encoders differ.
+    """
+    mine, its = ({k: v for k, v in m.items() if k != "heads"} for m in (model, other))
+    if mine != its:
+        raise RecipeError(f"init_from: the weights are those of {its}, the model is {mine}")
+    heads = [n for n, options in model["heads"].items() if other["heads"].get(n, ...) == options]
+    return ["norm", "encoder", *(f"heads.{name}" for name in heads)]
+
+
+def start_from(model: AsrModel, parent: AsrModel, parts: Sequence[str]) -> None:
+    """Take over the weights of these parts."""
+    for part in parts:
+        model.get_submodule(part).load_state_dict(parent.get_submodule(part).state_dict())
+
+
+def copy_plugin_files(recipe: Recipe, out: Path) -> list[str]:
+    """Take the recipe's own plugin files into the bundle, so that it loads without the recipe."""
+    for path in recipe.plugin_files:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, out / path.name)
+    return [path.name for path in recipe.plugin_files]
+
+
+def _bundle_hash(system: System) -> str | None:
+    from kdrecipe.artifacts import listing_digest
+
+    path = Path(str(system.bundle))
+    return listing_digest(path) if path.is_dir() else None
+
+
+def _importer(recipe: Recipe, system: System, seed: int):  # type: ignore[no-untyped-def]
+    def run_import(out: Path) -> None:
+        from kdrecipe.model.bundle import Bundle
+
+        bundle = Bundle.load(Path(str(system.bundle)), recipe.plugins.registry)
+        _ = bundle.model  # refuse a damaged one now, not after an hour
+        shutil.copytree(
+            bundle.path, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("train", "stamp.json")
+        )
+        write_json(
+            out / "bundle.json", {**bundle.meta, "name": system.name, "kind": "pretrained", "seed": seed}
+        )
+
+    return run_import

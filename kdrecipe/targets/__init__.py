@@ -1,0 +1,1 @@
+"""What teachers say about utterances: computed live, or cached."""
