@@ -37,12 +37,12 @@ from train_speed import (
     with_ctc,
 )
 
-from kdrecipe.data.target_cache import write_targets
-from kdrecipe.data.targets import LiveTargets
-from kdrecipe.heads.ctc import CtcLoss, CtcLossOptions
 from kdrecipe.interfaces import Batch, LossSetup
 from kdrecipe.model.asr import AsrModel, model_info
-from kdrecipe.sections import Training
+from kdrecipe.model.heads.ctc import CtcLoss, CtcLossOptions
+from kdrecipe.recipe.sections import Training
+from kdrecipe.targets.cache import write_targets
+from kdrecipe.targets.live import LiveTargets
 from kdrecipe.train.distribution import Workers
 from kdrecipe.train.objective import Objective, TargetSource, Term
 from kdrecipe.train.optimisation import make_optimizer
@@ -243,7 +243,7 @@ class Bench:
 
 
 class OneBatch:
-    """One batch as :func:`kdrecipe.data.target_cache.write_targets` reads batches."""
+    """One batch as :func:`kdrecipe.targets.cache.write_targets` reads batches."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch

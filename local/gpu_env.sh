@@ -18,7 +18,6 @@ kdrecipe_packed() {
         rm -rf "$packed/site"
         mkdir -p "$packed/site"
         "$python" - "$packed" <<'PYTHON'
-import configparser
 import sys
 import zipfile
 from pathlib import Path
@@ -26,14 +25,6 @@ from pathlib import Path
 packed = Path(sys.argv[1])
 for wheel in packed.glob("wheels/*.whl"):
     zipfile.ZipFile(wheel).extractall(packed / "site")
-# What an installation would leave of kdrecipe itself: its version and the plugins that it ships.
-setup = configparser.ConfigParser()
-setup.read(packed.parents[1] / "setup.cfg")
-info = packed / "site" / "kdrecipe.dist-info"
-info.mkdir()
-meta = "Metadata-Version: 2.1\nName: kdrecipe\nVersion: " + setup["metadata"]["version"]
-(info / "METADATA").write_text(meta + "\n")
-(info / "entry_points.txt").write_text("[kdrecipe]" + setup["options.entry_points"]["kdrecipe"] + "\n")
 PYTHON
         ln -s ../../../plugins "$packed/site/kdrecipe_plugins"
         ln -s ../../../local "$packed/site/kdrecipe_local"

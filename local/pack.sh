@@ -6,7 +6,7 @@
 #
 # Fetches the other packages that tests/gpu.sh and benchmarks/gpu.sh import as wheels for that Python, in
 # the versions of constraints.txt, into build/gpu. With DIR, an empty or a new directory, copies the tree
-# (what git tracks) and the wheels there, and says how large it is.
+# (all that git does not ignore) and the wheels there, and says how large it is.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -34,7 +34,7 @@ fi
 packed=${copy:-$root}/build/gpu
 if [[ -n $copy ]]; then
     mkdir -p "$copy"
-    (cd "$root" && git ls-files -z | tar -c --null -T -) | tar -x -C "$copy"
+    (cd "$root" && git ls-files -z --cached --others --exclude-standard | tar -c --null -T -) | tar -x -C "$copy"
 fi
 rm -rf "$packed"
 mkdir -p "$packed/wheels"

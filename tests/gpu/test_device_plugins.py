@@ -24,11 +24,11 @@ from on_device import (
 )
 from torch import nn
 
-from kdrecipe.data.targets import KINDS, LiveTargets
 from kdrecipe.errors import MissingExtra
 from kdrecipe.interfaces import LossSetup, Targets
 from kdrecipe.model.asr import AsrModel, build_model, model_info
-from kdrecipe.plugins import load_plugins
+from kdrecipe.plugin.loader import load_plugins
+from kdrecipe.targets.live import KINDS, LiveTargets
 from kdrecipe.testing.checks import expected_failures, run
 from kdrecipe.testing.compressor_checks import COMPRESSOR_CHECKS, CompressorCase
 from kdrecipe.testing.decode_checks import DecoderCase, SpitefulModel, tiny_recogniser

@@ -11,11 +11,11 @@ import pytest
 import torch
 from on_device import DEVICE, assert_close
 
-from kdrecipe.cli import main
-from kdrecipe.data.targets import LiveTargets
-from kdrecipe.heads.ctc import CtcLoss, CtcLossOptions
+from kdrecipe.cli.main import main
 from kdrecipe.interfaces import LossSetup
 from kdrecipe.model.asr import model_info
+from kdrecipe.model.heads.ctc import CtcLoss, CtcLossOptions
+from kdrecipe.targets.live import LiveTargets
 from kdrecipe.testing.corpus import make_corpus
 from kdrecipe.train.loop import Objective, Term
 from kdrecipe_plugins.losses.kl import KlLoss
