@@ -71,7 +71,6 @@ def test_training_learns(tmp_path, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_an_interrupted_run_resumes(tmp_path, precision):
     """On a CPU bit for bit; on a GPU as near as its sums in changing order allow."""
-    start = torch.cat([x.flatten().double() for x in toy_model().state_dict().values()])
     whole, _, losses = run(tmp_path / "whole", precision=precision)
 
     def stop(model, done, num_steps):
@@ -88,8 +87,10 @@ def test_an_interrupted_run_resumes(tmp_path, precision):
     assert len(resumed_losses) == len(losses)
     if DEVICE.type == "cpu":
         assert torch.equal(resumed, whole)
-    else:
-        assert (resumed - whole).norm() < 0.1 * (whole - start).norm()
+    # The first steps depend on weights, random numbers and the optimiser's state.
+    half = len(losses) // 2 - 1
+    for ours, theirs in zip(resumed_losses[half : half + 4], losses[half : half + 4], strict=True):
+        assert_close(ours, theirs, 0.01, "loss after resuming")
 
 
 # ---------------------------------------------------------------- a recipe
