@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -210,7 +211,7 @@ def _time_taken(ratios: Sequence[float]) -> str:
     if not ratios or min(max(r, 1 / r) for r in ratios) < CLEARLY_FASTER:
         return ""
     low, high = figure(min(ratios), 2), figure(max(ratios), 2)
-    return f" It takes {low if low == high else f'{low} to {high}'} times as long."
+    return f" It takes {low if low == high else f'{low} to {high}'} times as long in torch."
 
 
 def _cautions(results: Mapping[str, Any]) -> list[tuple[Verdict, str]]:
@@ -221,6 +222,14 @@ def _cautions(results: Mapping[str, Any]) -> list[tuple[Verdict, str]]:
         said.append(
             f"One seed only for {_listed(single)}: how far another would move these figures is not known."
         )
+    untimed: dict[tuple[str, str], list[str]] = {}
+    for system in results["systems"]:
+        if (search := system.get("search")) and search["runs_in"] == "torch":
+            untimed.setdefault((search["label"], search["why"]), []).append(system["name"])
+    said += [
+        f"{_listed(names)}: what the bundle says in torch by {label}, without a time, since {why}."
+        for (label, why), names in untimed.items()
+    ]
     distilled = [s for s in trained if s["kind"] == "distilled" and s["splits"]]
     tested = {name for c in results["comparisons"] for name in (c["a"], c["b"])}
     if untested := [s["name"] for s in distilled if s["name"] not in tested]:
@@ -228,8 +237,22 @@ def _cautions(results: Mapping[str, Any]) -> list[tuple[Verdict, str]]:
     measured = {s["name"] for s in distilled if any("gap_recovered" in x for x in s["splits"].values())}
     if alone := [s["name"] for s in distilled if s["name"] not in measured]:
         said.append(f"No baseline of the same model and data, without a teacher, beside {_listed(alone)}.")
+    said += _other_code(results["systems"])
     said += [f"{note}." for facts in results["splits"].values() for note in facts.get("notes") or ()]
     return [("caution", text) for text in said]
+
+
+def _other_code(systems: Sequence[System]) -> list[str]:
+    """Rows that another state of kdrecipe's code made than most rows."""
+    cores = {s["name"]: tuple(s["core"]) for s in systems if s.get("core")}
+    if len(set(cores.values())) < 2:
+        return []
+    usual = Counter(cores.values()).most_common(1)[0][0]
+    others = [name for name, core in cores.items() if core != usual]
+    return [
+        f"Made by another version of kdrecipe's code than the other rows: {_listed(others)}. "
+        "To compare like with like, run their stages again with --force."
+    ]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -8,15 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrecipe.artifacts import write_json
-from kdrecipe.errors import RecipeError
+from kdrecipe.artifacts import sha256_file, write_json
+from kdrecipe.errors import PluginError, RecipeError
+from kdrecipe.interfaces import VOCABULARY_KINDS
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
+from kdrecipe.model.bundle import DATA_FILES
+from kdrecipe.plugin.carried import carry, refusal
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
     from kdrecipe.model.asr import AsrModel
+    from kdrecipe.model.bundle import Bundle
 
 
 def add_teachers(plan: Plan, recipe: Recipe, layout: Layout) -> None:
@@ -38,8 +42,9 @@ def _add(plan: Plan, recipe: Recipe, layout: Layout, system: System, stage: int)
         out = layout.system(system.name, seed)
         name = f"{system.name}/seed{seed}"
         if system.kind == "pretrained":
-            inputs = {"bundle": str(system.bundle), "stamp": _bundle_hash(system)}
-            plan.add(Job(stage, name, out, inputs, _importer(recipe, system, seed)))
+            inputs = {"bundle": _content(system)}
+            needs = ("tokens",) if _lends_posteriors(recipe, system) else ()
+            plan.add(Job(stage, name, out, inputs, _importer(recipe, layout, system, seed), needs))
             continue
         plan.add(
             Job(
@@ -96,9 +101,13 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     if system.init_from:
         place = layout.system(system.init_from, recipe.seed_of(system.init_from, seed))
         parent = Bundle.load(place, recipe.plugins.registry)
-        start_from(model, parent.model, shared_parts(system.model, parent.meta["model"]))
-    result = session.run(model, out / "train", system.training)
-    meta = {
+        parts = shared_parts(system.model, parent.meta["model"])
+        if parent.meta["vocab_id"] != session.tokens.vocab_id:
+            parts = [part for part in parts if not part.startswith("heads.")]  # they speak other tokens
+        start_from(model, parent.model, parts)
+    training = session.run(model, out / "train", system.training).summary()
+    made = provenance(recipe.command, recipe=recipe.name, seconds=training.pop("seconds"))
+    meta: dict[str, Any] = {
         "name": system.name,
         "kind": system.kind,
         "parent": system.teachers[0] if system.teachers else system.init_from,
@@ -106,11 +115,10 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         "model": system.model,
         "features": recipe.features.model_dump(mode="json"),
         "compression": [],
-        "training": result.summary(),
-        "plugin_files": copy_plugin_files(recipe, out),
-        "provenance": provenance(recipe.command, recipe=recipe.name),
+        "training": training,
+        "plugin_files": carry(recipe.plugin_files, out),
     }
-    Bundle.save(out, model, session.tokens, meta)
+    Bundle.save(out, model, session.tokens, meta, made)
     shutil.rmtree(out / "train" / "checkpoints", ignore_errors=True)
 
 
@@ -133,30 +141,60 @@ def start_from(model: AsrModel, parent: AsrModel, parts: Sequence[str]) -> None:
         model.get_submodule(part).load_state_dict(parent.get_submodule(part).state_dict())
 
 
-def copy_plugin_files(recipe: Recipe, out: Path) -> list[str]:
-    """Take the recipe's own plugin files into the bundle, so that it loads without the recipe."""
-    for path in recipe.plugin_files:
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, out / path.name)
-    return [path.name for path in recipe.plugin_files]
+def _content(system: System) -> dict[str, str] | None:
+    """Hash of every file of an imported bundle; None where there is none (yet)."""
+    path = system.bundle
+    if path is None or not path.is_dir():
+        return None
+    return {file.name: sha256_file(file) for file in sorted(path.iterdir()) if _counts(file)}
 
 
-def _bundle_hash(system: System) -> str | None:
-    from kdrecipe.artifacts import listing_digest
-
-    path = Path(str(system.bundle))
-    return listing_digest(path) if path.is_dir() else None
+def _counts(file: Path) -> bool:
+    return file.is_file() and (file.name in DATA_FILES or file.suffix == ".py")
 
 
-def _importer(recipe: Recipe, system: System, seed: int):  # type: ignore[no-untyped-def]
+def _lends_posteriors(recipe: Recipe, system: System) -> bool:
+    """Whether some student compares posteriors over tokens with it."""
+    from kdrecipe.stages.inputs import needs_of
+
+    return any(
+        need.kind in VOCABULARY_KINDS
+        for student in recipe.systems.values()
+        if system.name in student.teachers
+        for need in needs_of(recipe, student, system.name)
+    )
+
+
+def _refuse_other_tokens(recipe: Recipe, layout: Layout, system: System, bundle: Bundle) -> None:
+    """What the check of the recipe can't know: which tokens stage 2 makes of the corpus."""
+    from kdrecipe.data.tokens import Tokenizer
+
+    mine = Tokenizer.load(layout.tokens)
+    if bundle.meta["vocab_id"] != mine.vocab_id:
+        raise RecipeError(
+            f"the bundle's tokens ({len(bundle.tokens)}) are not those that the recipe makes of its corpus "
+            f"({len(mine)}), and a loss compares posteriors over them",
+            where=recipe.document.where(("systems", system.name, "pretrained", "bundle")),
+            remedy="set tokens and data as they were for the bundle, or use a loss on hidden states "
+            "(hidden_mse)",
+        )
+
+
+def _importer(recipe: Recipe, layout: Layout, system: System, seed: int):  # type: ignore[no-untyped-def]
     def run_import(out: Path) -> None:
         from kdrecipe.model.bundle import Bundle
 
         bundle = Bundle.load(Path(str(system.bundle)), recipe.plugins.registry)
+        if _lends_posteriors(recipe, system):
+            _refuse_other_tokens(recipe, layout, system, bundle)
+        known = {sha256_file(path) for path in recipe.plugin_files if path.is_file()}
+        # Those that were there when the recipe was read are known; this one has changed since.
+        if strange := [path.name for path, digest in bundle.plugin_files.items() if digest not in known]:
+            raise PluginError(refusal(bundle.path, strange))
         _ = bundle.model  # refuse a damaged one now, not after an hour
-        shutil.copytree(
-            bundle.path, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("train", "stamp.json")
-        )
+        out.mkdir(parents=True, exist_ok=True)
+        for file in bundle.files:
+            shutil.copyfile(file, out / file.name)
         write_json(
             out / "bundle.json", {**bundle.meta, "name": system.name, "kind": "pretrained", "seed": seed}
         )

@@ -239,6 +239,16 @@ def test_unknown_taps_are_refused_with_a_hint():
         hidden_mse(layers={"encoder.0": "encodr.1"})
 
 
+def test_a_students_tap_must_have_the_frames_of_its_output():
+    student = replace(model_info(), tap_shifts_s={"encoder.0": 0.02})
+    cls = HiddenMse
+    with pytest.raises(
+        RecipeError, match=r"'encoder\.0' has a frame every 0\.02 s, its output every 0\.04 s"
+    ):
+        cls(cls.Config(layers={"encoder.0": "encoder.0"}), LossSetup(student, model_info()))
+    cls(cls.Config(layers={"encoder.1": "encoder.0"}), LossSetup(student, model_info()))
+
+
 # ---------------------------------------------------------------- cr_ctc
 
 
@@ -272,6 +282,56 @@ def test_equal_views_are_consistent():
     result = CrCtc(CrCtc.Config(), loss_setup())(twice, Targets(), BATCH)
     assert float(result.total) == pytest.approx(0.0, abs=1e-5)
     assert int(result.metrics["agree"]) == int(result.count)
+
+
+# ---------------------------------------------------------------- classes that the teacher rules out
+
+
+def ruling_out(num_classes, seed=0):
+    """A student's output, and targets of a teacher with -inf for its last classes."""
+    out, targets = pair(seed)
+    logits_BTV = targets.posteriors().log_probs_BTK.clone()
+    logits_BTV[..., VOCAB_SIZE - num_classes :] = -torch.inf
+    found = Posteriors(logits_BTV.log_softmax(-1), targets.posteriors().lens_B)
+    out.logits["ctc"].requires_grad_(True)
+    return out, Targets({"frame_logits:ctc": found})
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 5.0])
+@pytest.mark.parametrize("num_classes", [1, 3, VOCAB_SIZE - 1])
+def test_classes_that_the_teacher_rules_out_weigh_nothing(num_classes, temperature):
+    out, targets = ruling_out(num_classes)
+    total = kl(temperature=temperature)(out, targets, BATCH).total
+    total.backward()
+    student_NV = valid_frames(out.logits["ctc"].detach(), out.lens_B)
+    teacher_NV = valid_frames(targets.posteriors().log_probs_BTK, out.lens_B)
+    p_NV, q_NV = (teacher_NV / temperature).softmax(-1), (student_NV / temperature).softmax(-1)
+    terms_NV = torch.where(p_NV > 0, p_NV * (p_NV.log() - q_NV.log()), 0.0)
+    torch.testing.assert_close(total.detach(), temperature**2 * terms_NV.sum())
+    got_NV = valid_frames(out.logits["ctc"].grad, out.lens_B)
+    torch.testing.assert_close(got_NV, temperature * (q_NV - p_NV), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_classes", [1, 3, VOCAB_SIZE - 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 2},
+        {"top_k": VOCAB_SIZE - 2},
+        {"direction": "reverse"},
+        {"blank": "weight"},
+        {"blank": "select"},
+    ],
+)
+def test_losses_stay_finite_where_the_teacher_rules_classes_out(options, num_classes):
+    out, targets = ruling_out(num_classes)
+    result = kl(**options)(out, targets, BATCH)
+    result.total.backward()
+    assert torch.isfinite(result.total)
+    assert torch.isfinite(out.logits["ctc"].grad).all()
+    if "top_k" in options and num_classes == VOCAB_SIZE - 1:  # nothing but the best class: no rest
+        want = kl()(out, targets, BATCH).total
+        torch.testing.assert_close(result.total, want)
 
 
 # ---------------------------------------------------------------- top k

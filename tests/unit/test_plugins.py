@@ -19,7 +19,8 @@ from kdrecipe.interfaces import Options
 from kdrecipe.plugin import hookspecs
 from kdrecipe.plugin import loader as plugins_module
 from kdrecipe.plugin.loader import CORE_COMMANDS, Plugins, load_plugins
-from kdrecipe.plugin.registry import KINDS, Registry, Source, code_hash
+from kdrecipe.plugin.registry import KINDS, Registry, Source
+from kdrecipe.plugin.source_code import code_hash
 
 ROOT = Path(__file__).parents[2]
 HOOKS = [name for name, thing in vars(hookspecs).items() if hasattr(thing, "kdrecipe_spec")]
@@ -340,6 +341,14 @@ def test_options_may_not_hide_the_recipes_keys(kind, key):
 
     with pytest.raises(PluginError, match=f"can't be called '{key}'"):
         Registry().add(kind, "clash", Clash, "test")
+
+
+def test_an_exporter_says_what_its_runtime_is_not_only_its_name():
+    class Named(Plain):
+        runtime = "sherpa-onnx ctc"
+
+    with pytest.raises(PluginError, match=r"its runtime is 'sherpa-onnx ctc'\n.*interfaces\.Runtime"):
+        Registry().add("exporters", "mine", Named, "test")
 
 
 def test_config():
