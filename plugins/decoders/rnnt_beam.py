@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -49,6 +49,7 @@ class RnntBeam:
     """
 
     head = "rnnt"
+    tiny_options: ClassVar[dict[str, int]] = {"beam": 2}
 
     class Config(Options):
         """Options.
