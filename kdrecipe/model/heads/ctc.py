@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
-from kdrecipe.frames import ctc_greedy, full_precision
+from kdrecipe.frames import ctc_greedy, frame_mask, full_precision
 from kdrecipe.interfaces import (
     BLANK_ID,
     Batch,
@@ -120,7 +120,7 @@ class CtcLoss:
 def frames_needed(tokens_BU: Tensor, token_lens_B: Tensor) -> Tensor:
     """(B,) the fewest frames CTC can spell the tokens in: one each, and a blank within doubles."""
     doubled = tokens_BU[:, 1:] == tokens_BU[:, :-1]  # (B, max(U - 1, 0))
-    within = torch.arange(doubled.shape[1], device=tokens_BU.device) + 1 < token_lens_B.unsqueeze(1)
+    within = frame_mask(token_lens_B - 1, doubled.shape[1])
     return token_lens_B + (doubled & within).sum(1)
 
 
