@@ -67,7 +67,8 @@ def headline() -> str:
             f"Student: {millions(student)}, {seeds(student)}; {systems[INT8]['size_mb']:.2f} MB in int8 "
             f"(`{INT8}`, {wer(INT8)}). Teacher: {millions(systems[TEACHER])}, {seeds(systems[TEACHER])}, "
             f"{wer(TEACHER)}.",
-            f"`{FEW[0]}` also hears the other speakers, without labels. `{FEW[1]}` teaches itself. "
+            f"The teacher has the labels of all speakers. `{FEW[0]}` also hears the other speakers, without "
+            f"labels; `{FEW[1]}` teaches itself. "
             f"All rows, and what the intervals cover: [RESULTS.md]({path}/RESULTS.md).",
         ]
     )
