@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from kdrecipe.errors import KdrecipeError
+
+PROVENANCE = "provenance.json"
+"""File beside a result that tells when, where and how fast it was made."""
+
+ABOUT_THE_RUN = frozenset({PROVENANCE, "log.jsonl"})
+"""Names of files that tell of a run, not of its result: they differ where the results are the same."""
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -94,6 +101,17 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, sort_keys=False) + "\n")
 
 
+def write_jsonl_gz(path: Path, items: Iterable[Any]) -> None:
+    """Write one line of JSON per item, compressed, atomically; equal items give equal bytes at any time."""
+    with (
+        replacing(path) as part,
+        part.open("wb") as raw,
+        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file,  # gzip.open would write the time
+    ):
+        for item in items:
+            file.write((json.dumps(item, ensure_ascii=False) + "\n").encode())
+
+
 def read_json(path: Path) -> Any:
     """Read JSON.
 
@@ -127,5 +145,6 @@ def listing_digest(directory: Path) -> str:
 
 
 def content_digest(directory: Path, files: dict[str, int]) -> str:
-    """Digest of the content of ``files`` below ``directory``."""
-    return fingerprint({name: sha256_file(directory / name) for name in files})
+    """Digest of the content of ``files`` below ``directory``, but for those in :data:`ABOUT_THE_RUN`."""
+    counted = [name for name in files if name.rpartition("/")[2] not in ABOUT_THE_RUN]
+    return fingerprint({name: sha256_file(directory / name) for name in counted})

@@ -12,6 +12,13 @@ from torch import Tensor
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import Posteriors
 
+MIN_LOG_PROB = -1e4
+"""Stands for log 0 in a teacher's posteriors.
+
+Its exponential is 0 all the same, but 0 times a difference with it is 0, and with -inf it is NaN.
+float16 holds it.
+"""
+
 
 def frame_mask(lens_B: Tensor, num_frames: int) -> Tensor:
     """Bool (B, num_frames): True on the first ``lens_B`` frames of each utterance."""
@@ -90,7 +97,8 @@ def frame_log_probs(logits_BTV: Tensor, lens_B: Tensor, teacher: Posteriors) -> 
     """Log-posteriors of teacher and student over the same classes, valid frames in a row.
 
     With top-k targets the classes are the K kept ones and, last, all others together (K + 1).
-    The teacher's carry no gradient; both have the student's type, float32 at least.
+    The teacher's carry no gradient and are :data:`MIN_LOG_PROB` at least (a teacher may rule classes
+    out); both have the student's type, float32 at least.
 
     Args:
         logits_BTV: the student's, not normalised.
@@ -110,4 +118,5 @@ def frame_log_probs(logits_BTV: Tensor, lens_B: Tensor, teacher: Posteriors) -> 
     if teacher.log_tail_BT is not None:
         tail_N = valid_frames(teacher.log_tail_BT, teacher.lens_B)
         log_p_NK = torch.cat([log_p_NK, tail_N[:, None]], dim=-1)
-    return log_p_NK.detach().to(logits_NV.dtype), bucket_log_probs(logits_NV, indices_NK)
+    log_p_NK = log_p_NK.detach().to(logits_NV.dtype).clamp(min=MIN_LOG_PROB)
+    return log_p_NK, bucket_log_probs(logits_NV, indices_NK)

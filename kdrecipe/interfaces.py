@@ -41,6 +41,8 @@ FRAME_KINDS: tuple[TargetKind, ...] = ("frame_logits", "rnnt_lattice", "hidden")
 """Kinds whose targets go by frames, which must fall together with the student's."""
 FORCED_KINDS: tuple[TargetKind, ...] = ("token_logits", "rnnt_lattice")
 """Kinds that a teacher can only give along a text."""
+VOCABULARY_KINDS: tuple[TargetKind, ...] = ("frame_logits", "token_logits", "rnnt_lattice")
+"""Kinds that are about tokens, which must be the student's."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class TargetSpec:
 @dataclass
 class Posteriors:
     """A teacher's posteriors at temperature 1: the kept classes and the mass of the rest.
+
+    Classes that the teacher rules out have :data:`kdrecipe.frames.MIN_LOG_PROB`, not -inf, in what
+    live and cached teachers give; so has an empty rest.
 
     Args:
         log_probs_BTK: float32, log-posteriors of the kept classes.
@@ -599,20 +604,60 @@ class Runner(Protocol):
         """Recognise one utterance as the device does, samples in [-1, 1]."""
 
 
+@dataclass(frozen=True)
+class RuntimeSearch:
+    """How a runtime does the search of a decoder.
+
+    Args:
+        name: what the runtime calls it: ``modified_beam_search``.
+        options: options of the decoder that the runtime takes. With any other option away from its
+            default the runtime does not have the search.
+    """
+
+    name: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What runs an export on the device.
+
+    ``start`` names a function, ``package.module:function``, or ``/path/file.py:function`` for a plugin
+    that is a file. It is called in a process that measures memory, so its module imports neither
+    torch nor lhotse nor anything that does. It imports the runtime and returns ``(version, load)``:
+    the runtime's name with its version, and a function ``load(spec) -> recognise``. ``spec`` has
+    ``files`` (part -> path), ``tokens`` (path of ``tokens.txt``), ``num_bins``, ``num_threads``, ``search``
+    (a name of ``searches``) and ``options`` of it. ``recognise(samples_S, sample_rate)`` returns a dict
+    with ``text``, ``tokens`` (as the runtime writes them) and ``times_s`` (start of each, or empty).
+
+    Args:
+        name: ``sherpa-onnx``.
+        start: see above.
+        searches: decoder (``rnnt_beam``) -> how the runtime does it. The first one is the default.
+    """
+
+    name: str
+    start: str
+    searches: Mapping[str, RuntimeSearch]
+
+
 class Exporter(Protocol):
     """Writes a bundle where it runs, built as ``cls(config)``.
 
-    ``head`` names the head that it exports; systems without it are passed over. ``runtime`` names
-    the runtime in which :mod:`kdrecipe.measure.runtime` measures what it writes; None: none.
-    ``files`` says what the runtime loads: variant -> part (``encoder``) -> file name. A static method
-    ``unfit(model)``, optional, says why a model of this description (``{name, <options>, heads:
-    {...}}``) can't be exported, or None: such a system keeps its row, without size and speed.
+    ``head`` names the head that it exports; systems without it are passed over. ``runtime`` is the
+    runtime whose texts, time and memory make the row of the table; None: it has none here. ``files``
+    says what the runtime loads: variant -> part (``encoder``) -> file name.
+
+    Optional static methods: ``unfit(model)`` says why a model of this description (``{name, <options>,
+    heads: {...}}``) can't be exported, or None; such a system keeps its row, without size and speed.
+    ``load_file(path)`` loads a file of any name that came from elsewhere; exporters with it have an
+    attribute ``suffix`` (``.onnx``), that of such files, and one part.
     """
 
     Config: ClassVar[type[Options]]
     head: ClassVar[str]
     variants: ClassVar[tuple[str, ...]]
-    runtime: ClassVar[str | None]
+    runtime: ClassVar[Runtime | None]
     files: ClassVar[Mapping[str, Mapping[str, str]]]
 
     def export(self, bundle: BundleLike, directory: Path) -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from kdrecipe.corpus.audio import SAMPLE_RATE, Utterance, read_audio, resample
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import Exporter
+from kdrecipe.interfaces import Exporter, Runtime
 from kdrecipe.recipe.sections import Named
 from kdrecipe.recipe.suitable import measured_exporter
 
@@ -65,7 +65,7 @@ class _Measured:
     """What to measure: files (part -> path) in a runtime; ``label`` ends the runtime's name."""
 
     name: str
-    runtime: str
+    runtime: Runtime
     files: dict[str, Path]
     label: str = ""
 
@@ -88,8 +88,6 @@ def _models(path: Path, scratch: Path) -> list[_Measured]:
         for e in find_exports(path, registry)
         if e.exporter.runtime
     ]
-    if not found and path.is_file() and path.suffix == ".onnx":  # a CTC model from elsewhere
-        found = [_Measured(path.name, "sherpa-onnx ctc", {"model": path})]
     if not found:
         raise KdrecipeError(
             "there is neither a bundle (bundle.json) nor an export that can be measured",

@@ -64,7 +64,7 @@ def open_runner(
     path: Path, *, decoder: str | None = None, variant: str | None = None
 ) -> tuple[Recogniser, list[str]]:
     """What recognises, and its tokens by id; arguments as of :func:`transcribe`."""
-    from kdrecipe_plugins.exporters.shared import read_pieces
+    from kdrecipe.data.tokens import read_pieces
 
     if (path / "bundle.json").exists():
         runner = BundleRunner(path, decoder)
@@ -89,11 +89,6 @@ def _open_export(path: Path, variant: str | None) -> Recogniser | None:
     for name in wanted:
         if name in exports:
             return exports[name].load()
-    if path.is_file() and path.suffix == ".onnx":  # by another name: a CTC model from elsewhere
-        from kdrecipe_plugins.exporters.onnx_ctc import OnnxRunner
-
-        runner: Recogniser = OnnxRunner(path)
-        return runner
     return None
 
 

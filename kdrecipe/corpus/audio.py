@@ -5,7 +5,7 @@ Shapes: S samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,13 +77,9 @@ def resample(samples_S: np.ndarray, sample_rate: int) -> np.ndarray:
     return resampled
 
 
-def utterances_from_cuts(cuts: Iterable[Cut], max_num: int | None = None) -> list[Utterance]:
-    """The audio of (the first ``max_num``) cuts, each with its transcript."""
-    utterances: list[Utterance] = []
+def utterances_from_cuts(cuts: Iterable[Cut]) -> Iterator[Utterance]:
+    """The audio of cuts, each with its transcript, read as they are asked for."""
     for cut in cuts:
-        if max_num is not None and len(utterances) >= max_num:
-            break
         samples_S = resample(np.asarray(cut.load_audio())[0], cut.sampling_rate)
         text = " ".join(s.text for s in cut.supervisions if s.text)
-        utterances.append(Utterance(cut.id, samples_S, text))
-    return utterances
+        yield Utterance(cut.id, samples_S, text)

@@ -9,15 +9,15 @@ transcript, and :func:`finish` writes ``<split>_recordings.jsonl.gz``,
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdrecipe.artifacts import write_jsonl_gz
 from kdrecipe.corpus.gather import reason
 from kdrecipe.corpus.problems import NAMES_SHOWN, DataProblem, OnError, as_left_out, settle
 from kdrecipe.interfaces import Prepared, TokenTable
@@ -139,7 +139,8 @@ def check_lengths(
     Args:
         cuts: with text, with features or without.
         tokenizer: gives the tokens of a text.
-        subsampling: feature frames per encoder frame, or the encoder's own ``output_len``.
+        subsampling: the encoder's own ``output_len``, or feature frames per encoder frame; the last
+            of them may be incomplete.
         frame_shift_s: of the features, for cuts that have none yet.
 
     Returns:
@@ -150,7 +151,7 @@ def check_lengths(
         ids = tokenizer.encode(" ".join(sup.text or "" for sup in cut.supervisions))
         needed = len(ids) + sum(a == b for a, b in itertools.pairwise(ids))
         num_frames = cut.num_frames if cut.has_features else round(cut.duration / frame_shift_s)
-        frames = subsampling(num_frames) if callable(subsampling) else num_frames // subsampling
+        frames = subsampling(num_frames) if callable(subsampling) else -(-num_frames // subsampling)
         if frames < needed:
             where = audio_path(cut.recording) if cut.has_recording else cut.id
             what = f"{cut.id}: {cut.duration:.2f} s give {frames} frames, its {len(ids)} tokens need {needed}"
@@ -223,15 +224,10 @@ def finish(prepared: Prepared, out_dir: Path, on_error: OnError) -> Summary:
     summary.notes = list(dict.fromkeys(summary.notes + overlap_notes(kept)))
     out_dir.mkdir(parents=True, exist_ok=True)
     for split, (recording_set, supervision_set) in kept.items():
-        _write_jsonl(out_dir / f"{split}_recordings.jsonl.gz", recording_set)
-        _write_jsonl(out_dir / f"{split}_supervisions.jsonl.gz", supervision_set)
+        write_jsonl_gz(out_dir / f"{split}_recordings.jsonl.gz", (r.to_dict() for r in _items(recording_set)))
+        write_jsonl_gz(
+            out_dir / f"{split}_supervisions.jsonl.gz", (s.to_dict() for s in _items(supervision_set))
+        )
     text = json.dumps(asdict(summary), indent=1, ensure_ascii=False) + "\n"
     (out_dir / "summary.json").write_text(text, encoding="utf-8")
     return summary
-
-
-def _write_jsonl(path: Path, items: Iterable[Any]) -> None:
-    # gzip.open would write the time into the header.
-    with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
-        for item in items:
-            file.write((json.dumps(item.to_dict(), ensure_ascii=False) + "\n").encode("utf-8"))

@@ -8,7 +8,7 @@ same seed gives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,29 @@ def choose_subsets(
         for name in ready:
             chosen[name] = _choose(cuts, name, waiting.pop(name), chosen, seed)
     return {name: [c.id for c in cuts if c.id in chosen[name]] for name in rules}
+
+
+def drawn_over_speakers(cuts: Iterable[MonoCut], num: int | None = None, seed: int = 0) -> list[MonoCut]:
+    """``num`` cuts of as many speakers as possible, equally many of each: a small sample of all of them.
+
+    Speakers take turns; which comes first, and which utterances of each, is drawn by ``seed``. The first
+    cuts of a larger sample are those of a smaller one, whatever the order of ``cuts``.
+
+    Args:
+        cuts: of a split.
+        num: None: all of them, in that order.
+        seed: of the draw.
+    """
+    rng = np.random.default_rng([seed, 0xD2A3])
+    by_speaker: dict[str, list[MonoCut]] = {}
+    for cut in sorted(cuts, key=lambda c: c.id):
+        by_speaker.setdefault(_speaker(cut), []).append(cut)
+    turns = []
+    for place, speaker in enumerate(rng.permutation(sorted(by_speaker)).tolist()):
+        own = by_speaker[speaker]
+        turns += [(turn, place, own[i]) for turn, i in enumerate(rng.permutation(len(own)))]
+    turns.sort(key=lambda item: item[:2])
+    return [cut for _, _, cut in turns[:num]]
 
 
 def _choose(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from lhotse.features.io import NumpyFilesWriter
 from lhotse.features.kaldi.extractors import Fbank, FbankConfig
 from lhotse.supervision import SupervisionSet
 
-from kdrecipe.artifacts import disk_errors, replacing, write_json
+from kdrecipe.artifacts import disk_errors, replacing, write_json, write_jsonl_gz
 from kdrecipe.corpus.subsets import choose_subsets
 from kdrecipe.errors import DataError, Problem, RecipeError
 
@@ -33,6 +34,7 @@ FRAME_SHIFT_S = 0.01
 
 _RECORDINGS = "_recordings.jsonl.gz"
 _SUPERVISIONS = "_supervisions.jsonl.gz"
+_COPY = re.compile(r"_sp[\d.]+$")  # end of the id of a copy at another speed
 
 
 def make_extractor(config: Mapping[str, Any]) -> Fbank:
@@ -122,8 +124,7 @@ def compute_features(
     write_json(out_dir / "subsets.json", _with_copies(chosen, factors))
     result = {split: CutSet.from_cuts(cuts) for split, cuts in finished.items()}
     for split, cut_set in result.items():
-        with disk_errors(out_dir):
-            cut_set.to_file(out_dir / f"{split}.jsonl.gz")
+        write_cuts(out_dir / f"{split}.jsonl.gz", cut_set)
     return result
 
 
@@ -196,6 +197,27 @@ def load_cuts(features_dir: Path, split: str) -> CutSet:
         )
     cuts: CutSet = CutSet.from_file(path).to_eager()
     return cuts
+
+
+def write_cuts(path: Path, cuts: Any) -> None:
+    """Write a CutSet as Lhotse does, but for the time: equal cuts give equal bytes."""
+    write_jsonl_gz(path, (cut.to_dict() for cut in cuts))
+
+
+def tuning_cuts(features_dir: Path) -> list[MonoCut]:
+    """What exports are compared on: dev, or the unperturbed training cuts of a corpus without dev.
+
+    Never test: what is looked at while a system is made says nothing new about it.
+    """
+    listed: Any = load_cuts(features_dir, "dev" if has_dev(features_dir) else "train")
+    cuts = {cut.id: cut for cut in listed}
+    originals = {i: _COPY.sub("", i) for i in cuts}
+    return [cut for i, cut in cuts.items() if originals[i] == i or originals[i] not in cuts]
+
+
+def has_dev(features_dir: Path) -> bool:
+    """Whether the corpus has a split ``dev``."""
+    return (features_dir / "dev.jsonl.gz").exists()
 
 
 def load_norm(features_dir: Path) -> tuple[np.ndarray, np.ndarray]:

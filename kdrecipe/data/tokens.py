@@ -161,3 +161,20 @@ def _vocab_error(message: str, kind: str, vocab_size: int | None, num_chars: int
             remedy=f"set vocab_size to more than {found[1]}, or clean the text of rare characters",
         )
     return KdrecipeError(f"SentencePiece can't learn {vocab_size} {kind} tokens: {message}", where=where)
+
+
+def read_pieces(path: Path) -> list[str]:
+    """The tokens of a ``tokens.txt`` by id.
+
+    Raises:
+        KdrecipeError: there is no such file.
+    """
+    if not path.is_file():
+        raise KdrecipeError(
+            "there is no such file",
+            where=str(path),
+            remedy="give what the export stage wrote: the model with its tokens.txt beside it",
+        )
+    lines = path.read_text(encoding="utf-8").splitlines()
+    by_id = {int(number): piece for piece, _, number in (line.rpartition(" ") for line in lines)}
+    return [by_id[i] for i in range(len(by_id))]

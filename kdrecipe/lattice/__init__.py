@@ -23,14 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdrecipe.frames import frame_mask, full_precision
+from kdrecipe.frames import MIN_LOG_PROB, frame_mask, full_precision
 from kdrecipe.interfaces import BLANK_ID, Lattice, LatticePosteriors
 from kdrecipe.lattice.paths import lattice_log_likelihood, lattice_pass
 from kdrecipe.lattice.recompute import recomputed
 
 LM_SCALE = 0.25
 AM_SCALE = 0.0
-MIN_LOG_PROB = -1e4  # within fp16
 MIN_RANGE = 2  # with one place per frame no token could be passed
 
 

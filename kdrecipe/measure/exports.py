@@ -18,24 +18,32 @@ class Export:
         name: of the exporter.
         exporter: its class.
         directory: where the files are.
-        variant: ``fp32`` or ``int8``.
+        variant: ``fp32`` or ``int8``; empty: not known, of a file from elsewhere.
+        file: that file.
     """
 
     name: str
     exporter: Any
     directory: Path
     variant: str
+    file: Path | None = None
 
     @property
     def files(self) -> dict[str, Path]:
         """Part -> path."""
+        if self.file is not None:
+            (part,) = next(iter(self.exporter.files.values()))
+            return {part: self.file}
         names = self.exporter.files[self.variant]
         return {part: self.directory / name for part, name in names.items()}
 
     def load(self) -> Runner:
         """Ready to recognise."""
-        exporter = self.exporter(self.exporter.Config())
-        runner: Runner = exporter.load(self.directory, self.variant)
+        runner: Runner
+        if self.file is not None:
+            runner = self.exporter.load_file(self.file)
+        else:
+            runner = self.exporter(self.exporter.Config()).load(self.directory, self.variant)
         return runner
 
 
@@ -43,7 +51,8 @@ def find_exports(path: Path, registry: Registry) -> list[Export]:
     """The variants of the export in a directory, or the one that a file belongs to; empty: there is none.
 
     Of several exporters whose files are there, the one with most files wrote them: that a transducer
-    has an encoder and a decoder does not make it an attention model.
+    has an encoder and a decoder does not make it an attention model. A file by a name that none of them
+    writes belongs to the exporter that loads files with its suffix.
     """
     directory = path if path.is_dir() else path.parent
     found = [
@@ -52,6 +61,13 @@ def find_exports(path: Path, registry: Registry) -> list[Export]:
         for variant in getattr(registry.get("exporters", name), "files", {})
         if _is_there(export := Export(name, registry.get("exporters", name), directory, variant), path)
     ]
+    if not found and path.is_file():
+        exporters = {name: registry.get("exporters", name) for name in registry.names("exporters")}
+        return [
+            Export(name, cls, directory, "", path)
+            for name, cls in exporters.items()
+            if hasattr(cls, "load_file") and cls.suffix == path.suffix
+        ][:1]
     best = max(found, key=lambda export: len(export.files), default=None)
     return [export for export in found if best is not None and export.name == best.name]
 

@@ -1,4 +1,7 @@
-"""Speed and memory of what ships: an export in its runtime, in a process of its own."""
+"""What ships says and costs: an export in its runtime, in a process of its own.
+
+One recognition gives both an utterance's text and its time.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,8 @@ import numpy as np
 
 from kdrecipe.corpus.audio import SAMPLE_RATE, Utterance
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import Exporter
-from kdrecipe.measure.worker import RUNTIMES
+from kdrecipe.interfaces import Exporter, Runtime
+from kdrecipe.recipe.suitable import RuntimeOptions, default_search
 
 NUM_WARM_UP = 3  # utterances recognised before the clock counts: memory is laid out in the first ones
 
@@ -49,6 +52,7 @@ class Measurement:
 
     Args:
         runtime: its name and version, threads and variant.
+        search: what the runtime calls the search that it ran.
         rtf_median: over utterances.
         rtf_p95: 95th percentile over utterances.
         rtf_total: all work over all audio.
@@ -60,6 +64,7 @@ class Measurement:
     """
 
     runtime: str
+    search: str
     rtf_median: float
     rtf_p95: float
     rtf_total: float
@@ -83,6 +88,7 @@ class Measurement:
             "size_mb": self.size_mb,
             "load_s": self.load_s,
             "runtime": self.runtime,
+            "runtime_search": self.search,
             "measured_on": {
                 "utterances": len(self.utterances),
                 "duration_s": sum(u.duration_s for u in self.utterances),
@@ -94,8 +100,9 @@ def measure_export(
     exporter: Exporter | type[Exporter],
     directory: Path,
     variant: str,
-    utterances: Sequence[Utterance],
+    utterances: Iterable[Utterance],
     *,
+    search: RuntimeOptions | None = None,
     num_threads: int = 1,
 ) -> Measurement:
     """Measure a variant that an exporter wrote, in the exporter's runtime.
@@ -104,7 +111,9 @@ def measure_export(
         exporter: or its class.
         directory: holds the variant's files, and ``tokens.txt``.
         variant: ``fp32`` or ``int8``.
-        utterances: at least one; the first three are recognised once before, unmeasured.
+        utterances: at least one, taken one after the other; the first three are recognised once before,
+            unmeasured.
+        search: see :func:`kdrecipe.recipe.suitable.runtime_search`; None: the runtime's default.
         num_threads: of the runtime.
 
     Raises:
@@ -112,25 +121,24 @@ def measure_export(
             runtime failed.
     """
     files = {part: Path(directory) / name for part, name in exporter.files[variant].items()}
-    return measure_files(exporter.runtime, files, utterances, num_threads=num_threads, label=variant)
+    return measure_files(
+        exporter.runtime, files, utterances, search=search, num_threads=num_threads, label=variant
+    )
 
 
 def measure_files(
-    runtime: str | None,
+    runtime: Runtime | None,
     files: Mapping[str, Path],
-    utterances: Sequence[Utterance],
+    utterances: Iterable[Utterance],
     *,
+    search: RuntimeOptions | None = None,
     num_threads: int = 1,
     label: str = "",
 ) -> Measurement:
     """The same for files (part -> path) with ``tokens.txt`` beside them; ``label`` ends the name."""
     where = str(next(iter(files.values())))
-    if runtime not in RUNTIMES:
-        raise KdrecipeError(
-            f"no way is known to measure in the runtime {runtime!r}",
-            where=where,
-            remedy=f"an exporter's runtime is one of {', '.join(RUNTIMES)}",
-        )
+    if runtime is None:
+        raise KdrecipeError("the exporter has no runtime to measure it in", where=where)
     for path in files.values():
         if not path.is_file():
             raise KdrecipeError(
@@ -138,16 +146,14 @@ def measure_files(
                 where=str(path),
                 remedy="speed and memory are measured on an export: rerun the export stage",
             )
-    if not utterances:
-        raise KdrecipeError("there is no utterance to measure on", where=where)
-    result = _run_worker(runtime, files, utterances, num_threads)
-    recognised = tuple(
-        Recognised(id=u.id, **found) for u, found in zip(utterances, result["utterances"], strict=True)
-    )
+    search = search or default_search(runtime)
+    ids, result = _run_worker(runtime, search, files, utterances, num_threads)
+    recognised = tuple(Recognised(id=i, **found) for i, found in zip(ids, result["utterances"], strict=True))
     rtfs = [r.decode_s / r.duration_s for r in recognised]
     threads = "1 thread" if num_threads == 1 else f"{num_threads} threads"
     return Measurement(
         runtime=", ".join(part for part in (result["runtime"], threads, label) if part),
+        search=search.name,
         rtf_median=float(np.median(rtfs)),
         rtf_p95=float(np.percentile(rtfs, 95)),
         rtf_total=sum(r.decode_s for r in recognised) / sum(r.duration_s for r in recognised),
@@ -160,20 +166,30 @@ def measure_files(
 
 
 def _run_worker(
-    runtime: str, files: Mapping[str, Path], utterances: Sequence[Utterance], num_threads: int
-) -> dict[str, Any]:
-    """Write the audio, start the process, read its result."""
+    runtime: Runtime,
+    search: RuntimeOptions,
+    files: Mapping[str, Path],
+    utterances: Iterable[Utterance],
+    num_threads: int,
+) -> tuple[list[str], dict[str, Any]]:
+    """Write the audio, start the process, read its result; also the utterances' ids."""
     import soundfile
 
     first = next(iter(files.values()))
 
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        paths = [str(directory / f"{i}.wav") for i in range(len(utterances))]
-        for path, utterance in zip(paths, utterances, strict=True):
-            soundfile.write(path, utterance.samples_S, SAMPLE_RATE, subtype="FLOAT")
+        ids, paths = [], []
+        for number, utterance in enumerate(utterances):
+            ids.append(utterance.id)
+            paths.append(str(directory / f"{number}.wav"))
+            soundfile.write(paths[-1], utterance.samples_S, SAMPLE_RATE, subtype="FLOAT")
+        if not ids:
+            raise KdrecipeError("there is no utterance to measure on", where=str(first))
         spec = {
-            "runtime": runtime,
+            "start": runtime.start,
+            "search": search.name,
+            "options": dict(search.options),
             "files": {part: str(path.resolve()) for part, path in files.items()},
             "tokens": str((first.parent / "tokens.txt").resolve()),
             "num_bins": _num_bins(first),
@@ -195,12 +211,12 @@ def _run_worker(
         if process.returncode or not result.exists():
             last = (process.stderr or process.stdout).strip().splitlines()[-3:]
             raise KdrecipeError(
-                f"{runtime.split()[0]} could not run the model: {' '.join(last) or process.returncode}",
+                f"{runtime.name} could not run the model: {' '.join(last) or process.returncode}",
                 where=str(first),
                 remedy="rerun the export stage with --force",
             )
         content: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return content
+        return ids, content
 
 
 def _num_bins(model: Path) -> int:

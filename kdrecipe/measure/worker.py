@@ -6,6 +6,7 @@ lhotse is imported here, nor anything that does: their memory is not the model's
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 import sys
@@ -21,15 +22,15 @@ Recognise = Callable[[Any, int], dict[str, Any]]
 def main(spec_path: str, result_path: str) -> None:
     """Recognise the files that the spec lists, one after the other.
 
-    Spec: ``runtime``, ``files`` (part -> path), ``tokens``, ``num_bins``, ``num_threads``,
-    ``num_warm_up``, ``audio`` (paths).
+    Spec: what :class:`kdrecipe.interfaces.Runtime` says of it, its ``start``, ``num_warm_up`` and
+    ``audio`` (paths).
     Result: ``runtime``, ``load_s``, ``baseline_rss`` and ``peak_rss`` in bytes, and ``utterances``
     with ``text``, ``tokens``, ``times_s``, ``decode_s`` and ``duration_s``.
     """
     import soundfile
 
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
-    runtime, load = RUNTIMES[spec["runtime"]]()  # imports it: that is not the model's memory either
+    runtime, load = _named(spec["start"])()  # imports it: that is not the model's memory either
     baseline_rss = _memory("VmRSS")
     start = time.perf_counter()
     recognise = load(spec)
@@ -54,60 +55,18 @@ def main(spec_path: str, result_path: str) -> None:
     Path(result_path).write_text(json.dumps(result), encoding="utf-8")
 
 
-def _sherpa_onnx(kind: str) -> tuple[str, Callable[[dict[str, Any]], Recognise]]:
-    """Its version, and what loads a model of this ``kind``."""
-    import sherpa_onnx
-
-    build = getattr(sherpa_onnx.OfflineRecognizer, f"from_{kind}")  # type: ignore[attr-defined]
-
-    def load(spec: dict[str, Any]) -> Recognise:
-        recogniser = build(
-            **spec["files"],
-            tokens=spec["tokens"],
-            num_threads=spec["num_threads"],
-            feature_dim=spec["num_bins"],
-        )
-
-        def recognise(samples_S: Any, sample_rate: int) -> dict[str, Any]:
-            stream = recogniser.create_stream()
-            stream.accept_waveform(sample_rate, samples_S)
-            recogniser.decode_stream(stream)
-            found = stream.result
-            return {
-                "text": found.text.strip(),
-                "tokens": list(found.tokens),
-                "times_s": list(found.timestamps),
-            }
-
-        return recognise
-
-    return f"sherpa-onnx {sherpa_onnx.__version__}", load
-
-
-def _attention() -> tuple[str, Callable[[dict[str, Any]], Recognise]]:
-    """The program that lies beside an attention model's files."""
-    import onnxruntime
-
-    from kdrecipe_plugins.exporters import attention_runtime
-
-    def load(spec: dict[str, Any]) -> Recognise:
-        paths = {part: Path(path) for part, path in {**spec["files"], "tokens": spec["tokens"]}.items()}
-        recogniser = attention_runtime.Recogniser(**paths, num_threads=spec["num_threads"])
-
-        def recognise(samples_S: Any, sample_rate: int) -> dict[str, Any]:
-            found = recogniser.recognise(samples_S, sample_rate)
-            return {"text": found.text, "tokens": [recogniser.pieces[i] for i in found.tokens], "times_s": []}
-
-        return recognise
-
-    return f"onnxruntime {onnxruntime.__version__}", load
-
-
-RUNTIMES: dict[str, Callable[[], tuple[str, Callable[[dict[str, Any]], Recognise]]]] = {
-    "sherpa-onnx ctc": lambda: _sherpa_onnx("zipformer_ctc"),
-    "sherpa-onnx transducer": lambda: _sherpa_onnx("transducer"),
-    "onnxruntime attention": _attention,
-}
+def _named(start: str) -> Callable[[], tuple[str, Callable[[dict[str, Any]], Recognise]]]:
+    """The function that ``start`` of a :class:`kdrecipe.interfaces.Runtime` names."""
+    module, _, function = start.rpartition(":")
+    if not module.endswith(".py"):
+        return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+    spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+    assert spec is not None
+    assert spec.loader is not None, module
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded  # where dataclasses look their module up
+    spec.loader.exec_module(loaded)
+    return getattr(loaded, function)  # type: ignore[no-any-return]
 
 
 def _memory(name: str) -> int:

@@ -2,10 +2,11 @@
 
 ::
 
-    bundle.json   what it is: configuration, tokens, provenance, compression steps
-    weights.pt    a state dict of plain tensors
-    tokens.txt    token and id per line
-    spm.model     the SentencePiece model
+    bundle.json      what it is: configuration, tokens, compression steps
+    weights.pt       a state dict of plain tensors
+    tokens.txt       token and id per line
+    spm.model        the SentencePiece model
+    provenance.json  when, where, by what and how fast it was made; no part of what it is
 
 Decoding, exporting, compressing and teaching need nothing else. The plugins that built the
 model must be loadable; the error says which one is not.
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe import __version__
-from kdrecipe.artifacts import read_json, sha256_file, write_atomic, write_json
+from kdrecipe.artifacts import PROVENANCE, read_json, sha256_file, write_atomic, write_json
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import ModelInfo, Options
 
@@ -70,13 +71,29 @@ class Bundle:
             raise KdrecipeError(
                 f"bundle format {version}, this version reads {FORMAT}",
                 where=str(path),
-                remedy="use the version of kdrecipe named in its bundle.json under provenance",
+                remedy="use the version of kdrecipe named in its provenance.json",
             )
         return cls(path, meta, registry)
 
     @classmethod
-    def save(cls, path: Path, model: AsrModel, tokens: Tokenizer, meta: dict[str, Any]) -> Bundle:
-        """Write a bundle; ``meta`` holds what :class:`Bundle` documents, without the derived fields."""
+    def save(
+        cls,
+        path: Path,
+        model: AsrModel,
+        tokens: Tokenizer,
+        meta: dict[str, Any],
+        provenance: dict[str, Any] | None = None,
+    ) -> Bundle:
+        """Write a bundle.
+
+        Args:
+            path: its directory.
+            model: its model.
+            tokens: its tokens.
+            meta: what :class:`Bundle` documents, without the derived fields. Equal models made on two
+                days must have equal ones, or all that is made from them is made again.
+            provenance: of :func:`provenance`, and whatever else varies from run to run.
+        """
         import torch
 
         from kdrecipe.model.asr import model_info
@@ -96,12 +113,20 @@ class Bundle:
             "weights_sha256": sha256_file(path / "weights.pt"),
         }
         write_json(path / "bundle.json", full)
+        if provenance is not None:
+            write_json(path / PROVENANCE, provenance)
         return cls(path, full)
 
     @property
     def name(self) -> str:
         """The system's name."""
         return str(self.meta["name"])
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What ``provenance.json`` holds; empty where there is none."""
+        path = self.path / PROVENANCE
+        return dict(read_json(path)) if path.exists() else {}
 
     @property
     def is_int8(self) -> bool:
@@ -190,7 +215,7 @@ def count_params(model: AsrModel) -> int:
 
 
 def provenance(command: str, **more: Any) -> dict[str, Any]:
-    """Versions and machine, for ``bundle.json`` and the report; no host name, no local path."""
+    """Versions and machine, for ``provenance.json`` and the report; no host name, no local path."""
     import importlib.metadata as md
 
     names = ("torch", "torchaudio", "lhotse", "sentencepiece", "onnxruntime", "sherpa-onnx")

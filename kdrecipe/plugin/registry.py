@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from kdrecipe.errors import PluginError, Problem
-from kdrecipe.interfaces import Options
+from kdrecipe.interfaces import Options, Runtime
 
 KINDS: Mapping[str, str] = {
     "architectures": "architecture",
@@ -210,6 +210,12 @@ def _check_class(kind: str, name: str, cls: Any, source: Source) -> None:
             f"{KINDS[kind]} {name!r} has no nested Config",
             where=str(source),
             remedy="class Config(kdrecipe.interfaces.Options): ... with its options, or with none",
+        )
+    if kind == "exporters" and not isinstance(getattr(cls, "runtime", None), Runtime | None):
+        raise PluginError(
+            f"exporter {name!r}: its runtime is {cls.runtime!r}",
+            where=str(source),
+            remedy="runtime = kdrecipe.interfaces.Runtime(name, start, searches), or None",
         )
     for key in RESERVED.get(kind, frozenset({"name"})) & set(config.model_fields):
         raise PluginError(

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from kdrecipe.errors import KdrecipeError, PluginError, Problem
-from kdrecipe.interfaces import LossSetup, ModelInfo, TargetSpec
+from kdrecipe.interfaces import FRAME_KINDS, VOCABULARY_KINDS, LossSetup, ModelInfo, TargetSpec
 from kdrecipe.plugin.loader import reason
 from kdrecipe.plugin.registry import Registry, did_you_mean
+from kdrecipe.recipe.bundles import other_tokens
 from kdrecipe.recipe.parsing import SECTION_OF, Parser
 from kdrecipe.recipe.sections import (
     Corpus,
@@ -28,7 +30,7 @@ from kdrecipe.recipe.sections import (
     depth_first,
     uses_lm,
 )
-from kdrecipe.recipe.suitable import bundle_model, head_of, heads_of, measured_exporter, searches
+from kdrecipe.recipe.suitable import bundle_model, head_of, heads_of, measured_exporter, origin_of, searches
 from kdrecipe.recipe.yaml import KeyPath
 
 FEATURE_FRAME_SHIFT_S = 0.01
@@ -63,6 +65,8 @@ class Checker:
             if system.kind in ("trained", "distilled"):
                 self._data(system)
                 self._terms(system)
+            if system.kind == "compressed":
+                self._fine_tuning(system)
         for circle in depth_first(self.systems)[1]:
             self._problem(
                 self.systems[circle[0]], (), f"needs itself: {' -> '.join(circle)}", "break the circle"
@@ -149,6 +153,24 @@ class Checker:
             whole = "all of the training split" if system.data is None else f"{system.data!r}"
             what = f"{whole} is labelled data already, nothing is left without labels"
             self._problem(system, ("unlabelled",), what, "give data: and unlabelled: different subsets")
+
+    def _fine_tuning(self, system: System) -> None:
+        """A step that trains needs an objective: that of the system which all this was compressed from."""
+        origin = origin_of(self.systems, system.name)
+        if origin is None or origin.kind != "pretrained":
+            return
+        for i, step in enumerate(system.steps):
+            cls = self._registry.get("compressors", step.name)
+            try:
+                num_epochs = cls(cls.Config.model_validate(step.options)).num_epochs
+            except Exception as error:
+                self._problem(system, ("steps", i), f"{step.name!r} can't be built: {reason(error)}")
+                continue
+            if num_epochs:
+                what = f"{step.name!r} trains for {num_epochs} epochs, but {origin.name!r} is pretrained: "
+                what += "its bundle holds no losses to train by"
+                remedy = "choose options without training (epochs: 0), or compress a system that this recipe "
+                self._problem(system, ("steps", i), what, remedy + "trains or distills")
 
     # ------------------------------------------------------------ losses
 
@@ -313,6 +335,7 @@ class FitChecker:
     def __init__(self, checker: Checker, features: Features, tokens: Tokens) -> None:
         self.checker = checker
         self.features = features
+        self.tokens = tokens
         self.vocab_size = tokens.vocab_size or 32  # characters are counted in stage 2
         self._infos: dict[str, ModelInfo | None] = {}
 
@@ -341,8 +364,12 @@ class FitChecker:
             if need.key not in offered:
                 remedy = did_you_mean(need.key, offered)
                 return Problem(f"{term.name!r} needs {need.key}, the teacher {name!r} lacks it", "", remedy)
-            if (why := need.mismatch(offered[need.key])) is not None:
-                return Problem(f"{term.name!r} can't learn from {name!r}: {why}")
+            if name and need.kind in VOCABULARY_KINDS and (why := self._other_tokens(name)) is not None:
+                remedy = "set tokens as they were for the bundle, or use a loss on hidden states (hidden_mse)"
+                return Problem(f"{term.name!r} compares tokens, and {name!r} has {why}", "", remedy)
+            if (why := pinned(need, student).mismatch(offered[need.key])) is not None:
+                remedy = "teacher and student must subsample alike" if "frame_shift_s" in why else ""
+                return Problem(f"{term.name!r} can't learn from {name!r}: {why}", "", remedy)
         cls = self.checker._registry.get("losses", term.name)
         try:
             with _uninitialised():
@@ -352,6 +379,10 @@ class FitChecker:
         except Exception as error:
             return Problem(f"{term.name!r} can't be built: {reason(error)}")
         return None
+
+    def _other_tokens(self, name: str) -> str | None:
+        system = self.checker.systems[name]
+        return other_tokens(system, self.tokens) if system.kind == "pretrained" else None
 
     def _info(self, system: System) -> ModelInfo | None:
         """What losses may know of a system's model; None where that can't be known yet."""
@@ -369,14 +400,29 @@ class FitChecker:
         return self._infos[key]
 
     def _build(self, model: Mapping[str, Any]) -> ModelInfo:
-        options = {k: v for k, v in model.items() if k not in ("name", "heads")}
-        cls = self.checker._registry.get("architectures", model["name"])
-        with _uninitialised():
-            encoder = cls(cls.Config.model_validate(options), self.features.num_mel_bins)
+        encoder = build_encoder(self.checker._registry, model, self.features.num_mel_bins)
         taps = {tap: dim for tap, (_, dim) in encoder.taps().items()}
-        shift_s = FEATURE_FRAME_SHIFT_S * encoder.subsampling
+        shift_s = round(FEATURE_FRAME_SHIFT_S * encoder.subsampling, 9)
         kinds = {name: self.checker._registry.get("heads", name).target_kinds for name in model["heads"]}
         return ModelInfo("the recipe's", self.vocab_size, shift_s, kinds, taps)
+
+
+def pinned(need: TargetSpec, student: ModelInfo) -> TargetSpec:
+    """A need with what follows from the student filled in: frames must fall together, and logits
+    must count in the same vocabulary."""
+    if need.kind in FRAME_KINDS:
+        need = replace(need, frame_shift_s=need.frame_shift_s or student.frame_shift_s)
+    if need.kind in VOCABULARY_KINDS:
+        need = replace(need, dim=student.vocab_size, vocab_id=student.vocab_id)
+    return need
+
+
+def build_encoder(registry: Registry, model: Mapping[str, Any], num_mel_bins: int) -> Any:
+    """The encoder that ``model`` (its description) names, weights not initialised: to be asked, not run."""
+    options = {k: v for k, v in model.items() if k not in ("name", "heads")}
+    cls = registry.get("architectures", model["name"])
+    with _uninitialised():
+        return cls(cls.Config.model_validate(options), num_mel_bins)
 
 
 @contextmanager

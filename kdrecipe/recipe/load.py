@@ -11,6 +11,7 @@ from typing import Any
 from kdrecipe.errors import PluginError, Problem, RecipeError
 from kdrecipe.plugin.loader import Plugins, load_plugins
 from kdrecipe.plugin.registry import did_you_mean
+from kdrecipe.recipe.bundles import check_features
 from kdrecipe.recipe.checks import Checker, FitChecker, check_lm
 from kdrecipe.recipe.parsing import TOP_KEYS, Parser
 from kdrecipe.recipe.sections import (
@@ -30,7 +31,7 @@ from kdrecipe.recipe.sections import (
     Training,
     depth_first,
 )
-from kdrecipe.recipe.suitable import heads_of, model_of, searches
+from kdrecipe.recipe.suitable import heads_of, model_of, origin_of, searches
 from kdrecipe.recipe.yaml import Document, KeyPath, load_yaml, parse_value
 
 __all__ = [
@@ -143,10 +144,8 @@ class Recipe:
 
     def trained_ancestor(self, system: str) -> System | None:
         """The trained or distilled system that a compressed one stems from; None if imported."""
-        found = self.systems[system]
-        while found.parent is not None:
-            found = self.systems[found.parent]
-        return found if found.kind in ("trained", "distilled") else None
+        found = origin_of(self.systems, system)
+        return found if found is not None and found.kind in ("trained", "distilled") else None
 
     def model_of(self, system: str) -> dict[str, Any] | None:
         """The description of its model, or of its parent's; None: a bundle not there yet."""
@@ -211,6 +210,7 @@ def load_recipe(
     checker = Checker(parser, systems, corpus, decode, exports)
     checker.check()
     check_lm(parser, lm, corpus, decode)
+    check_features(parser, systems, features)
     if not parser.problems:
         FitChecker(checker, features, tokens).check()
     if parser.problems or corpus is None:

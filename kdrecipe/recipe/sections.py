@@ -280,7 +280,7 @@ class Parity(Options):
         slack: tokens or words; a difference of so few is never held against an export, since a
             handful of near ties proves nothing; nor is one of words that chance explains, within three
             standard deviations over the utterances.
-        num_utterances: taken for the comparison.
+        num_utterances: taken for the comparison, drawn over all speakers of dev (without it, of train).
     """
 
     max_log_prob_diff_fp32: Positive = 1e-3
@@ -298,11 +298,11 @@ class Decode(Options):
     """``decode``.
 
     Args:
-        splits: splits to recognise; the first one is the table's.
+        splits: splits to recognise; the first one is the main table's, and time and memory are of it.
         decoders: the searches, by label; see :mod:`kdrecipe.recipe.suitable` for which serve a system.
         metrics: figures over the hypotheses; the first one is the table's.
         compare: pairs of systems whose difference is tested for significance.
-        measure_max: utterances of the first split on which time and memory are measured.
+        measure_max: utterances of the first split, over all speakers, on which searches are timed in torch.
     """
 
     splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("test",)

@@ -1,26 +1,25 @@
 """Which decoders and exporters suit a system: a matter of the heads of its model.
 
-A system is judged by its first head: that head's first decoder makes the hypotheses of the table,
-and the export of that head is what is measured.
+A system is judged by its first head: its row of the table shows that head's first decoder, as the
+runtime of that head's export does it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kdrecipe.errors import KdrecipeError
+from kdrecipe.interfaces import Runtime
 from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.sections import Named, System
 
 
-def model_of(systems: Mapping[str, System], name: str) -> dict[str, Any] | None:
-    """The description of a system's model; that of a compressed system is its parent's.
-
-    None where that can't be known: a pretrained bundle is not there yet, a parent is wrong.
-    """
+def origin_of(systems: Mapping[str, System], name: str) -> System | None:
+    """The system that a compressed one stems from, any other itself; None where a parent is wrong."""
     seen: set[str] = set()
     system = systems.get(name)
     while system is not None and system.parent is not None:
@@ -28,6 +27,15 @@ def model_of(systems: Mapping[str, System], name: str) -> dict[str, Any] | None:
             return None
         seen.add(system.name)
         system = systems.get(system.parent)
+    return system
+
+
+def model_of(systems: Mapping[str, System], name: str) -> dict[str, Any] | None:
+    """The description of a system's model; that of a compressed system is its parent's.
+
+    None where that can't be known: a pretrained bundle is not there yet, a parent is wrong.
+    """
+    system = origin_of(systems, name)
     if system is None:
         return None
     return bundle_model(system) if system.kind == "pretrained" else system.model
@@ -39,15 +47,21 @@ def heads_of(systems: Mapping[str, System], name: str) -> tuple[str, ...] | None
     return tuple(model["heads"]) if model and model["heads"] else None
 
 
-def bundle_model(system: System) -> dict[str, Any] | None:
-    """The model's description within a pretrained bundle, None if that can't be read yet."""
+def bundle_meta(system: System) -> dict[str, Any] | None:
+    """The description of a pretrained bundle, None if that can't be read yet."""
     try:
         path = system.bundle
         if path is None or not (path / "bundle.json").is_file():
             return None
-        model = json.loads(Path(path / "bundle.json").read_text(encoding="utf-8")).get("model")
+        meta = json.loads(Path(path / "bundle.json").read_text(encoding="utf-8"))
     except (KdrecipeError, OSError, ValueError):
         return None  # stage 3 imports it, and tells
+    return meta if isinstance(meta, dict) else None
+
+
+def bundle_model(system: System) -> dict[str, Any] | None:
+    """The model's description within a pretrained bundle, None if that can't be read yet."""
+    model = (bundle_meta(system) or {}).get("model")
     return model if isinstance(model, dict) and {"name", "heads"} <= set(model) else None
 
 
@@ -92,3 +106,30 @@ def measured_exporter(heads: Sequence[str], exporters: Sequence[Named], registry
         if head_of(registry, "exporters", exporter.name) == heads[0] and getattr(cls, "runtime", None):
             return exporter
     return None
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """A search in a runtime: the runtime's own name of it, and the options that it takes."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def default_search(runtime: Runtime) -> RuntimeOptions:
+    """The first search of a runtime, with its own options."""
+    return RuntimeOptions(next(iter(runtime.searches.values())).name)
+
+
+def runtime_search(runtime: Runtime, decoder: Named, registry: Registry) -> RuntimeOptions | str:
+    """The search of ``decoder`` in ``runtime``, or why the runtime does not have it."""
+    found = runtime.searches.get(decoder.name)
+    if found is None:
+        return f"{runtime.name} has no search {decoder.name}"
+    config = registry.get("decoders", decoder.name).Config
+    chosen = config.model_validate(decoder.options)
+    for name, about in config.model_fields.items():
+        value = getattr(chosen, name)
+        if name not in found.options and value != about.get_default(call_default_factory=True):
+            return f"the {found.name} of {runtime.name} has no {name}, here {value}"
+    return RuntimeOptions(found.name, {name: getattr(chosen, name) for name in found.options})

@@ -210,7 +210,7 @@ def _time_taken(ratios: Sequence[float]) -> str:
     if not ratios or min(max(r, 1 / r) for r in ratios) < CLEARLY_FASTER:
         return ""
     low, high = figure(min(ratios), 2), figure(max(ratios), 2)
-    return f" It takes {low if low == high else f'{low} to {high}'} times as long."
+    return f" It takes {low if low == high else f'{low} to {high}'} times as long in torch."
 
 
 def _cautions(results: Mapping[str, Any]) -> list[tuple[Verdict, str]]:
@@ -221,6 +221,14 @@ def _cautions(results: Mapping[str, Any]) -> list[tuple[Verdict, str]]:
         said.append(
             f"One seed only for {_listed(single)}: how far another would move these figures is not known."
         )
+    untimed: dict[tuple[str, str], list[str]] = {}
+    for system in results["systems"]:
+        if (search := system.get("search")) and search["runs_in"] == "torch":
+            untimed.setdefault((search["label"], search["why"]), []).append(system["name"])
+    said += [
+        f"{_listed(names)}: what the bundle says in torch by {label}, without a time, since {why}."
+        for (label, why), names in untimed.items()
+    ]
     distilled = [s for s in trained if s["kind"] == "distilled" and s["splits"]]
     tested = {name for c in results["comparisons"] for name in (c["a"], c["b"])}
     if untested := [s["name"] for s in distilled if s["name"] not in tested]:

@@ -26,6 +26,16 @@ from kdrecipe.report.reading import (
 )
 from kdrecipe.score.claims import claimed_text, measured_text
 
+NUM_WORDS = 5  # columns of the table of systems that hold words
+NUM_RATES = 3  # columns after those that depend on the split
+SEARCHES_ARE = (
+    "What the searches do with the bundles, before any export: compare these rows with each other. "
+    "What ships, with its own time, stands in the table of systems."
+)
+PARITY_IS = (
+    "Exports against the bundles they were made from, by greedy search, on a few utterances of dev (of a "
+    "corpus without dev: of train) over all speakers:"
+)
 MAX_REASONS = 20  # for leaving out utterances that are listed one by one
 _PARITY = {
     "max_log_prob_diff": "largest log-prob difference",
@@ -78,22 +88,42 @@ def split_names(results: Mapping[str, Any]) -> list[str]:
 
 
 def main_table(results: Mapping[str, Any], split: str) -> Table:
-    """One row per system: error rates and what they cost."""
-    headers = ["system", "kind", "from", "WER %", "95 % interval", "CER %", "params", "MB", "RTF", "RSS MB"]
+    """One row per system: what it says by which search, its error rates, and what that costs."""
+    headers = ["system", "kind", "from", "search", "runs in", "WER %", "95 % interval", "CER %"]
+    headers += ["params", "MB", "RTF", "RSS MB"]
     rows = []
     for system in results["systems"]:
         scores = system["splits"].get(split, {})
         wer = scores.get("wer") or {}
         rates = [spread(wer), span(wer.get("ci95")), spread(scores.get("cer"))]
         costs = [figure(cost) for cost in (system["size_mb"], rtf(system), system["peak_rss_mb"])]
-        origin = [system["name"], system["kind"], _parents(system)]
+        origin = [system["name"], system["kind"], _parents(system), *_search(system)]
         rows.append([*origin, *rates, count(system["params"]), *costs])
-    return Table(headers, rows, frozenset(range(3, 10)))
+    return Table(headers, rows, frozenset(range(NUM_WORDS, len(headers))))
+
+
+def _search(system: System) -> list[str]:
+    """Label of the search that a row shows, and where it runs: its WER and its time are of this."""
+    found = system.get("search")
+    if not found:
+        return [NONE, NONE]
+    if found["runs_in"] == "torch":
+        return [found["label"], "torch"]
+    return [found["label"], f"{found['runs_in']} {found['name']}, {found['variant']}"]
 
 
 def search_table(results: Mapping[str, Any], split: str, *, timed: bool) -> Table:
-    """One row per search of the systems that have several; ``timed``: with the real-time factor."""
-    headers = ["system", "search", "WER %", "95 % interval", "CER %", "points to the first", "p (Holm)"]
+    """One row per search of the systems that have several, of their bundles in torch; ``timed``: with the
+    real-time factor."""
+    headers = [
+        "bundle of",
+        "search in torch",
+        "WER %",
+        "95 % interval",
+        "CER %",
+        "points to the first",
+        "p (Holm)",
+    ]
     headers += ["RTF (torch, 1 thread)"] if timed else []
     rows: list[list[str]] = []
     main: dict[str, str] = {}
@@ -112,8 +142,9 @@ def search_table(results: Mapping[str, Any], split: str, *, timed: bool) -> Tabl
 
 def _search_section(results: Mapping[str, Any], split: str, first: bool) -> Section:
     """The searches on a split; what they are is said once."""
-    section = Section(f"Searches on {split}", [search_table(results, split, timed=first)])
+    section = Section(f"Searches on {split}, bundles in torch", [search_table(results, split, timed=first)])
     if first:
+        section.blocks.insert(0, SEARCHES_ARE)
         described = {row["search"]: _flat(row.get("options") or {}) for row in results["searches"]}
         names = {row["search"]: row["decoder"] for row in results["searches"]}
         section.blocks.append([", ".join([f"{x}: {names[x]}", *options]) for x, options in described.items()])
@@ -244,23 +275,46 @@ def _making_section(results: Mapping[str, Any]) -> Section:
         section.blocks.append(steps)
     checked = [row for system in results["systems"] for row in _parity_rows(system["name"], system["parity"])]
     if checked:
-        section.blocks.append("Exports against the bundles they were made from:")
-        headers = ["system", "export", *_PARITY.values()]
-        section.blocks.append(Table(headers, checked, frozenset(range(2, 2 + len(_PARITY)))))
+        section.blocks.append(PARITY_IS)
+        headers = ["system", "export", *_PARITY.values(), "bundle's WER %"]
+        section.blocks.append(Table(headers, checked, frozenset(range(2, len(headers)))))
+    if shipped := [row for split in split_names(results) for row in _shipped_rows(results, split)]:
+        section.blocks.append("The rows of the tables of systems against their bundles, by the same search:")
+        headers = ["system", "split", "search", "runs in", "WER %", "bundle's WER %", "same text %"]
+        section.blocks.append(Table(headers, shipped, frozenset(range(4, len(headers)))))
     return section
 
 
-def _parity_rows(system: str, found: Any, export: str = "") -> list[list[str]]:
+def _parity_rows(system: str, found: Any, export: str = "", bundle: float | None = None) -> list[list[str]]:
     """One row per exported variant, wherever in the nested figures it stands."""
     if not isinstance(found, Mapping):
         return []
     if "max_log_prob_diff" in found:
         percents = {"token_error", "runtime_token_error", "wer", "deletions"}
         figures = [percent(found.get(k)) if k in percents else figure(found.get(k), 2) for k in _PARITY]
-        return [[system, export or NONE, *figures]]
+        return [[system, export or NONE, *figures, percent(bundle)]]
+    if isinstance(found.get("bundle"), Mapping):
+        bundle = found["bundle"].get("wer")
     return [
-        row for key, item in found.items() for row in _parity_rows(system, item, f"{export} {key}".strip())
+        row
+        for key, item in found.items()
+        for row in _parity_rows(system, item, f"{export} {key}".strip(), bundle)
     ]
+
+
+def _shipped_rows(results: Mapping[str, Any], split: str) -> list[list[str]]:
+    """What the runtime says beside what the bundle says, of the systems whose row is a runtime's."""
+    rows = []
+    first = split == split_names(results)[0]  # where texts were compared
+    for system in results["systems"]:
+        scores, bundle = system["splits"].get(split), (system.get("bundle") or {}).get(split)
+        if scores and bundle and system["search"]["runs_in"] != "torch":
+            own = (scores.get("wer") or {}).get("mean")
+            same = percent(system.get("same_text_as_bundle")) if first else NONE
+            rows.append(
+                [system["name"], split, *_search(system), percent(own), percent(bundle.get("wer")), same]
+            )
+    return rows
 
 
 def _claims_section(claims: Sequence[Mapping[str, Any]]) -> Section:
@@ -285,7 +339,9 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
     for i, split in enumerate(split_names(results)):
         table = main_table(results, split)
         if i:  # what a system costs does not depend on the split
-            table = Table(table.headers[:6], [row[:6] for row in table.rows], table.numeric & set(range(6)))
+            end = NUM_WORDS + NUM_RATES
+            rows = [row[:end] for row in table.rows]
+            table = Table(table.headers[:end], rows, table.numeric & set(range(end)))
         facts = results["splits"].get(split, {})
         blocks: list[Block] = [table, _errors_table(results, split)]
         if facts.get("utterances"):

@@ -19,7 +19,7 @@ from kdrecipe.score.claims import beside
 FORMAT = 1
 UNITS = {
     "wer, cer, sub, ins, del, fidelity, agreement, gap_recovered": "fractions (0.05 is 5 %)",
-    "rtf": "seconds of computing per second of audio, one thread",
+    "rtf": "seconds of computing per second of audio, one thread; a system's: of the search that is scored",
     "size_mb, peak_rss_mb": "10^6 bytes",
     "std": "over seeds; null for a single one",
     "value, measured and ci95 of claims": "percent for wer, fractions for ratios",
@@ -33,6 +33,8 @@ _OPTIONAL = (
     "peak_rss_mb",
     "fidelity",
     "runtime",
+    "search",
+    "bundle",
     "parity",
     "compression",
     "train",

@@ -1,4 +1,7 @@
-"""Hypotheses files: one JSON object per utterance and line, with ``id``, ``ref``, ``hyp`` and more."""
+"""Hypotheses files: one JSON object per utterance and line, with ``id``, ``ref``, ``hyp`` and more.
+
+``tokens`` are the bundle's ids, or, of a runtime, its own texts of them.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,11 @@ def read_hypotheses(path: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def hyps_file(directory: Path, label: str, main: str, split: str) -> Path:
-    """Where the hypotheses of a search lie: those of the main one on top, the others in folders."""
-    return directory / f"{split}.jsonl" if label == main else directory / label / f"{split}.jsonl"
+def hyps_file(directory: Path, split: str) -> Path:
+    """What a system's row of the table is scored by."""
+    return directory / f"{split}.jsonl"
+
+
+def bundle_hyps_file(directory: Path, label: str, split: str) -> Path:
+    """What the bundle says in torch by the search ``label``."""
+    return directory / "bundle" / label / f"{split}.jsonl"

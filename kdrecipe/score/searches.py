@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrecipe.interfaces import Metric
+from kdrecipe.score.hypotheses import read_hypotheses
 from kdrecipe.score.resampling import RESAMPLES
 from kdrecipe.score.scoring import Question, score
 
@@ -61,6 +62,26 @@ def score_searches(
             splits = {split: part["systems"][name] for split, part in scored.items()}
             rows.append({"system": system, "search": label, "splits": splits, "comparisons": found})
     return rows
+
+
+def mean_rates(
+    hyps: Mapping[int, Mapping[str, Path]], metrics: Mapping[str, Metric]
+) -> dict[str, dict[str, float]]:
+    """Split -> metric -> error rate, averaged over seeds.
+
+    Args:
+        hyps: seed -> split -> hypotheses file.
+        metrics: by name.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for splits in hyps.values():
+        for split, path in splits.items():
+            texts = read_hypotheses(path).values()
+            for name, metric in metrics.items():
+                errors, lengths = zip(*(metric.errors(*pair) for pair in texts), strict=True)
+                rates = found.setdefault(split, {})
+                rates[name] = rates.get(name, 0.0) + sum(errors) / max(1, sum(lengths)) / len(hyps)
+    return {split: {name: round(rate, 6) for name, rate in rates.items()} for split, rates in found.items()}
 
 
 def pairs(facts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:

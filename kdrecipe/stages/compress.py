@@ -74,8 +74,11 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         if compressor.num_epochs:
             training = system.training.model_copy(update={"epochs": compressor.num_epochs})
             result = session.run(model, out / "train" / f"step{number}", training, on_step=compressor.on_step)
+            model.to("cpu")  # where calibration batches are
         model = compressor.finish(model).eval()
         done.append({**spec, "report": compressor.report()})
+    effort = result.summary() if result else None
+    made = provenance(recipe.command, recipe=recipe.name, seconds=effort.pop("seconds") if effort else 0)
     meta = {
         **{k: parent.meta[k] for k in ("model", "features", "plugin_files")},
         "name": system.name,
@@ -83,11 +86,10 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         "parent": system.parent,
         "seed": seed,
         "compression": done,
-        "training": result.summary() if result else None,
-        "provenance": provenance(recipe.command, recipe=recipe.name),
+        "training": effort,
     }
     for name in meta["plugin_files"]:
         (out / name).write_bytes((parent.path / name).read_bytes())
-    Bundle.save(out, model, parent.tokens, meta)
+    Bundle.save(out, model, parent.tokens, meta, made)
     for checkpoints in out.glob("train/*/checkpoints"):
         shutil.rmtree(checkpoints)

@@ -1,38 +1,67 @@
 """Stage 8: what each system says, and how fast and in how much memory it says it.
 
-The hypotheses are the bundle's, by every decoder of the recipe that serves the system. Speed and
-memory are those of what ships: the exported model in its runtime, one thread, in a process that
-has loaded nothing else. How long the searches take, one against the other, is measured in torch.
+A system's row of the table shows what ships: the exported model in its runtime, one thread, in a
+process that has loaded nothing else. One recognition of every utterance gives the text that is scored
+and the time that stands beside it. Where the runtime does not have the search, the row is the
+bundle's, and has no time. All decoders that serve the system are also run on the bundle in torch, to be
+compared with each other.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import write_atomic, write_json
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import Decoder, Hypothesis, LanguageModel, TokenTable
+from kdrecipe.interfaces import Decoder, LanguageModel, TokenTable
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.load import Named, Recipe, System
 from kdrecipe.recipe.sections import uses_lm
-from kdrecipe.recipe.suitable import head_of, measured_exporter, searches, unfit
-from kdrecipe.score.hypotheses import hyps_file
+from kdrecipe.recipe.suitable import (
+    RuntimeOptions,
+    head_of,
+    measured_exporter,
+    runtime_search,
+    searches,
+    unfit,
+)
+from kdrecipe.score.hypotheses import bundle_hyps_file, hyps_file
 from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
-    from lhotse.cut import Cut
+    from lhotse.cut import MonoCut
 
-    from kdrecipe.corpus.audio import Utterance
-    from kdrecipe.measure.runtime import Measurement
     from kdrecipe.model.bundle import Bundle
 
 BATCH_DURATION_S = 60.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a system's row of the table shows: one search in one place.
+
+    Args:
+        search: ``label``, ``decoder`` and ``options`` in the recipe; ``runs_in``: ``sherpa-onnx``, or
+            ``torch`` for a bundle; ``name``: what it is called there; ``variant``: ``fp32`` or ``int8``.
+        hypotheses: split -> rows of the hypotheses file, which are scored.
+        costs: of that very recognition: ``size_mb``, ``rtf``, ``peak_rss_mb``, ``runtime`` and more; of a
+            bundle ``size_mb`` of the files alone, and in ``runtime`` the reason.
+    """
+
+    search: dict[str, Any]
+    hypotheses: dict[str, list[dict[str, Any]]]
+    costs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        in_torch = self.search["runs_in"] == "torch"
+        assert in_torch == (self.costs["rtf"] is None), "a time is that of the texts beside it"
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
@@ -47,6 +76,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                 "measure_max": recipe.decode.measure_max,
                 "searches": [{"label": label, "name": d.name, **d.options} for label, d in found.items()],
                 "plugins": {d.name: registry.fingerprint("decoders", d.name) for d in found.values()},
+                "exporter": _exporter_input(recipe, name),
             }
             plan.add(
                 Job(
@@ -60,16 +90,23 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
             )
 
 
+def _exporter_input(recipe: Recipe, system: str) -> dict[str, str] | None:
+    """The exporter that the row is of, and its code; None where the heads are not known yet."""
+    registry, heads = recipe.plugins.registry, recipe.heads_of(system)
+    wanted = measured_exporter(heads, recipe.export, registry) if heads else None
+    if wanted is None:
+        return None
+    return {"name": wanted.name, "plugin": registry.fingerprint("exporters", wanted.name)}
+
+
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
-    """Decode every split that the recipe names by every search, then measure on the first split.
+    """Recognise every split that the recipe names: the export by its search, the bundle by all of them.
 
     Raises:
         KdrecipeError: a bundle that was not there when the recipe was checked has a head that
-            nothing in the recipe searches or measures.
+            nothing in the recipe searches or exports.
     """
-    from kdrecipe.corpus.audio import utterances_from_cuts
     from kdrecipe.data.features import load_cuts
-    from kdrecipe.measure.search import search_rtf
     from kdrecipe.model.bundle import Bundle
 
     registry = recipe.plugins.registry
@@ -79,36 +116,50 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     shift_s = bundle.meta["frame_shift_s"]
     decoders = {x: build_decoder(registry, d, bundle.tokens, shift_s, lm) for x, d in found.items()}
     cuts = {split: list(load_cuts(layout.features, split)) for split in recipe.decode.splits}
-    first, main = recipe.decode.splits[0], next(iter(found))
-    said: dict[str, dict[str, str]] = {}
-    for split in recipe.decode.splits:
-        for label, rows in decode_cuts(bundle, decoders, cuts[split]).items():
-            if split == first:
-                said[label] = {row["id"]: row["hyp"] for row in rows}
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            write_atomic(hyps_file(out, label, main, split), "".join(lines))
-    sample = utterances_from_cuts(cuts[first], recipe.decode.measure_max)
-    measured = _measure(recipe, bundle, layout.export(system.name, seed), sample)
+    said = {split: decode_cuts(bundle, decoders, cuts[split]) for split in cuts}
+    for split, by_label in said.items():
+        for label, rows in by_label.items():
+            _write(bundle_hyps_file(out, label, split), rows)
+    main = next(iter(found))
+    of_bundle = {split: by_label[main] for split, by_label in said.items()}
+    row = _row(recipe, bundle, layout.export(system.name, seed), (main, found[main]), cuts, of_bundle)
+    for split, rows in row.hypotheses.items():
+        _write(hyps_file(out, split), rows)
+    first = recipe.decode.splits[0]
+    same = None if row.hypotheses is of_bundle else _same_texts(row.hypotheses[first], of_bundle[first])
+    facts = _search_facts(recipe, bundle, decoders, found, cuts[first])
+    decoded = {"params": bundle.meta["params"], **row.costs, "search": row.search}
+    write_json(out / "decode.json", {**decoded, "same_text_as_bundle": same, "searches": facts})
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _search_facts(
+    recipe: Recipe,
+    bundle: Bundle,
+    decoders: Mapping[str, Decoder],
+    found: Mapping[str, Named],
+    cuts: Sequence[MonoCut],
+) -> dict[str, dict[str, Any]]:
+    """Each search on the bundle: what it is, and its time in torch on a few utterances of all speakers."""
+    from kdrecipe.corpus.audio import utterances_from_cuts
+    from kdrecipe.corpus.subsets import drawn_over_speakers
+    from kdrecipe.measure.search import search_rtf
+
+    sample = list(utterances_from_cuts(drawn_over_speakers(cuts, recipe.decode.measure_max)))
     model = bundle.model.to("cpu")
-    facts = {
+    return {
         label: {
             "rtf": search_rtf(model, decoders[label], bundle.meta["features"], sample),
             "decoder": d.name,
             "options": d.options,
-            "head": head_of(registry, "decoders", d.name),
+            "head": head_of(recipe.plugins.registry, "decoders", d.name),
             "lm": bool(uses_lm(d.options)),
         }
         for label, d in found.items()
     }
-    if isinstance(measured, str):
-        costs = {"size_mb": None, "rtf": None, "peak_rss_mb": None, "runtime": measured}
-        same = None
-    else:
-        costs, same = measured.summary(), _same_texts(measured.texts, said, facts)
-    write_json(
-        out / "decode.json",
-        {"params": bundle.meta["params"], **costs, "same_text_as_bundle": same, "searches": facts},
-    )
 
 
 def _searches(recipe: Recipe, bundle: Bundle) -> dict[str, Named]:
@@ -148,14 +199,15 @@ def build_decoder(
 
 
 def decode_cuts(
-    bundle: Bundle, decoders: Mapping[str, Decoder], cuts: Sequence[Cut]
+    bundle: Bundle, decoders: Mapping[str, Decoder], cuts: Sequence[MonoCut]
 ) -> dict[str, list[dict[str, Any]]]:
     """Every cut with its best hypothesis by each decoder: label -> rows of the hypotheses file."""
     import torch
 
     from kdrecipe.data.batches import CutBatches
+    from kdrecipe.train.distribution import local_device
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = local_device()
     model = bundle.model.to(device)
     by_id = {cut.id: cut for cut in cuts}
     batches = CutBatches(
@@ -168,15 +220,22 @@ def decode_cuts(
             out = model(batch.features_BTF, batch.lens_B)
             for label, decoder in decoders.items():
                 found = zip(batch.ids, decoder.decode(model, out), strict=True)
-                rows[label] += [_row(by_id[cut_id], hypothesis) for cut_id, hypothesis in found]
+                rows[label] += [
+                    _line(by_id[cut_id], h.text, h.tokens, h.times_s, h.score) for cut_id, h in found
+                ]
     return rows
 
 
-def _measure(recipe: Recipe, bundle: Bundle, exports: Path, sample: Sequence[Utterance]) -> Measurement | str:
-    """Run the export of the bundle's first head in its runtime; or why that can't be done."""
-    from kdrecipe.measure.runtime import measure_export
-
-    heads, registry = list(bundle.meta["model"]["heads"]), recipe.plugins.registry
+def _row(
+    recipe: Recipe,
+    bundle: Bundle,
+    exports: Path,
+    search: tuple[str, Named],
+    cuts: Mapping[str, Sequence[MonoCut]],
+    of_bundle: dict[str, list[dict[str, Any]]],
+) -> Row:
+    """The export's row if its runtime has the search (label, decoder), else the bundle's."""
+    registry, heads = recipe.plugins.registry, list(bundle.meta["model"]["heads"])
     wanted = measured_exporter(heads, recipe.export, registry)
     if wanted is None:
         raise KdrecipeError(
@@ -184,34 +243,72 @@ def _measure(recipe: Recipe, bundle: Bundle, exports: Path, sample: Sequence[Utt
             where=recipe.document.where(("export",)),
             remedy="kdrecipe plugins list",
         )
-    if why := unfit(registry, wanted.name, bundle.meta["model"]):
-        return f"not measured: {why}"
-    exporter = registry.get("exporters", wanted.name)
-    return measure_export(exporter, exports / wanted.name, "int8" if bundle.is_int8 else "fp32", sample)
+    cls, variant, label = registry.get("exporters", wanted.name), _variant(bundle), search[0]
+    about = {"label": label, "decoder": search[1].name, "options": search[1].options, "variant": variant}
+    why = unfit(registry, wanted.name, bundle.meta["model"])
+    if why is None:
+        files = [exports / wanted.name / name for name in cls.files[variant].values()]
+        size_mb = sum(file.stat().st_size for file in files) / 1e6
+        found = runtime_search(cls.runtime, search[1], registry)
+        if isinstance(found, RuntimeOptions):
+            about |= {"runs_in": cls.runtime.name, "name": found.name}
+            return _shipped(cls, exports / wanted.name, about, found, cuts)
+        why = found
+    else:
+        size_mb = None
+    costs = {"size_mb": size_mb, "rtf": None, "peak_rss_mb": None, "runtime": f"not measured: {why}"}
+    return Row({**about, "runs_in": "torch", "name": search[1].name, "why": why}, of_bundle, costs)
 
 
-def _same_texts(
-    texts: Mapping[str, str], said: Mapping[str, Mapping[str, str]], facts: Mapping[str, Mapping[str, Any]]
-) -> float | None:
-    """Share of texts that the runtime, which searches greedily, has in common with the bundle.
+def _shipped(
+    exporter: Any,
+    directory: Path,
+    about: dict[str, Any],
+    search: RuntimeOptions,
+    cuts: Mapping[str, Sequence[MonoCut]],
+) -> Row:
+    """Every split in the runtime, once; the costs are those of the first."""
+    from kdrecipe.corpus.audio import utterances_from_cuts
+    from kdrecipe.measure.runtime import measure_export
 
-    None if the bundle was not searched greedily by its first head.
-    """
-    head = next(iter(facts.values()))["head"]
-    greedy = [x for x, f in facts.items() if f["head"] == head and str(f["decoder"]).endswith("_greedy")]
-    if not greedy:
-        return None
-    return sum(texts[u] == said[greedy[0]][u] for u in texts) / len(texts)
+    measured = {
+        split: measure_export(
+            exporter, directory, about["variant"], utterances_from_cuts(listed), search=search
+        )
+        for split, listed in cuts.items()
+    }
+    hypotheses = {
+        split: [
+            _line(cut, found.text, found.tokens, found.times_s)
+            for cut, found in zip(listed, measured[split].utterances, strict=True)
+        ]
+        for split, listed in cuts.items()
+    }
+    return Row(about, hypotheses, next(iter(measured.values())).summary())
 
 
-def _row(cut: Cut, found: Hypothesis) -> dict[str, Any]:
+def _variant(bundle: Bundle) -> str:
+    """Which of an export's files ship."""
+    return "int8" if bundle.is_int8 else "fp32"
+
+
+def _same_texts(rows: Sequence[Mapping[str, Any]], of_bundle: Sequence[Mapping[str, Any]]) -> float:
+    """Share of utterances of which the runtime and the bundle say the same, by the same search."""
+    said = {row["id"]: row["hyp"] for row in of_bundle}
+    same = [bool(row["hyp"] == said[row["id"]]) for row in rows]
+    return sum(same) / len(same)
+
+
+def _line(
+    cut: MonoCut, text: str, tokens: Sequence[Any], times_s: Sequence[float], score: float | None = None
+) -> dict[str, Any]:
     return {
         "id": cut.id,
         "speaker": cut.supervisions[0].speaker,
         "ref": " ".join(s.text or "" for s in cut.supervisions),
-        "hyp": found.text,
+        "hyp": text,
         "duration_s": cut.duration,
-        "score": found.score,
-        "tokens": found.tokens,
-        "times_s": [round(t, 3) for t in found.times_s],
+        "score": score,
+        "tokens": list(tokens),
+        "times_s": [round(t, 3) for t in times_s],
     }

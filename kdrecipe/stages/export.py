@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import write_json
 from kdrecipe.jobs.plan import Plan
@@ -13,6 +13,11 @@ from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Named, Recipe, System
 from kdrecipe.recipe.suitable import exporters_for
 from kdrecipe.stages.layout import Layout
+
+if TYPE_CHECKING:
+    from kdrecipe.corpus.audio import Utterance
+
+COMPARED_ON = "dev, without it train; utterances drawn over all speakers"
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
@@ -26,7 +31,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                 "export": [{"name": e.name, **e.options} for e in exporters],
                 "plugins": {e.name: registry.fingerprint("exporters", e.name) for e in exporters},
                 "parity": recipe.parity.model_dump(mode="json"),
-                "split": parity_split(recipe),
+                "compared_on": COMPARED_ON,
             }
             plan.add(
                 Job(
@@ -46,9 +51,13 @@ def _exporters(recipe: Recipe, model: Mapping[str, Any] | None) -> tuple[Named, 
     return recipe.export if model is None else exporters_for(model, recipe.export, recipe.plugins.registry)
 
 
-def parity_split(recipe: Recipe) -> str:
-    """Utterances that an export is compared on: those of the first split that is decoded."""
-    return recipe.decode.splits[0]
+def compared_utterances(layout: Layout, num: int) -> list[Utterance]:
+    """What :data:`COMPARED_ON` says, ``num`` of them."""
+    from kdrecipe.corpus.audio import utterances_from_cuts
+    from kdrecipe.corpus.subsets import drawn_over_speakers
+    from kdrecipe.data.features import tuning_cuts
+
+    return list(utterances_from_cuts(drawn_over_speakers(tuning_cuts(layout.features), num)))
 
 
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
@@ -57,14 +66,11 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     Raises:
         ParityError: an export strays from its bundle by more than ``parity`` allows.
     """
-    from kdrecipe.corpus.audio import utterances_from_cuts
-    from kdrecipe.data.features import load_cuts
     from kdrecipe.measure.parity import check_parity
     from kdrecipe.model.bundle import Bundle
 
     bundle = Bundle.load(layout.system(system.name, seed), recipe.plugins.registry)
-    cuts = load_cuts(layout.features, parity_split(recipe))
-    sample = utterances_from_cuts(cuts, recipe.parity.num_utterances)
+    sample = compared_utterances(layout, recipe.parity.num_utterances)
     found = {}
     for wanted in _exporters(recipe, bundle.meta["model"]):
         cls = recipe.plugins.registry.get("exporters", wanted.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,31 @@ def needs_of(recipe: Recipe, system: System, teacher: str) -> list[TargetSpec]:
     return merge_specs(needs)
 
 
+def students_of(recipe: Recipe, teacher: str) -> list[System]:
+    """The systems that learn from ``teacher``."""
+    return [s for s in recipe.systems.values() if teacher in s.teachers and needs_of(recipe, s, teacher)]
+
+
 def all_needs(recipe: Recipe, teacher: str) -> list[TargetSpec]:
     """What all systems together ask of ``teacher``: what its cache must hold."""
-    students = [system for system in recipe.systems.values() if teacher in system.teachers]
+    students = students_of(recipe, teacher)
     return merge_specs(need for system in students for need in needs_of(recipe, system, teacher))
+
+
+def utterances_of(
+    system: System, ids: Iterable[str], subsets: Mapping[str, Collection[str]], left_out: Collection[str]
+) -> tuple[set[str], set[str]]:
+    """Ids of the training cuts that ``system`` learns from: those with their labels, those without.
+
+    Args:
+        system: trained or distilled.
+        ids: of all training cuts, perturbed copies included.
+        subsets: name -> ids, likewise.
+        left_out: cuts that are too short for their text; they serve where the text is not used.
+    """
+    labelled = set(ids if system.data is None else subsets[system.data]) - set(left_out)
+    unlabelled = set() if system.unlabelled is None else set(subsets[system.unlabelled]) - labelled
+    return labelled, unlabelled
 
 
 def merge_specs(specs: Iterable[TargetSpec]) -> list[TargetSpec]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrecipe.artifacts import read_json
+from kdrecipe.artifacts import PROVENANCE, read_json
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe, System
@@ -38,7 +38,7 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     data = {
         "recipe": _facts(recipe, layout),
         "corpus_summary": _corpus_summary(layout),
-        "systems": [_row(system, recipe, layout) for system in recipe.systems.values()],
+        "systems": [_row(system, recipe, layout, scores) for system in recipe.systems.values()],
         "scores": scores,
         "searches": _searches(scores["searches"], search_facts(recipe, layout)),
         "claims": [claim.model_dump(mode="json") for claim in recipe.claims],
@@ -81,7 +81,7 @@ def _corpus_summary(layout: Layout) -> dict[str, Any]:
 def _facts(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     """Where the figures come from."""
     first = next(iter(recipe.systems.values()))
-    provenance = read_json(layout.system(first.name, first.seeds[0]) / "bundle.json")["provenance"]
+    provenance = _provenance(layout.system(first.name, first.seeds[0]))
     return {
         "name": recipe.name,
         "path": f"recipes/{recipe.name}",
@@ -96,7 +96,7 @@ def _facts(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _row(system: System, recipe: Recipe, layout: Layout) -> dict[str, Any]:
+def _row(system: System, recipe: Recipe, layout: Layout, scores: Mapping[str, Any]) -> dict[str, Any]:
     """One system's row: figures that vary with the seed are averaged over seeds."""
     bundles = [read_json(layout.system(system.name, seed) / "bundle.json") for seed in system.seeds]
     decoded = [read_json(layout.hyps(system.name, seed) / "decode.json") for seed in system.seeds]
@@ -112,10 +112,12 @@ def _row(system: System, recipe: Recipe, layout: Layout) -> dict[str, Any]:
         "rtf": _rtf([d["rtf"] for d in decoded]),
         "peak_rss_mb": max((d["peak_rss_mb"] for d in decoded if d["peak_rss_mb"]), default=None),
         "runtime": decoded[0]["runtime"],
+        "search": decoded[0]["search"],
+        "bundle": scores["bundles"][system.name],
         "same_text_as_bundle": _mean_or_none(d["same_text_as_bundle"] for d in decoded),
         "parity": {name: found["parity"] for name, found in parity.items()},
         "compression": first["compression"],
-        "train": _effort([b["training"] for b in bundles]) if first.get("training") else None,
+        "train": _effort(system, layout, bundles) if first.get("training") else None,
         "losses": [{"name": t.name, "weight": t.weight} for t in system.terms],
         "data": system.data,
         "unlabelled": system.unlabelled,
@@ -128,8 +130,16 @@ def _rtf(found: list[dict[str, float] | None]) -> dict[str, float] | None:
     return {key: _mean(one[key] for one in known) for key in ("median", "p95", "total")} if known else None
 
 
-def _effort(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _provenance(bundle: Path) -> dict[str, Any]:
+    """Where a system comes from; empty for an imported one that does not say."""
+    path = bundle / PROVENANCE
+    return read_json(path) if path.exists() else {}
+
+
+def _effort(system: System, layout: Layout, bundles: list[dict[str, Any]]) -> dict[str, Any]:
     """What training took, averaged over seeds, and each seed's own figures."""
+    times_s = [_provenance(layout.system(system.name, seed)).get("seconds", 0.0) for seed in system.seeds]
+    runs = [{**b["training"], "seconds": time_s} for b, time_s in zip(bundles, times_s, strict=True)]
     return {
         "epochs": _mean(run["epochs"] for run in runs),
         "steps": _mean(run["steps"] for run in runs),

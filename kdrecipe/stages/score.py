@@ -1,6 +1,6 @@
 """Stage 9: hypotheses -> error rates with intervals, significance, fidelity to the teacher.
 
-The same for the searches of a system, against its main one.
+The same for the searches of a system on its bundle, against its main one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from kdrecipe.artifacts import read_json, write_json
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe, System
-from kdrecipe.score.hypotheses import hyps_file
+from kdrecipe.score.hypotheses import bundle_hyps_file, hyps_file
 from kdrecipe.stages.layout import Layout
 
 
@@ -33,10 +33,10 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
 
 
 def hypotheses(recipe: Recipe, layout: Layout) -> dict[str, dict[int, dict[str, Path]]]:
-    """System -> seed -> split -> hypotheses file, in the order of the recipe."""
+    """System -> seed -> split -> the hypotheses of its row, in the order of the recipe."""
     return {
         name: {
-            seed: {split: layout.hyps(name, seed) / f"{split}.jsonl" for split in recipe.decode.splits}
+            seed: {split: hyps_file(layout.hyps(name, seed), split) for split in recipe.decode.splits}
             for seed in system.seeds
         }
         for name, system in recipe.systems.items()
@@ -54,13 +54,13 @@ def search_facts(recipe: Recipe, layout: Layout) -> dict[str, dict[int, dict[str
 def _search_hypotheses(
     recipe: Recipe, layout: Layout, facts: dict[str, dict[int, dict[str, dict[str, Any]]]]
 ) -> dict[str, dict[str, dict[int, dict[str, Path]]]]:
-    """System -> label -> seed -> split -> hypotheses file."""
+    """System -> label -> seed -> split -> hypotheses of the bundle."""
     found: dict[str, dict[str, dict[int, dict[str, Path]]]] = {}
     for name, seeds in facts.items():
         for seed, labels in seeds.items():
-            main, directory = next(iter(labels)), layout.hyps(name, seed)
+            directory = layout.hyps(name, seed)
             for label in labels:
-                files = {split: hyps_file(directory, label, main, split) for split in recipe.decode.splits}
+                files = {split: bundle_hyps_file(directory, label, split) for split in recipe.decode.splits}
                 found.setdefault(name, {}).setdefault(label, {})[seed] = files
     return found
 
@@ -68,7 +68,7 @@ def _search_hypotheses(
 def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     """Score all splits of all systems, and the searches of each against each other."""
     from kdrecipe.score.scoring import Question, score
-    from kdrecipe.score.searches import score_searches
+    from kdrecipe.score.searches import mean_rates, score_searches
 
     registry = recipe.plugins.registry
     metrics = {}
@@ -84,6 +84,8 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     files = _search_hypotheses(recipe, layout, facts)
     first_seed = {name: next(iter(seeds.values())) for name, seeds in facts.items()}
     result["searches"] = score_searches(files, first_seed, metrics, speakers=speakers)
+    main = {name: next(iter(labels.values())) for name, labels in files.items()}
+    result["bundles"] = {name: mean_rates(seeds, metrics) for name, seeds in main.items()}
     write_json(out / "scores.json", result)
     first, metric = recipe.decode.splits[0], next(iter(metrics))
     for name, facts in result["splits"][first]["systems"].items():

@@ -5,27 +5,32 @@ Teachers, students and fine-tuning under compression all train through :class:`S
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import nn
 
+from kdrecipe.artifacts import read_json
+from kdrecipe.corpus.subsets import drawn_over_speakers
 from kdrecipe.data.batches import CutBatches
-from kdrecipe.data.features import load_cuts
+from kdrecipe.data.features import has_dev, load_cuts
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import RecipeError
-from kdrecipe.interfaces import FRAME_KINDS, Batch, LossSetup, ModelInfo, TargetSpec
+from kdrecipe.interfaces import Batch, LossSetup, ModelInfo, TargetSpec
 from kdrecipe.model.asr import model_info
 from kdrecipe.model.bundle import Bundle
-from kdrecipe.stages.inputs import needs_of
+from kdrecipe.recipe.checks import pinned
+from kdrecipe.stages.inputs import needs_of, utterances_of
 from kdrecipe.targets.cache import TargetCache
 from kdrecipe.targets.live import LiveTargets
+from kdrecipe.train.distribution import local_device
 from kdrecipe.train.loop import Objective, TargetSource, Term, TrainResult, train
 
 if TYPE_CHECKING:
@@ -58,29 +63,16 @@ class Session:
         return Tokenizer.load(self.layout.tokens)
 
     @cached_property
-    def subsets(self) -> dict[str, list[str]]:
-        """Cut ids of every named subset of the training split."""
-        found: dict[str, list[str]] = json.loads((self.layout.features / "subsets.json").read_text())
-        return found
-
-    @cached_property
-    def cuts(self) -> CutSet:
-        """The training split with its perturbed copies."""
-        return load_cuts(self.layout.features, "train")
+    def _data(self) -> tuple[CutSet, set[str]]:
+        """The training cuts that the system learns from, perturbed copies included; ids of the labelled."""
+        cuts, labelled, _ = training_data(self.layout, [self.system])
+        return cuts, labelled
 
     def batches(self, training: Training) -> CutBatches:
         """The training data; where only a part is labelled, both parts, the labels withheld."""
-        left_out = set(json.loads((self.layout.tokens / "left_out.json").read_text()))
-        labelled = set(self.subsets[self.system.data]) if self.system.data else None
-        unlabelled = set(self.subsets[self.system.unlabelled]) if self.system.unlabelled else set()
-
-        def wanted(cut: Any) -> bool:
-            if cut.id in left_out:
-                return cut.id in unlabelled
-            return labelled is None or cut.id in labelled or cut.id in unlabelled
-
+        cuts, labelled = self._data
         return CutBatches(
-            self.cuts.filter(wanted).to_eager(),
+            cuts,
             self.tokens,
             batch_duration_s=training.batch_duration_s,
             seed=self.seed,
@@ -91,15 +83,27 @@ class Session:
     @cached_property
     def dev(self) -> CutBatches | None:
         """The development data, if the corpus has any."""
-        if not (self.layout.features / "dev.jsonl.gz").exists():
+        if not has_dev(self.layout.features):
             return None
         cuts = load_cuts(self.layout.features, "dev")
         return CutBatches(cuts, self.tokens, batch_duration_s=120.0, seed=0, labelled_ids=None, shuffle=False)
 
     def calibration(self, num_batches: int) -> Iterator[Batch]:
-        """The first training batches, for compressors that look at activations."""
-        batches = self.batches(self.system.training)
-        for ids in batches.epoch(0)[:num_batches]:
+        """About so many batches of utterances drawn over all speakers, for compressors that look at
+        activations: of dev, or of the training data of a corpus without dev."""
+        on_dev, limit_s = has_dev(self.layout.features), self.system.training.batch_duration_s
+        cuts, labelled = self._data
+        drawn = drawn_over_speakers(load_cuts(self.layout.features, "dev") if on_dev else cuts)
+        ends_s = np.cumsum([cut.duration for cut in drawn])
+        batches = CutBatches(
+            drawn[: int(np.searchsorted(ends_s, num_batches * limit_s)) + 1],
+            self.tokens,
+            batch_duration_s=limit_s,
+            seed=self.seed,
+            labelled_ids=None if on_dev else labelled,
+            shuffle=False,
+        )
+        for ids in batches.epoch(0):
             yield batches.load(ids)
 
     @cached_property
@@ -158,8 +162,8 @@ class Session:
         """What this system's losses ask of one teacher."""
         return needs_of(self.recipe, self.system, teacher)
 
-    def teachers(self, device: str) -> dict[str, TargetSource]:
-        """Where the targets come from: the cache of stage 4, or the teacher itself."""
+    def teachers(self, device: torch.device) -> dict[str, TargetSource]:
+        """Where the targets come from: the cache of stage 4, or the teacher itself, on ``device``."""
         sources: dict[str, TargetSource] = {}
         for name, bundle in self.teacher_bundles.items():
             specs = self.needs_of(name)
@@ -168,7 +172,7 @@ class Session:
             if self.recipe.caches(name):
                 place = self.layout.targets(name, self.recipe.seed_of(name, self.seed))
                 key = target_key(bundle, self.recipe)
-                sources[name] = TargetCache.open(place, key, specs=specs, cuts=self.cuts)
+                sources[name] = TargetCache.open(place, key, specs=specs, cuts=self._data[0])
             else:
                 sources[name] = LiveTargets(bundle.model.to(device), specs)
         return sources
@@ -181,10 +185,8 @@ class Session:
         *,
         on_step: Callable[[nn.Module, int, int], None] | None = None,
     ) -> TrainResult:
-        """Train ``model`` in place."""
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        """Train ``model`` in place, on this process's device; teachers at work are there, too."""
+        device = local_device()
         objective = self.objective(model_info(model, self.tokens.vocab_id))
         hook = self.recipe.plugins.pm.hook
         return train(
@@ -201,19 +203,30 @@ class Session:
             label="" if os.environ.get("KDRECIPE_PARENT") else f"{self.system.name}/seed{self.seed}",
             build_optimizer=hook.build_optimizer,
             train_metrics=hook.train_metrics,
+            device=str(device),
         )
 
 
-def pinned(need: TargetSpec, student: ModelInfo) -> TargetSpec:
-    """A need with what follows from the student filled in: frames must fall together, and logits
-    must count in the same vocabulary."""
-    from dataclasses import replace
+def training_data(layout: Layout, systems: Iterable[System]) -> tuple[CutSet, set[str], set[str]]:
+    """The training cuts that ``systems`` learn from, perturbed copies included.
 
-    if need.kind in FRAME_KINDS:
-        need = replace(need, frame_shift_s=need.frame_shift_s or student.frame_shift_s)
-    if need.kind in ("frame_logits", "token_logits", "rnnt_lattice"):
-        need = replace(need, dim=student.vocab_size, vocab_id=student.vocab_id)
-    return need
+    Returns:
+        The cuts; ids of those that some of the systems see with their labels; of those that some see
+        without.
+    """
+    cuts = load_cuts(layout.features, "train")
+    subsets = read_json(layout.features / "subsets.json")
+    left_out = read_json(layout.tokens / "left_out.json")
+    labelled: set[str] = set()
+    unlabelled: set[str] = set()
+    for system in systems:
+        with_labels, without = utterances_of(system, cuts.ids, subsets, left_out)
+        labelled, unlabelled = labelled | with_labels, unlabelled | without
+
+    def wanted(cut: Any) -> bool:
+        return cut.id in labelled or cut.id in unlabelled
+
+    return cuts.filter(wanted).to_eager(), labelled, unlabelled
 
 
 def target_key(bundle: Bundle, recipe: Recipe) -> dict[str, Any]:

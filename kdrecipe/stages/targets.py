@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from kdrecipe.artifacts import read_json
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe
@@ -14,7 +13,7 @@ from kdrecipe.stages.layout import Layout
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """One job per teacher and seed whose targets are cached."""
-    from kdrecipe.stages.inputs import all_needs
+    from kdrecipe.stages.inputs import all_needs, students_of
 
     for teacher in recipe.teaching():
         needs = all_needs(recipe, teacher)
@@ -22,7 +21,8 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
             continue
         for seed in recipe.systems[teacher].seeds:
             name = f"{teacher}/seed{seed}"
-            inputs = {"specs": [vars(need) for need in needs], "unlabelled": unlabelled(recipe, teacher)}
+            parts = {(s.data, s.unlabelled) for s in students_of(recipe, teacher)}
+            inputs = {"specs": [vars(need) for need in needs], "parts": sorted(parts, key=str)}
             plan.add(
                 Job(
                     4,
@@ -37,36 +37,26 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
             )
 
 
-def unlabelled(recipe: Recipe, teacher: str) -> list[str]:
-    """Subsets whose transcripts some student of ``teacher`` does not have."""
-    students = [system for system in recipe.systems.values() if teacher in system.teachers]
-    return sorted({system.unlabelled for system in students if system.unlabelled})
-
-
 def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> None:
-    """Run the teacher over all training cuts that some student learns from."""
-    import torch
-
+    """Run the teacher over the training cuts that some student learns from, and no others."""
     from kdrecipe.data.batches import CutBatches
-    from kdrecipe.data.features import load_cuts
     from kdrecipe.model.bundle import Bundle
-    from kdrecipe.stages.inputs import all_needs
-    from kdrecipe.stages.session import target_key
+    from kdrecipe.stages.inputs import all_needs, students_of
+    from kdrecipe.stages.session import target_key, training_data
     from kdrecipe.targets.cache import write_targets
+    from kdrecipe.train.distribution import local_device
 
     bundle = Bundle.load(layout.system(teacher, seed), recipe.plugins.registry)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cuts = load_cuts(layout.features, "train")
+    cuts, labelled, unlabelled = training_data(layout, students_of(recipe, teacher))
     batches = CutBatches(
-        cuts, bundle.tokens, batch_duration_s=120.0, seed=0, labelled_ids=None, shuffle=False
+        cuts, bundle.tokens, batch_duration_s=120.0, seed=0, labelled_ids=labelled, shuffle=False
     )
-    subsets: dict[str, list[str]] = read_json(layout.features / "subsets.json")
     write_targets(
         cuts,
         batches,
-        bundle.model.to(device),
+        bundle.model.to(local_device()),
         all_needs(recipe, teacher),
         out,
         key_parts=target_key(bundle, recipe),
-        own_ids={cut for name in unlabelled(recipe, teacher) for cut in subsets[name]},
+        own_ids=unlabelled,
     )

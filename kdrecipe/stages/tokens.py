@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from kdrecipe.artifacts import write_json
+from kdrecipe.interfaces import Architecture
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe
@@ -14,7 +16,11 @@ from kdrecipe.stages.layout import Layout
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """Add the stage's one job."""
-    inputs = {"tokens": recipe.tokens.model_dump(mode="json"), "on_error": recipe.corpus.on_error}
+    inputs = {
+        "tokens": recipe.tokens.model_dump(mode="json"),
+        "on_error": recipe.corpus.on_error,
+        "subsampling": sorted({encoder.subsampling for encoder in encoders(recipe)}),
+    }
     plan.add(Job(2, "tokens", layout.tokens, inputs, lambda out: run(recipe, layout, out), ("features",)))
 
 
@@ -32,14 +38,27 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     cuts: Any = load_cuts(layout.features, "train")  # Lhotse's annotations do not let it be iterated
     texts = sorted({s.text for c in cuts for s in c.supervisions if s.text})
     tokenizer = Tokenizer.train(texts, recipe.tokens.name, recipe.tokens.vocab_size, out)
-    problems = check_lengths(cuts, tokenizer, subsampling(recipe))
+    built = encoders(recipe)
+
+    def fewest(num_frames: int) -> int:
+        """Frames of the encoder that leaves the fewest."""
+        return min((encoder.output_len(num_frames) for encoder in built), default=num_frames)
+
+    problems = check_lengths(cuts, tokenizer, fewest)
     out_ids = settle(problems, recipe.corpus.on_error)
     write_json(out / "left_out.json", sorted(out_ids))
     left_out = f"; {len(out_ids)} cuts are too short for their text and left out" if out_ids else ""
     print(f"  {len(tokenizer)} tokens{left_out}", flush=True)
 
 
-def subsampling(recipe: Recipe) -> int:
-    """Feature frames per frame of the encoder that leaves the fewest."""
-    names = {system.model["name"] for system in recipe.systems.values() if system.model}
-    return max((recipe.plugins.registry.get("architectures", name).subsampling for name in names), default=4)
+def encoders(recipe: Recipe) -> list[Architecture]:
+    """The encoders of all systems that train, each once; not initialised.
+
+    Built, since an option may decide how much an encoder subsamples.
+    """
+    from kdrecipe.recipe.checks import build_encoder
+
+    models = [system.model for system in recipe.systems.values() if system.model]
+    distinct = {json.dumps({k: v for k, v in m.items() if k != "heads"}, sort_keys=True): m for m in models}
+    bins = recipe.features.num_mel_bins
+    return [build_encoder(recipe.plugins.registry, model, bins) for model in distinct.values()]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import write_json
 from kdrecipe.errors import RecipeError
+from kdrecipe.interfaces import VOCABULARY_KINDS
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe, System
@@ -17,6 +18,7 @@ from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
     from kdrecipe.model.asr import AsrModel
+    from kdrecipe.model.bundle import Bundle
 
 
 def add_teachers(plan: Plan, recipe: Recipe, layout: Layout) -> None:
@@ -39,7 +41,8 @@ def _add(plan: Plan, recipe: Recipe, layout: Layout, system: System, stage: int)
         name = f"{system.name}/seed{seed}"
         if system.kind == "pretrained":
             inputs = {"bundle": str(system.bundle), "stamp": _bundle_hash(system)}
-            plan.add(Job(stage, name, out, inputs, _importer(recipe, system, seed)))
+            needs = ("tokens",) if _lends_posteriors(recipe, system) else ()
+            plan.add(Job(stage, name, out, inputs, _importer(recipe, layout, system, seed), needs))
             continue
         plan.add(
             Job(
@@ -96,8 +99,12 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     if system.init_from:
         place = layout.system(system.init_from, recipe.seed_of(system.init_from, seed))
         parent = Bundle.load(place, recipe.plugins.registry)
-        start_from(model, parent.model, shared_parts(system.model, parent.meta["model"]))
-    result = session.run(model, out / "train", system.training)
+        parts = shared_parts(system.model, parent.meta["model"])
+        if parent.meta["vocab_id"] != session.tokens.vocab_id:
+            parts = [part for part in parts if not part.startswith("heads.")]  # they speak other tokens
+        start_from(model, parent.model, parts)
+    training = session.run(model, out / "train", system.training).summary()
+    made = provenance(recipe.command, recipe=recipe.name, seconds=training.pop("seconds"))
     meta = {
         "name": system.name,
         "kind": system.kind,
@@ -106,11 +113,10 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         "model": system.model,
         "features": recipe.features.model_dump(mode="json"),
         "compression": [],
-        "training": result.summary(),
+        "training": training,
         "plugin_files": copy_plugin_files(recipe, out),
-        "provenance": provenance(recipe.command, recipe=recipe.name),
     }
-    Bundle.save(out, model, session.tokens, meta)
+    Bundle.save(out, model, session.tokens, meta, made)
     shutil.rmtree(out / "train" / "checkpoints", ignore_errors=True)
 
 
@@ -148,11 +154,40 @@ def _bundle_hash(system: System) -> str | None:
     return listing_digest(path) if path.is_dir() else None
 
 
-def _importer(recipe: Recipe, system: System, seed: int):  # type: ignore[no-untyped-def]
+def _lends_posteriors(recipe: Recipe, system: System) -> bool:
+    """Whether some student compares posteriors over tokens with it."""
+    from kdrecipe.stages.inputs import needs_of
+
+    return any(
+        need.kind in VOCABULARY_KINDS
+        for student in recipe.systems.values()
+        if system.name in student.teachers
+        for need in needs_of(recipe, student, system.name)
+    )
+
+
+def _refuse_other_tokens(recipe: Recipe, layout: Layout, system: System, bundle: Bundle) -> None:
+    """What the check of the recipe can't know: which tokens stage 2 makes of the corpus."""
+    from kdrecipe.data.tokens import Tokenizer
+
+    mine = Tokenizer.load(layout.tokens)
+    if bundle.meta["vocab_id"] != mine.vocab_id:
+        raise RecipeError(
+            f"the bundle's tokens ({len(bundle.tokens)}) are not those that the recipe makes of its corpus "
+            f"({len(mine)}), and a loss compares posteriors over them",
+            where=recipe.document.where(("systems", system.name, "pretrained", "bundle")),
+            remedy="set tokens and data as they were for the bundle, or use a loss on hidden states "
+            "(hidden_mse)",
+        )
+
+
+def _importer(recipe: Recipe, layout: Layout, system: System, seed: int):  # type: ignore[no-untyped-def]
     def run_import(out: Path) -> None:
         from kdrecipe.model.bundle import Bundle
 
         bundle = Bundle.load(Path(str(system.bundle)), recipe.plugins.registry)
+        if _lends_posteriors(recipe, system):
+            _refuse_other_tokens(recipe, layout, system, bundle)
         _ = bundle.model  # refuse a damaged one now, not after an hour
         shutil.copytree(
             bundle.path, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("train", "stamp.json")

@@ -32,6 +32,7 @@ from lhotse.utils import fastcopy
 from torch import Tensor, nn
 
 from kdrecipe.artifacts import fingerprint, read_json, write_json
+from kdrecipe.data.features import write_cuts
 from kdrecipe.errors import DataError, Problem
 from kdrecipe.interfaces import (
     FORCED_KINDS,
@@ -284,7 +285,7 @@ def write_targets(
             progress(len(batch))
     _refuse([Problem("no batch holds this cut", cut_id) for cut_id in by_id if cut_id not in done])
     stored = CutSet.from_cuts([done[cut_id] for cut_id in by_id])
-    stored.to_file(out_dir / "cuts.jsonl.gz")
+    write_cuts(out_dir / "cuts.jsonl.gz", stored)
     key = {"format": FORMAT, "parts": dict(key_parts), "specs": [asdict(spec) for spec in specs]}
     write_json(out_dir / "key.json", key)
     return TargetCache(out_dir, specs, stored)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrecipe.errors import DataError
-from kdrecipe.frames import frame_mask, keep_top
+from kdrecipe.frames import MIN_LOG_PROB, frame_mask, keep_top
 from kdrecipe.interfaces import (
     BLANK_ID,
     FORCED_KINDS,
@@ -35,7 +35,6 @@ from kdrecipe.interfaces import (
 from kdrecipe.lattice import full_lattice_posteriors
 
 KINDS = ("frame_logits", "hidden", "token_logits", "rnnt_lattice")  # those that can be computed and cached
-LEAST_LOG_PROB = -1e4  # float16 holds it; less is no difference to anybody
 
 
 class LiveTargets:
@@ -114,13 +113,14 @@ def _target(out: ModelOutput, batch: Batch, spec: TargetSpec) -> Posteriors | Hi
         return Hidden(stored(out.taps[spec.tap]), lens_B)
     all_BTV = out.logits[spec.tap].float().log_softmax(-1)
     top = keep_top(Posteriors(all_BTV, lens_B), spec.top_k)
+    log_probs_BTK = stored(top.log_probs_BTK.clamp(min=MIN_LOG_PROB))
     if top.indices_BTK is None or top.log_tail_BT is None:
-        return Posteriors(stored(all_BTV), lens_B)
+        return Posteriors(log_probs_BTK, lens_B)
     return Posteriors(
-        stored(top.log_probs_BTK),
+        log_probs_BTK,
         lens_B,
         top.indices_BTK[:, :length].masked_fill(padding_BT1, 0),
-        stored(top.log_tail_BT[..., None])[..., 0],
+        stored(top.log_tail_BT[..., None].clamp(min=MIN_LOG_PROB))[..., 0],
     )
 
 
@@ -128,7 +128,7 @@ def _lattice(out: ModelOutput, head: str, dtype: torch.dtype) -> LatticePosterio
     """Rounded as on disk; 0 beyond the last frame and place, and for the next token of the last place."""
     found = full_lattice_posteriors(out.lattices[head])
     frames_BT = frame_mask(found.lens_B, int(found.lens_B.max()) if len(found.lens_B) else 0)
-    values = found.log_probs_BTP2[:, : frames_BT.shape[1]].clamp(min=LEAST_LOG_PROB).to(dtype).float()
+    values = found.log_probs_BTP2[:, : frames_BT.shape[1]].clamp(min=MIN_LOG_PROB).to(dtype).float()
     places_BP = frame_mask(found.token_lens_B + 1, values.shape[2])
     has_next_BP = frame_mask(found.token_lens_B, values.shape[2])
     means_BP2 = torch.stack([has_next_BP, places_BP], dim=-1)

@@ -17,6 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def local_device() -> torch.device:
+    """The GPU of this process (``torchrun`` says which, in LOCAL_RANK); the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Workers:
     """This process among those that train together.
@@ -36,12 +43,10 @@ class Workers:
         """What ``torchrun`` says (RANK, WORLD_SIZE, LOCAL_RANK), a lone process without it.
 
         Args:
-            device: None takes the GPU of this rank if there is one.
+            device: None takes :func:`local_device`.
         """
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if device is None and torch.cuda.is_available():
-            device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
-        chosen = torch.device(device or "cpu")
+        chosen = local_device() if device is None else torch.device(device)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         if world_size > 1 and not dist.is_initialized():

@@ -69,9 +69,10 @@ def set_lr(optimizer: Optimizer, factor: float) -> float:
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """Type of the matrix products in training; None for float32.
 
-    ``auto`` is bf16 where the hardware multiplies in it: recent GPUs, CPUs with AMX or AVX512-BF16
-    (a Conformer of width 48 trains 1.1 times as fast there, of width 144 1.6 times). It hangs on
-    the machine only, so that a resumed run computes alike. Weights, losses and updates stay float32.
+    ``auto`` is bf16 where the hardware multiplies in it: GPUs from Ampere on, CPUs with AMX or
+    AVX512-BF16 (a Conformer of width 48 trains 1.1 times as fast there, of width 144 1.6 times). Older
+    GPUs only emulate bf16, slower than float32: they get fp16. The choice depends on the machine
+    only, so that a resumed run computes alike. Weights, losses and updates stay float32.
 
     Args:
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16`` (for GPUs; on a CPU it means bf16).
@@ -79,7 +80,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """
     if precision == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if native else torch.float16
         return torch.bfloat16 if cpu_has_bf16() else None
     if precision == "fp16" and device.type == "cuda":
         return torch.float16

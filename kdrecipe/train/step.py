@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -106,21 +107,37 @@ class Stepper:
         with memory_errors(batches, self.options):
             outputs, seen = self.backward(micros, step, keep)
         self.workers.sum_gradients(self.parameters)
-        self.scaler.unscale_(self.optimizer)
-        norm = float(clip_gradients(self.parameters, self.options.grad_clip))
-        self._check_finite(norm, outputs, batches, step)
-        if any(p.grad is not None for p in self.parameters):  # else no utterance taught anything
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        norm = self._update(outputs, batches, step)
         for output in outputs:
             self.meter.add(self.names, output)
         return norm, seen
 
+    def _update(self, outputs: Sequence[Sequence[LossOutput]], batches: Sequence[Batch], step: int) -> float:
+        """Clip and do the optimiser's step; returns the gradient's norm before clipping.
+
+        A step in which no utterance taught anything has no gradients. Then the scaler must not be
+        asked either: it refuses to unscale twice without an update, and to update without gradients.
+        """
+        if all(p.grad is None for p in self.parameters):
+            return 0.0
+        self.scaler.unscale_(self.optimizer)
+        norm = float(clip_gradients(self.parameters, self.options.grad_clip))
+        self._check_finite(norm, outputs, batches, step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm
+
     def try_out(self, batch: Batch) -> None:
-        """Do all of a step but the update, to see whether memory suffices; nothing is changed."""
+        """Do all of a step but the update, to see whether memory suffices; nothing is changed.
+
+        The optimiser's state is there meanwhile, as it is from the second step on; so are the
+        gradients, if there is more than one micro-batch per step.
+        """
         modules = (self.model, self.objective.module)
         kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-        with memory_errors([batch], self.options):
+        with memory_errors([batch], self.options), self._optimizer_state():
+            if self.options.accumulate == 1:
+                self.optimizer.zero_grad(set_to_none=True)
             # Not through `backward`: each process has this batch, and none may wait for another.
             outputs, _ = self._forward(self._micro(batch, 0), step=0)
             loss = weighted_sum(outputs, torch.zeros_like(self.weights))
@@ -130,6 +147,28 @@ class Stepper:
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
+
+    @contextlib.contextmanager
+    def _optimizer_state(self) -> Iterator[None]:
+        """Give the optimiser the state of a run under way, and gradients of 0; then as it was before.
+
+        The state is what an update makes of these gradients. Weights are kept on the CPU meanwhile: a
+        copy beside them would need memory that training does not. A resumed run has its state.
+        """
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p)
+        if self.optimizer.state:
+            yield
+            return
+        before = copy.deepcopy(self.optimizer.state_dict())
+        weights = [p.detach().to("cpu", copy=True) for p in self.parameters]
+        self.optimizer.step()
+        with torch.no_grad():
+            for p, value in zip(self.parameters, weights, strict=True):
+                p.copy_(value)
+        del weights
+        yield
+        self.optimizer.load_state_dict(before)
 
     def backward(
         self, micros: Sequence[Micro], step: int, keep: bool = False

@@ -124,27 +124,30 @@ class Recogniser:
         samples_S: np.ndarray,
         sample_rate: int,
         *,
-        beam: int = 1,
+        beam: int | None = None,
         ctc_weight: float = 0.3,
         length_bonus: float = 0.0,
+        max_len_ratio: float = 1.0,
     ) -> Recognised:
         """One utterance.
 
         Args:
             samples_S: float32 in [-1, 1], one channel.
             sample_rate: of the samples; other rates than 16 kHz are converted.
-            beam: hypotheses that are kept; 1: greedy search, on attention alone.
+            beam: hypotheses that are kept; None: greedy search, on attention alone.
             ctc_weight: share of CTC against attention in a beam search, in [0, 1).
             length_bonus: added per token in a beam search.
+            max_len_ratio: tokens per frame that a beam search gives, at most.
         """
         features_TF = fbank(resample(samples_S, sample_rate), self.num_bins)
         if len(features_TF) == 0:
             return Recognised("", [])
         encoded = self.encode(features_TF[None], np.array([len(features_TF)]))
-        if beam == 1:
+        if beam is None:
             return self._recognised(self.greedy(encoded))
         weight = ctc_weight if self.has_ctc else 0.0
-        tokens, score = BeamSearch(self, encoded, beam, weight, length_bonus).run()
+        search = BeamSearch(self, encoded, beam, weight, length_bonus, max_len_ratio=max_len_ratio)
+        tokens, score = search.run()
         return self._recognised(tokens, score)
 
     def encode(self, features_NTF: np.ndarray, lens_N: np.ndarray) -> Encoded:
@@ -226,14 +229,22 @@ class BeamSearch:
     ``(1 - ctc_weight) log p_attention + ctc_weight log p_ctc + length_bonus U``."""
 
     def __init__(
-        self, recogniser: Recogniser, encoded: Encoded, beam: int, ctc_weight: float, length_bonus: float
+        self,
+        recogniser: Recogniser,
+        encoded: Encoded,
+        beam: int,
+        ctc_weight: float,
+        length_bonus: float,
+        *,
+        max_len_ratio: float = 1.0,
     ) -> None:
         self.recogniser, self.encoded = recogniser, encoded
         self.beam, self.ctc_weight, self.length_bonus = beam, ctc_weight, length_bonus
-        self.max_len = int(encoded.lens_N[0])
+        num_frames = int(encoded.lens_N[0])
+        self.max_len = max(1, int(max_len_ratio * num_frames))
         self.ctc = None
         if ctc_weight > 0 and encoded.ctc_NTV is not None:
-            self.ctc = PrefixScorer(encoded.ctc_NTV[0, : self.max_len])
+            self.ctc = PrefixScorer(encoded.ctc_NTV[0, :num_frames])
 
     def run(self) -> tuple[list[int], float]:
         """Tokens and score of the best text; ends when no hypothesis can still beat it."""
@@ -439,11 +450,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Recognise WAV files with the model beside this file.")
     parser.add_argument("audio", nargs="+", help="WAV files of any sampling rate")
     parser.add_argument("--variant", choices=FILES, help="default: int8 if it is there")
-    parser.add_argument("--beam", type=int, default=1, help="hypotheses kept; 1: greedy search (default)")
+    parser.add_argument("--beam", type=int, help="hypotheses kept in a beam search; default: greedy search")
     parser.add_argument("--ctc-weight", type=float, default=0.3, help="share of CTC in a beam search")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
-    if options.beam < 1 or not 0 <= options.ctc_weight < 1:
+    if options.beam == 0 or (options.beam or 1) < 1 or not 0 <= options.ctc_weight < 1:
         parser.error("--beam must be at least 1, and --ctc-weight in [0, 1)")
     try:
         here = Path(__file__).resolve().parent

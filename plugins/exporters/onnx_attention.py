@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from kdrecipe import hookimpl
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import BundleLike, Hypothesis, Runner, float_copy
+from kdrecipe.interfaces import BundleLike, Hypothesis, Runner, Runtime, RuntimeSearch, float_copy
 from kdrecipe.layers import attention_bias, valid_mask
 from kdrecipe_plugins.exporters import attention_runtime, onnx_files
 from kdrecipe_plugins.exporters.shared import Encode, check_head, existing
@@ -46,7 +46,16 @@ class OnnxAttention:
     """Exporter ``onnx_attention``: encoder and ``attention`` head, and the ``ctc`` head if there is one."""
 
     head = "attention"
-    runtime = "onnxruntime attention"
+    runtime = Runtime(
+        "onnxruntime",
+        "kdrecipe_plugins.exporters.runtimes:attention",
+        {
+            "attention_greedy": RuntimeSearch("greedy"),
+            "attention_beam": RuntimeSearch(
+                "joint_beam", ("beam", "ctc_weight", "length_bonus", "max_len_ratio")
+            ),
+        },
+    )
     variants = ("fp32", "int8")
     files = attention_runtime.FILES
     Config = onnx_files.OnnxOptions

@@ -21,14 +21,14 @@ import numpy as np
 import onnxruntime
 
 from kdrecipe import hookimpl
-from kdrecipe.interfaces import BundleLike, Hypothesis, Runner, float_copy
+from kdrecipe.data.tokens import read_pieces
+from kdrecipe.interfaces import BundleLike, Hypothesis, Runner, Runtime, RuntimeSearch, float_copy
 from kdrecipe_plugins.exporters import onnx_files, sherpa
 from kdrecipe_plugins.exporters.shared import (
     CtcLogProbs,
     best_path,
     check_head,
     existing,
-    read_pieces,
     valid_rows,
 )
 
@@ -37,7 +37,12 @@ class OnnxCtc:
     """Exporter ``onnx_ctc``: encoder and ``ctc`` head, nothing of other heads."""
 
     head = "ctc"
-    runtime = "sherpa-onnx ctc"
+    runtime = Runtime(
+        "sherpa-onnx",
+        "kdrecipe_plugins.exporters.runtimes:sherpa_ctc",
+        {"ctc_greedy": RuntimeSearch("greedy_search")},
+    )
+    suffix = ".onnx"
     variants = ("fp32", "int8")
     files = onnx_files.file_names("model")
     Config = onnx_files.OnnxOptions
@@ -71,6 +76,15 @@ class OnnxCtc:
             KdrecipeError: there is no such file.
         """
         return OnnxRunner(Path(directory) / self.files[variant]["model"], num_threads=num_threads)
+
+    @staticmethod
+    def load_file(path: Path) -> Runner:
+        """A CTC model of any name, with ``tokens.txt`` beside it.
+
+        Raises:
+            KdrecipeError: there is no such file.
+        """
+        return OnnxRunner(path)
 
 
 class OnnxRunner:

@@ -31,10 +31,20 @@ import torch
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
+from kdrecipe.data.tokens import read_pieces
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import BLANK_ID, UNK_ID, BundleLike, Hypothesis, Runner, float_copy
+from kdrecipe.interfaces import (
+    BLANK_ID,
+    UNK_ID,
+    BundleLike,
+    Hypothesis,
+    Runner,
+    Runtime,
+    RuntimeSearch,
+    float_copy,
+)
 from kdrecipe_plugins.exporters import onnx_files, sherpa
-from kdrecipe_plugins.exporters.shared import Encode, check_head, existing, read_pieces, valid_rows
+from kdrecipe_plugins.exporters.shared import Encode, check_head, existing, valid_rows
 
 PARTS = ("encoder", "decoder", "joiner")
 LSTM = "sherpa-onnx's transducers have a predictor without state, this one is an LSTM"
@@ -44,7 +54,14 @@ class OnnxTransducer:
     """Exporter ``onnx_transducer``: encoder and ``rnnt`` head, nothing of other heads."""
 
     head = "rnnt"
-    runtime = "sherpa-onnx transducer"
+    runtime = Runtime(
+        "sherpa-onnx",
+        "kdrecipe_plugins.exporters.runtimes:sherpa_transducer",
+        {
+            "rnnt_greedy": RuntimeSearch("greedy_search"),
+            "rnnt_beam": RuntimeSearch("modified_beam_search", ("beam",)),
+        },
+    )
     variants = ("fp32", "int8")
     files = onnx_files.file_names(*PARTS)
     Config = onnx_files.OnnxOptions

@@ -65,13 +65,6 @@ def existing(path: Path) -> Path:
     return path
 
 
-def read_pieces(path: Path) -> list[str]:
-    """The tokens of a ``tokens.txt`` by id."""
-    lines = existing(path).read_text(encoding="utf-8").splitlines()
-    by_id = {int(number): piece for piece, _, number in (line.rpartition(" ") for line in lines)}
-    return [by_id[i] for i in range(len(by_id))]
-
-
 def join_pieces(pieces: Iterable[str]) -> str:
     """The text that pieces spell."""
     return "".join(pieces).replace(WORD_START, " ").strip()

@@ -16,6 +16,7 @@ from torch import nn
 from kdrecipe import hookimpl
 from kdrecipe.corpus.audio import SAMPLE_RATE, resample
 from kdrecipe.data.features import extract
+from kdrecipe.data.tokens import read_pieces
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import BundleLike, Hypothesis, Options, Runner, float_copy
 from kdrecipe_plugins.exporters.shared import (
@@ -24,7 +25,6 @@ from kdrecipe_plugins.exporters.shared import (
     check_head,
     existing,
     join_pieces,
-    read_pieces,
     valid_rows,
 )
 

@@ -37,6 +37,9 @@ class KlLoss:
     2506.01503, compares elimination and symmetric selection; the weights are TutorNet's, Yoon 2021,
     arXiv 2008.00671).
 
+    A class that the teacher rules out (-inf) weighs nothing; with ``direction: reverse``, where the
+    KL would be infinite, it counts as a log-posterior of -1e4.
+
     With top-k targets, the K kept classes and the mass of all others together are K + 1 classes,
     in teacher and student alike: the loss is 0 where they agree, and the full KL for K = V.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdrecipe import hookimpl
 from kdrecipe.errors import DataError, RecipeError
-from kdrecipe.frames import check_aligned, frame_mask
+from kdrecipe.frames import MIN_LOG_PROB, check_aligned, frame_mask
 from kdrecipe.interfaces import (
     Batch,
     Lattice,
@@ -25,8 +25,6 @@ from kdrecipe.interfaces import (
     TargetSpec,
 )
 from kdrecipe.lattice import MIN_RANGE, Cells, joined_cells, simple_pass, three_classes
-
-ABSENT = -1e4  # logit of a class that there is not: finite, so that 0 * (a - b) is 0
 
 
 class RnntKlLoss:
@@ -90,7 +88,7 @@ class RnntKlLoss:
         log_p_NR3 = _at_cells(teacher, cells, has_next_NR).to(log_q_NR3.dtype)
         absent_NR3 = F.pad(~has_next_NR[..., None], (0, 2), value=False)
         log_p_NR3, log_q_NR3 = (
-            (x.masked_fill(absent_NR3, ABSENT) / self.config.temperature).log_softmax(-1)
+            (x.masked_fill(absent_NR3, MIN_LOG_PROB) / self.config.temperature).log_softmax(-1)
             for x in (log_p_NR3, log_q_NR3)
         )
         kl_NR = F.kl_div(log_q_NR3, log_p_NR3, reduction="none", log_target=True).sum(-1)
@@ -118,7 +116,8 @@ def _at_cells(teacher: LatticePosteriors, cells: Cells, has_next_NR: Tensor) -> 
     places_NR = cells.places_NR.clamp(max=log_probs_BTP2.shape[2] - 1)  # the student's may be padded more
     two_NR2 = log_probs_BTP2[cells.rows_N[:, None], cells.frames_N[:, None], places_NR]
     next_NR = two_NR2[..., 0].where(has_next_NR, -torch.inf)
-    return three_classes(torch.stack([next_NR, two_NR2[..., 1]], dim=-1))
+    found = three_classes(torch.stack([next_NR, two_NR2[..., 1]], dim=-1))
+    return found.clamp(min=MIN_LOG_PROB)  # a teacher may rule classes out
 
 
 def check_same_lattice(student: Lattice, targets: Targets) -> None:

@@ -170,7 +170,16 @@ def test_texts_equal_those_of_torch(attentions, all_heads):
     assert num_same > len(all_heads.utterances) / 2  # after a near tie a model like this runs astray
 
 
-@pytest.mark.parametrize("options", [{}, {"beam": 3, "ctc_weight": 0.0}, {"beam": 4, "length_bonus": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beam": 1},
+        {"beam": 3, "ctc_weight": 0.0},
+        {"beam": 4, "length_bonus": 0.5},
+        {"beam": 3, "max_len_ratio": 0.1},
+    ],
+)
 def test_texts_of_the_beam_search_equal_those_of_torch(attentions, all_heads, options):
     bundle = all_heads.bundle
     cls = bundle.registry.get("decoders", "attention_beam")
@@ -321,7 +330,7 @@ def test_measured_by_its_own_program(attentions, all_heads):
 def test_what_measures_it_loads_neither_torch_nor_lhotse():
     code = (
         "import sys, kdrecipe.measure.worker as worker\n"
-        "worker.RUNTIMES['onnxruntime attention']()\n"
+        f"worker._named({OnnxAttention.runtime.start!r})()\n"
         "print([m for m in ('torch', 'lhotse', 'pydantic', 'sherpa_onnx', 'onnx') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,12 +11,17 @@ import torch
 import torchaudio
 
 from kdrecipe.cli.bench import bench
-from kdrecipe.cli.transcribe import transcribe
+from kdrecipe.cli.transcribe import BundleRunner, transcribe
 from kdrecipe.corpus.audio import Utterance, read_audio, resample
 from kdrecipe.errors import DataError, KdrecipeError
+from kdrecipe.interfaces import Runtime, RuntimeSearch
 from kdrecipe.measure.edits import edits
 from kdrecipe.measure.runtime import measure_export
+from kdrecipe.recipe.sections import Named
+from kdrecipe.recipe.suitable import RuntimeOptions, runtime_search
+from kdrecipe_plugins.exporters.onnx_attention import OnnxAttention
 from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc
+from kdrecipe_plugins.exporters.onnx_transducer import OnnxTransducer
 
 
 @pytest.fixture
@@ -45,11 +50,56 @@ def test_measure_gives_speed_memory_and_texts(exports, trained):
 
 def test_worker_loads_neither_torch_nor_lhotse():
     code = (
-        "import sys, kdrecipe.measure.worker, sherpa_onnx, soundfile, numpy\n"
+        "import sys, kdrecipe.measure.worker as worker, soundfile, numpy\n"
+        f"worker._named({OnnxCtc.runtime.start!r})()\n"
         "print([m for m in ('torch', 'lhotse', 'pydantic', 'onnxruntime') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_every_search_of_a_runtime_is_run_by_name(attentions, transducers, all_heads):
+    """With the options of the recipe's decoder, and its texts as the bundle's."""
+    registry, utterances = all_heads.bundle.registry, all_heads.utterances[:4]
+    found = {}
+    for cls, directory in ((OnnxAttention, attentions), (OnnxTransducer, transducers)):
+        for decoder in cls.runtime.searches:
+            search = runtime_search(cls.runtime, Named(decoder), registry)
+            measured = measure_export(cls, directory / "float", "fp32", utterances, search=search)
+            assert measured.search == measured.summary()["runtime_search"] == search.name
+            bundle = BundleRunner(all_heads.bundle.path, decoder)
+            said = {u.id: bundle.transcribe(u.samples_S, 16000).text for u in utterances}
+            assert sum(measured.texts[u] == said[u] for u in said) >= 3, "a near tie is allowed"
+            found[decoder] = measured.texts
+    assert set(found) == {"attention_greedy", "attention_beam", "rnnt_greedy", "rnnt_beam"}
+    narrow = RuntimeOptions("joint_beam", {"beam": 2, "max_len_ratio": 0.01})
+    measured = measure_export(OnnxAttention, attentions / "float", "fp32", utterances, search=narrow)
+    assert measured.texts != found["attention_beam"], "options reach the runtime"
+
+
+RUNTIME = """
+def start():
+    def load(spec):
+        text = f"{spec['search']} {spec['options']['beam']} {spec['num_bins']}"
+        return lambda samples_S, sample_rate: {"text": text, "tokens": [], "times_s": []}
+    return "box 1.0", load
+"""
+
+
+def test_a_plugin_that_is_a_file_brings_its_runtime(exports, trained, tmp_path):
+    (tmp_path / "my_runtime.py").write_text(RUNTIME)
+
+    class Mine(OnnxCtc):
+        runtime = Runtime(
+            "box",
+            f"{tmp_path / 'my_runtime.py'}:start",
+            {"ctc_prefix_beam": RuntimeSearch("wide", ("beam",))},
+        )
+
+    search = runtime_search(Mine.runtime, Named("ctc_prefix_beam", {"beam": 5}), trained.bundle.registry)
+    measured = measure_export(Mine, exports / "float", "fp32", trained.utterances[:2], search=search)
+    assert set(measured.texts.values()) == {"wide 5 80"}
+    assert measured.runtime == "box 1.0, 1 thread, fp32"
 
 
 def test_measure_says_what_is_missing(exports, trained, tmp_path):
@@ -144,6 +194,17 @@ def test_bench_measures_a_bundle_on_synthetic_audio(trained, capsys):
     assert lines[0] == "20 utterances, 120 s of audio"
     assert "RTF median" in lines[1]
     assert len(lines) == 4
+
+
+def test_a_file_from_elsewhere_is_taken_by_its_suffix(exports, audio, tmp_path):
+    shutil.copyfile(exports / "float" / "model.onnx", tmp_path / "other.onnx")
+    shutil.copyfile(exports / "float" / "tokens.txt", tmp_path / "tokens.txt")
+    (found,) = transcribe(tmp_path / "other.onnx", [audio])
+    (expected,) = transcribe(exports / "float" / "model.onnx", [audio])
+    assert found.text == expected.text != ""
+    (row,) = bench(tmp_path / "other.onnx", [audio])
+    assert row["model"] == "other.onnx"
+    assert row["runtime"].endswith("1 thread"), "whether it is int8 is not known"
 
 
 def test_bench_measures_a_file_on_given_audio(exports, audio):

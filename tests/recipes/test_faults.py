@@ -281,3 +281,24 @@ def test_stages_out_of_order_say_where_to_start(recipe, corpus, tmp_path):
     assert done.status == 2
     assert "start with --stage 1" in done.err
     assert not (tmp_path / "work").exists()
+
+
+# ---------------------------------------------------------------- made again
+
+
+def test_what_is_made_again_and_comes_out_the_same_changes_nothing(corpus, tmp_path):
+    text = ONE.replace(
+        "export:", "  int8: {compress: {from: scratch, steps: [{name: int8_dynamic}]}}\nexport:"
+    )
+    recipe, work = write_recipe(tmp_path / "one", text), tmp_path / "work"
+    run = ("run", recipe, "--work", work, "--jobs", "1", "--stop-stage", "6")
+    assert kdrecipe(*run, CORPUS_ROOT=corpus).status == 0
+    for lost, job in (("features", "features"), ("systems/scratch/seed1", "scratch/seed1")):
+        before = json.loads((work / lost / "stamp.json").read_text())
+        (work / lost / "stamp.json").unlink()
+        again = kdrecipe(*run, CORPUS_ROOT=corpus)
+        assert again.ran == [job], again.said
+        assert "int8/seed1 up to date after all, skipped" in again.out
+        assert json.loads((work / lost / "stamp.json").read_text())["content"] == before["content"]
+    made = json.loads((work / "systems" / "scratch" / "seed1" / "provenance.json").read_text())
+    assert {"date", "git", "machine", "versions", "seconds"} <= made.keys()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from kdrecipe.artifacts import (
     sha256_file,
     write_atomic,
     write_json,
+    write_jsonl_gz,
 )
 from kdrecipe.errors import KdrecipeError
 
@@ -160,3 +163,12 @@ def test_only_the_content_digest_sees_changes_of_equal_size(tree):
     (tree / "b").write_text("x")
     assert listing_digest(tree) == listed
     assert content_digest(tree, list_files(tree)) != content
+
+
+def test_compressed_lines_do_not_hold_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    write_jsonl_gz(tmp_path / "a.gz", [{"id": "é"}, {"id": 2}])
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    write_jsonl_gz(tmp_path / "b.gz", [{"id": "é"}, {"id": 2}])
+    assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
+    assert gzip.decompress((tmp_path / "a.gz").read_bytes()).decode() == '{"id": "é"}\n{"id": 2}\n'

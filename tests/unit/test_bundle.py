@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kdrecipe.artifacts import content_digest, list_files
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import KdrecipeError, PluginError
 from kdrecipe.interfaces import CompressContext
@@ -122,6 +123,22 @@ def test_equal_models_make_equal_bundles(saved, registry, tokens, tmp_path):
         again.model.norm.mean_F += 1
     other = Bundle.save(tmp_path / "other", again.model, tokens, META)
     assert other.hash != again.hash
+
+
+def test_when_and_how_fast_it_was_made_is_no_part_of_the_content(registry, tokens, tmp_path):
+    digests = []
+    for day, seconds in (("2026-01-01", 12.5), ("2026-02-02", 31.0)):
+        out = tmp_path / day
+        made = {**provenance("kdrecipe run x"), "date": day, "seconds": seconds}
+        bundle = Bundle.save(out, make_model(registry, tokens), tokens, META, made)
+        (out / "train").mkdir()
+        (out / "train" / "log.jsonl").write_text(f'{{"audio_s_per_s": {seconds}}}')
+        digests.append(content_digest(out, list_files(out)))
+        assert bundle.provenance == Bundle.load(out, registry).provenance == made
+    assert digests[0] == digests[1]
+    (out / "tokens.txt").write_text("others")
+    assert content_digest(out, list_files(out)) != digests[0]
+    assert Bundle.save(tmp_path / "bare", make_model(registry, tokens), tokens, META).provenance == {}
 
 
 def test_a_bundle_can_be_moved(saved, registry, tmp_path):

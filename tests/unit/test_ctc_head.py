@@ -127,6 +127,25 @@ def test_frames_needed_counts_blanks_between_doubles_within_the_text_only() -> N
     assert frames_needed(batch.tokens_BU, batch.token_lens_B).tolist() == [6, 2, 0, 1]
 
 
+@pytest.mark.parametrize("size", [0, 2])
+def test_texts_without_tokens_need_no_frames(size: int) -> None:
+    tokens_BU = torch.zeros(size, 0, dtype=torch.int64)
+    lens_B = torch.zeros(size, dtype=torch.int64)
+    assert frames_needed(tokens_BU, lens_B).tolist() == [0] * size
+
+
+def test_a_batch_of_empty_texts_has_no_loss() -> None:
+    batch = batch_of([[], []])
+    batch.tokens_BU = batch.tokens_BU[:, :0]
+    logits = torch.randn(2, 4, 5, requires_grad=True)
+    result = run(logits, [4, 4], batch)
+    result.total.backward()
+    assert result.total.item() == 0.0
+    assert int(result.count) == int(result.metrics["infeasible"]) == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
 @given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=3), st.data())
 @settings(max_examples=40, deadline=None)
 def test_greedy_collapses_the_best_path(paths: list[list[int]], data: st.DataObject) -> None:

@@ -274,6 +274,56 @@ def test_equal_views_are_consistent():
     assert int(result.metrics["agree"]) == int(result.count)
 
 
+# ---------------------------------------------------------------- classes that the teacher rules out
+
+
+def ruling_out(num_classes, seed=0):
+    """A student's output, and targets of a teacher with -inf for its last classes."""
+    out, targets = pair(seed)
+    logits_BTV = targets.posteriors().log_probs_BTK.clone()
+    logits_BTV[..., VOCAB_SIZE - num_classes :] = -torch.inf
+    found = Posteriors(logits_BTV.log_softmax(-1), targets.posteriors().lens_B)
+    out.logits["ctc"].requires_grad_(True)
+    return out, Targets({"frame_logits:ctc": found})
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 5.0])
+@pytest.mark.parametrize("num_classes", [1, 3, VOCAB_SIZE - 1])
+def test_classes_that_the_teacher_rules_out_weigh_nothing(num_classes, temperature):
+    out, targets = ruling_out(num_classes)
+    total = kl(temperature=temperature)(out, targets, BATCH).total
+    total.backward()
+    student_NV = valid_frames(out.logits["ctc"].detach(), out.lens_B)
+    teacher_NV = valid_frames(targets.posteriors().log_probs_BTK, out.lens_B)
+    p_NV, q_NV = (teacher_NV / temperature).softmax(-1), (student_NV / temperature).softmax(-1)
+    terms_NV = torch.where(p_NV > 0, p_NV * (p_NV.log() - q_NV.log()), 0.0)
+    torch.testing.assert_close(total.detach(), temperature**2 * terms_NV.sum())
+    got_NV = valid_frames(out.logits["ctc"].grad, out.lens_B)
+    torch.testing.assert_close(got_NV, temperature * (q_NV - p_NV), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_classes", [1, 3, VOCAB_SIZE - 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 2},
+        {"top_k": VOCAB_SIZE - 2},
+        {"direction": "reverse"},
+        {"blank": "weight"},
+        {"blank": "select"},
+    ],
+)
+def test_losses_stay_finite_where_the_teacher_rules_classes_out(options, num_classes):
+    out, targets = ruling_out(num_classes)
+    result = kl(**options)(out, targets, BATCH)
+    result.total.backward()
+    assert torch.isfinite(result.total)
+    assert torch.isfinite(out.logits["ctc"].grad).all()
+    if "top_k" in options and num_classes == VOCAB_SIZE - 1:  # nothing but the best class: no rest
+        want = kl()(out, targets, BATCH).total
+        torch.testing.assert_close(result.total, want)
+
+
 # ---------------------------------------------------------------- top k
 
 

@@ -20,6 +20,7 @@ from kdrecipe.interfaces import Prepared
 from kdrecipe.testing.corpus import make_corpus
 from kdrecipe_local.librispeech import MiniLibriSpeech
 from kdrecipe_local.manifests import Manifests
+from kdrecipe_plugins.architectures.conformer import Conformer
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +270,18 @@ def test_text_too_long_for_its_audio(tmp_path: Path, text: str, fits: bool) -> N
         assert [(p.kind, p.where) for p in problems] == [("too_short", str(tmp_path / "a.wav"))]
         assert "0.40 s give 10 frames" in problems[0].what
         assert as_left_out(problems)[0]["reason"].startswith("utterance too short for its text: ")
+
+
+@pytest.mark.parametrize(("text", "fits"), [("ABCDEFGHIJK", True), ("ABCDEFGHIJKL", False)])
+def test_a_last_incomplete_frame_counts(tmp_path: Path, text: str, fits: bool) -> None:
+    """0.41 s are 41 feature frames, 11 encoder frames: encoders pad, and take the ceiling."""
+    soundfile.write(tmp_path / "a.wav", np.zeros(6560, np.int16), 16000)
+    recordings, supervisions, _ = gather([Utterance("a", tmp_path / "a.wav", text, "s")])
+    cuts = CutSet.from_manifests(recordings, supervisions)
+    encoder = Conformer(Conformer.Config(num_layers=1, dim=8, num_heads=2), 80)
+    problems = check_lengths(cuts, OneTokenPerLetter(), encoder.subsampling)
+    assert problems == check_lengths(cuts, OneTokenPerLetter(), encoder.output_len)
+    assert (problems == []) == fits
 
 
 def test_sphere_is_rewritten_sample_by_sample(tmp_path: Path) -> None:

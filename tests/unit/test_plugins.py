@@ -342,6 +342,14 @@ def test_options_may_not_hide_the_recipes_keys(kind, key):
         Registry().add(kind, "clash", Clash, "test")
 
 
+def test_an_exporter_says_what_its_runtime_is_not_only_its_name():
+    class Named(Plain):
+        runtime = "sherpa-onnx ctc"
+
+    with pytest.raises(PluginError, match=r"its runtime is 'sherpa-onnx ctc'\n.*interfaces\.Runtime"):
+        Registry().add("exporters", "mine", Named, "test")
+
+
 def test_config():
     registry = Registry()
     registry.add("losses", "plain", Plain, "test")

@@ -359,7 +359,7 @@ def test_searches_and_claims_are_shown(made: tuple[Path, Any]) -> None:
         "What the numbers say",
         "Claims beside what was measured",
         "Systems on test",
-        "Searches on test",
+        "Searches on test, bundles in torch",
     ]
     assert re.search(r"^\| scratch +\| beam +\|.* 0\.0300 \|$", text, re.MULTILINE)
     assert "- beam: ctc_prefix_beam, beam 8" in text

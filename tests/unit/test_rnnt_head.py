@@ -279,6 +279,45 @@ def test_kl_is_the_formula(options):
     assert float(got.total) == pytest.approx(total, rel=1e-3)
 
 
+@pytest.mark.parametrize("options", [{}, {"range": 2, "temperature": 3.0}, {"full": True}])
+@pytest.mark.parametrize("ruled_out", [0, 1])
+def test_what_the_teacher_rules_out_weighs_nothing(options, ruled_out):
+    """The next token, or the blank, in half of the frames."""
+    head, batch = make_head(), make_batch()
+
+    def learn(log_prob):
+        targets = targets_of(make_head(seed=1), batch)
+        targets.lattice().log_probs_BTP2[:, ::2, :, ruled_out] = log_prob
+        result = rnnt_kl(**options)(run(head, batch), targets, batch)
+        return result.total.detach(), torch.autograd.grad(result.total, head.encoder_proj.weight)[0]
+
+    total, gradient = learn(-torch.inf)
+    assert torch.isfinite(total)
+    assert torch.isfinite(gradient).all()
+    for got, want in zip((total, gradient), learn(-500.0), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_teacher_that_rules_tokens_out_gives_finite_posteriors():
+    head, batch = make_head(seed=1), make_batch()
+    lattice = head(batch.features_BTF, batch.lens_B, batch)
+    join, ruled_out = lattice.join, [0, int(batch.tokens_BU[0, 0])]
+
+    def strict(encoder, predictor):
+        logits = join(encoder, predictor)
+        logits[..., ruled_out] = -torch.inf
+        return logits
+
+    found = full_lattice_posteriors(replace(lattice, join=strict))
+    assert torch.isfinite(found.log_probs_BTP2).all()
+    targets = Targets({"rnnt_lattice:rnnt": found}, batch.tokens_BU, batch.token_lens_B)
+    student = make_head()
+    total = rnnt_kl()(run(student, batch), targets, batch).total
+    total.backward()
+    assert torch.isfinite(total)
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+
+
 def test_what_lies_after_the_last_token_is_not_read():
     head, batch = make_head(), make_batch()
     out, targets = run(head, batch), targets_of(make_head(seed=1), batch)

@@ -1,6 +1,7 @@
 """Recipes: what they mean, and that every mistake is found, with its line and a remedy."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +10,7 @@ import yaml
 from pydantic import Field
 
 from kdrecipe.errors import RecipeError
-from kdrecipe.interfaces import Options, TargetSpec
+from kdrecipe.interfaces import Options, Runtime, TargetSpec
 from kdrecipe.plugin.loader import Plugins
 from kdrecipe.recipe.load import load_recipe
 
@@ -57,7 +58,7 @@ class OtherSearch(Plain):
 
 class Export(Plain):
     head = "ctc"
-    runtime = "a runtime"
+    runtime = Runtime("box", "nowhere:start", {})
 
 
 class OtherExport(Export):
@@ -120,6 +121,16 @@ class HiddenLoss:
         return [TargetSpec("hidden", config.tap)]
 
 
+class Halve:
+    """A compressor that may train."""
+
+    class Config(Options):
+        epochs: int = 0
+
+    def __init__(self, config):
+        self.num_epochs = config.epochs
+
+
 class TwoViews(Plain):
     """Neither supervised nor in need of a teacher."""
 
@@ -139,7 +150,7 @@ def plugins():
         ("losses", "soft", Soft),
         ("losses", "hidden", HiddenLoss),
         ("losses", "views", TwoViews),
-        ("compressors", "halve", Plain),
+        ("compressors", "halve", Halve),
         ("exporters", "onnx", Export),
         ("exporters", "onnx_transducer", OtherExport),
         ("exporters", "torchscript", Unmeasured),
@@ -757,6 +768,98 @@ def test_a_pretrained_teacher_is_looked_into(load, tmp_path):
     [found] = problems(load, data)
     assert "needs hidden:encoder.5" in found
     assert "known" in found or "did you mean" in found
+
+
+def pretrained(directory, pieces=("<blk>", "<sos/eos>", "<unk>", "▁", "A"), **meta):
+    """Recipe data whose teacher is a bundle, of which there is what a check reads."""
+    (directory / "big").mkdir(exist_ok=True)
+    found = {"model": MODEL, "features": {"name": "fbank", "num_mel_bins": 80}, "vocab_id": "abc", **meta}
+    (directory / "big" / "bundle.json").write_text(json.dumps(found), encoding="utf-8")
+    listed = "".join(f"{piece} {i}\n" for i, piece in enumerate(pieces))
+    (directory / "big" / "tokens.txt").write_text(listed, encoding="utf-8")
+    return change(base(), "systems.teacher", {"pretrained": {"bundle": "big"}})
+
+
+def line_of(directory, text):
+    lines = (directory / "recipe.yaml").read_text(encoding="utf-8").splitlines()
+    return f"recipe.yaml:{1 + next(i for i, line in enumerate(lines) if text in line)}"
+
+
+def test_a_bundle_of_other_features_is_found(load, tmp_path):
+    data = pretrained(tmp_path, features={"name": "fbank", "num_mel_bins": 40, "speed_perturb": [0.9, 1.0]})
+    [found] = problems(load, data)
+    assert found.startswith(line_of(tmp_path, "bundle: big"))
+    assert "systems.teacher.pretrained.bundle: the bundle was trained on other features" in found
+    assert "num_mel_bins 40, not 80" in found
+    assert "set features: {num_mel_bins: 40}" in found
+    load(change(data, "features", {"num_mel_bins": 40}))  # speed is a matter of training
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pieces", "message"),
+    [
+        ({"name": "char"}, ["▁THE", "A"], "has 5 tokens such as '▁THE', the recipe has characters"),
+        ({"name": "char", "vocab_size": 5}, ["A", "B", "C"], "has 6 tokens, the recipe 5 at most"),
+        ({"name": "bpe", "vocab_size": 64}, ["▁THE", "A"], "has 5 tokens, the recipe 64 (bpe)"),
+    ],
+)
+def test_a_bundle_of_another_vocabulary_is_found(load, tmp_path, tokens, pieces, message):
+    data = pretrained(tmp_path, ["<blk>", "<sos/eos>", "<unk>", *pieces])
+    change(data, "tokens", tokens)
+    [found] = problems(load, data)
+    assert found.startswith(line_of(tmp_path, "name: soft"))
+    assert f"'soft' compares tokens, and 'teacher' {message}" in found
+    assert "hidden_mse" in found
+    change(data, "systems.kd.distill.losses.1", {"name": "hidden"})
+    load(data)  # hidden states are not about tokens
+
+
+def test_a_bundle_whose_tokens_may_be_the_recipes_passes(load, tmp_path):
+    load(pretrained(tmp_path))
+    load(change(pretrained(tmp_path), "tokens", {"name": "unigram", "vocab_size": 5}))
+
+
+def test_training_under_compression_needs_an_objective(load, tmp_path):
+    data = pretrained(tmp_path)
+    change(data, "systems.pruned", {"compress": {"from": "teacher", "steps": [{"name": "halve"}]}})
+    twice = {"compress": {"from": "pruned", "steps": [{"name": "halve"}, {"epochs": 3, "name": "halve"}]}}
+    change(data, "systems.twice", twice)
+    [found] = problems(load, data)
+    assert found.startswith(line_of(tmp_path, "epochs: 3"))
+    assert "steps[1]: 'halve' trains for 3 epochs, but 'teacher' is pretrained" in found
+    assert "epochs: 0" in found
+    change(data, "systems.pruned.compress.from", "kd")  # has losses to train by
+    load(data)
+
+
+def test_a_compressor_that_cannot_be_built_is_a_problem(load, plugins, tmp_path):
+    class Odd(Halve):
+        def __init__(self, config):
+            raise IndexError("no such layer")
+
+    plugins.registry.add("compressors", "odd", Odd, "stand-in")
+    data = pretrained(tmp_path)
+    change(data, "systems.pruned", {"compress": {"from": "teacher", "steps": [{"name": "odd"}]}})
+    [found] = problems(load, data)
+    assert "'odd' can't be built: IndexError: no such layer" in found
+
+
+def test_frames_that_do_not_fall_together_are_found(load, plugins):
+    class Option(Encoder):
+        class Config(Encoder.Config):
+            factor: int = 4
+
+        def __init__(self, config, input_dim):
+            super().__init__(config, input_dim)
+            self.subsampling = config.factor
+
+    plugins.registry.add("architectures", "option", Option, "stand-in")
+    data = base()
+    change(data, "systems.teacher.train.model", {"name": "option", "factor": 8, "heads": {"ctc": {}}})
+    [found] = problems(load, data)
+    assert "'soft' can't learn from 'teacher'" in found
+    assert "needs frame_shift_s 0.04, the teacher's is 0.08" in found
+    assert "subsample alike" in found
 
 
 def test_random_state_is_left_alone(load):

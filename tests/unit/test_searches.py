@@ -15,15 +15,16 @@ from torch import nn
 
 from kdrecipe.corpus.audio import Utterance
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import Hypothesis, Metric, ModelOutput, Options
+from kdrecipe.interfaces import Hypothesis, Metric, ModelOutput, Options, Runtime, RuntimeSearch
 from kdrecipe.measure.search import search_rtf
 from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.sections import Named
+from kdrecipe.recipe.suitable import RuntimeOptions, default_search, runtime_search
 from kdrecipe.report.reading import reading
 from kdrecipe.report.text import search_table
-from kdrecipe.score.hypotheses import hyps_file
+from kdrecipe.score.hypotheses import bundle_hyps_file, hyps_file
 from kdrecipe.score.searches import pairs, score_searches
-from kdrecipe.stages.decode import _same_texts, build_decoder
+from kdrecipe.stages.decode import Row, build_decoder
 from kdrecipe.testing.decode_checks import LetterTokens
 from kdrecipe_plugins.metrics.cer import Cer
 from kdrecipe_plugins.metrics.wer import TextOptions, Wer
@@ -58,6 +59,7 @@ class WithLm:
     head = "ctc"
 
     class Config(Options):
+        beam: int = 4
         lm_weight: float = Field(default=0.0, ge=0)
 
     def __init__(self, config: Any, tokens: Any, frame_shift_s: float, lm: Any) -> None:
@@ -80,19 +82,40 @@ def test_only_a_weighted_language_model_is_given() -> None:
     assert built("fused", lm_weight=0.3).lm is lm
 
 
-def test_hypotheses_of_other_searches_have_their_own_folder() -> None:
-    assert hyps_file(Path("h"), "greedy", "greedy", "test") == Path("h/test.jsonl")
-    assert hyps_file(Path("h"), "beam", "greedy", "test") == Path("h/beam/test.jsonl")
+def test_hypotheses_of_the_row_and_of_the_bundle_lie_apart() -> None:
+    assert hyps_file(Path("h"), "test") == Path("h/test.jsonl")
+    assert bundle_hyps_file(Path("h"), "greedy", "test") == Path("h/bundle/greedy/test.jsonl")
 
 
-def test_the_runtime_is_compared_with_a_greedy_search_of_the_first_head() -> None:
-    runtime = {"a": "one", "b": "two"}
-    said = {"beam": {"a": "one", "b": "ten"}, "greedy": {"a": "one", "b": "two"}, "ctc": {"a": "", "b": ""}}
-    facts = {"beam": BEAM, "greedy": GREEDY, "ctc": {**GREEDY, "head": "other"}}
-    assert _same_texts(runtime, said, facts) == 1
-    assert _same_texts(runtime, {"greedy": {"a": "one", "b": "ten"}}, {"greedy": GREEDY}) == 0.5
-    del facts["greedy"]
-    assert _same_texts(runtime, said, facts) is None
+def test_a_row_has_a_time_if_and_only_if_it_is_the_runtimes() -> None:
+    shipped = {"label": "greedy", "runs_in": "sherpa-onnx"}
+    in_torch = {"label": "beam", "runs_in": "torch"}
+    Row(shipped, {}, {"rtf": {"median": 0.1}})
+    Row(in_torch, {}, {"rtf": None})
+    for search, rtf in ((in_torch, {"median": 0.1}), (shipped, None)):
+        with pytest.raises(AssertionError, match="a time is that of the texts beside it"):
+            Row(search, {}, {"rtf": rtf})
+
+
+def test_a_runtime_has_a_search_or_says_what_it_lacks() -> None:
+    registry = Registry()
+    registry.add("decoders", "plain", Plain, "here")
+    registry.add("decoders", "fused", WithLm, "here")
+    registry.add("decoders", "other", Plain, "here")
+    runtime = Runtime(
+        "box", "nowhere:start", {"plain": RuntimeSearch("quick"), "fused": RuntimeSearch("wide", ("beam",))}
+    )
+
+    def found(name: str, **options: Any) -> Any:
+        return runtime_search(runtime, Named(name, options), registry)
+
+    assert found("plain") == RuntimeOptions("quick", {})
+    assert found("fused") == RuntimeOptions("wide", {"beam": 4}), "the decoder's default, not the runtime's"
+    assert found("fused", beam=7) == RuntimeOptions("wide", {"beam": 7})
+    assert found("fused", beam=7, lm_weight=0.0) == RuntimeOptions("wide", {"beam": 7})
+    assert found("fused", lm_weight=0.3) == "the wide of box has no lm_weight, here 0.3"
+    assert found("other") == "box has no search other"
+    assert default_search(runtime) == RuntimeOptions("quick")
 
 
 class Model(nn.Module):
@@ -209,7 +232,7 @@ def test_the_reading_says_only_what_was_shown(scored: list[dict[str, Any]]) -> N
     )
     assert "; kd 16.67 → 10.00 % WER, p " in first
     assert "in 1 of 2 seeds" in first
-    assert first.endswith(" It takes 5.0 times as long.")
+    assert first.endswith(" It takes 5.0 times as long in torch.")
     assert second.startswith("**Search by lm is better than by beam** on test: ")
     assert not any("beam is" in item["text"] for item in said)
 

@@ -85,6 +85,33 @@ def test_cached_targets_are_the_live_ones_bit_for_bit(cuts, tmp_path, specs, dty
             assert_equal(cache.targets(batch), live.targets(batch))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("spec", [FULL, TOP_3, replace(FULL, top_k=1)])
+def test_classes_that_the_teacher_rules_out_are_stored_finite(cuts, tmp_path, spec, dtype):
+    class Strict(TinyModel):
+        """Rules out all but two classes."""
+
+        def with_heads(self, out, batch):
+            found = super().with_heads(out, batch)
+            found.logits["ctc"][..., 2:] = -torch.inf
+            return found
+
+    model, spec = Strict().eval(), replace(spec, dtype=dtype)
+    cache, live = write(cuts, tmp_path / "t", (spec,), model), LiveTargets(model, [spec])
+    for ids in Batches().epoch(0):
+        batch = Batches().load(ids)
+        found = live.targets(batch)
+        assert_equal(cache.targets(batch), found)
+        target = found.posteriors()
+        kept_BTK = target.log_probs_BTK.where(target.log_probs_BTK < 0, -torch.inf)  # padding is 0
+        assert torch.isfinite(target.log_probs_BTK).all()
+        assert float(kept_BTK.exp().sum(-1).max()) <= 1.01
+        if target.log_tail_BT is not None:
+            assert torch.isfinite(target.log_tail_BT).all()
+            if spec.top_k == 3:  # of which one is ruled out, as all others are
+                assert float(target.log_tail_BT.min()) == -1e4
+
+
 def test_memory_limit_changes_nothing_but_speed(cuts, tmp_path):
     write(cuts, tmp_path / "t")
     batch = Batches().load(["a", "c"])

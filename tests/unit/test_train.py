@@ -439,7 +439,45 @@ def test_auto_precision_is_what_the_machine_has(tmp_path):
     assert autocast_dtype("bf16", cpu) == torch.bfloat16
 
 
+def test_auto_precision_does_not_take_emulated_bf16(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert autocast_dtype("auto", gpu) == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert autocast_dtype("auto", gpu) == torch.bfloat16
+
+
 # ---------------------------------------------------------------- what goes wrong
+
+
+def stepper(tmp_path, objective, **options):
+    """A stepper on the CPU, and its model."""
+    model, settings = toy_model(), toy_options(**options)
+    optimizer = make_optimizer([*model.named_parameters(), *objective.named_parameters()], settings)
+    workers = Workers(0, 1, torch.device("cpu"))
+    return Stepper(model, objective, {}, optimizer, settings, workers, 5, tmp_path), model
+
+
+def snapshot(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_without_gradients_leave_the_loss_scale_alone(tmp_path, accumulate):
+    objective = Objective([Term("ctc", 1.0, toys.ctc())])
+    stepping, model = stepper(tmp_path, objective, precision="fp32", accumulate=accumulate)
+    stepping.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    labelled, unlabelled = toy_batches(4), toy_batches(4, labelled=[])
+    with_labels, without = (b.load(b.epoch(0)[0]) for b in (labelled, unlabelled))
+    before = snapshot(model)
+    for step in (1, 2):
+        assert stepping.run([without], step)[0] == 0.0
+    assert_same_weights(snapshot(model), before)
+    assert stepping.run([with_labels], 3)[0] > 0
+    assert stepping.run([without], 4)[0] == 0.0
+    assert stepping.run([with_labels], 5)[0] > 0
+    assert stepping.scaler.get_scale() == 1024.0
+    assert any(not torch.equal(before[name], value) for name, value in snapshot(model).items())
 
 
 class Breaking(Spy):
@@ -504,6 +542,51 @@ def test_too_long_a_batch_is_found_before_the_first_step(tmp_path, error):
     assert steps == []
     assert spy.seen[0][2].ids == batches.longest()
     assert "training.batch_duration_s" in str(caught.value)
+
+
+class AtWork(nn.Module):
+    """Notes what lies in memory when the losses are computed, besides weights and activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.optimizer = None
+        self.seen = []
+
+    def forward(self, out, targets, batch):
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state = sum(self.optimizer.state[p]["exp_avg"].numel() for p in parameters if self.optimizer.state)
+        self.seen.append((state, sum(p.numel() for p in parameters if p.grad is not None)))
+        return LossOutput((out.logits["ctc"] * self.scale).square().sum(), len(batch))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_longest_batch_is_tried_beside_the_optimisers_state(tmp_path, accumulate):
+    loss = AtWork()
+    objective = Objective([Term("square", 1.0, loss)])
+    stepping, model = stepper(tmp_path, objective, accumulate=accumulate)
+    loss.optimizer, batches = stepping.optimizer, toy_batches(4)
+    num_weights = sum(p.numel() for p in stepping.parameters)
+    before, settings = snapshot(model), str(stepping.optimizer.state_dict())
+    stepping.try_out(batches.load(batches.longest()))
+    assert loss.seen == [(num_weights, num_weights if accumulate > 1 else 0)]
+    assert_same_weights(snapshot(model), before)
+    assert loss.scale.item() == 1.0
+    assert str(stepping.optimizer.state_dict()) == settings
+    assert all(p.grad is None for p in stepping.parameters)
+
+
+def test_the_trial_leaves_the_state_of_a_resumed_run_alone(tmp_path):
+    loss = AtWork()
+    stepping, model = stepper(tmp_path, Objective([Term("square", 1.0, loss)]))
+    loss.optimizer, batches = stepping.optimizer, toy_batches(4)
+    batch = batches.load(batches.longest())
+    stepping.run([batch], 1)
+    before, state = snapshot(model), str(stepping.optimizer.state_dict())
+    stepping.try_out(batch)
+    assert loss.seen[-1][0] == sum(p.numel() for p in stepping.parameters)
+    assert_same_weights(snapshot(model), before)
+    assert str(stepping.optimizer.state_dict()) == state
 
 
 def test_other_errors_stay_what_they_are(tmp_path):

@@ -121,8 +121,8 @@ class CtcLoss:
 
 def frames_needed(tokens_BU: Tensor, token_lens_B: Tensor) -> Tensor:
     """(B,) the fewest frames CTC can spell the tokens in: one each, and a blank within doubles."""
-    doubled = tokens_BU[:, 1:] == tokens_BU[:, :-1]
-    within = torch.arange(1, tokens_BU.shape[1], device=tokens_BU.device) < token_lens_B.unsqueeze(1)
+    doubled = tokens_BU[:, 1:] == tokens_BU[:, :-1]  # (B, max(U - 1, 0))
+    within = torch.arange(doubled.shape[1], device=tokens_BU.device) + 1 < token_lens_B.unsqueeze(1)
     return token_lens_B + (doubled & within).sum(1)
 
 

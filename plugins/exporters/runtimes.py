@@ -1,0 +1,79 @@
+"""The runtimes of the exporters, as the measured process starts them.
+
+Nothing here imports torch, nor anything of the core: memory that is not the model's would count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Recognise = Callable[[Any, int], dict[str, Any]]
+Started = tuple[str, Callable[[dict[str, Any]], Recognise]]
+
+
+def sherpa_ctc() -> Started:
+    """sherpa-onnx for CTC models; its only search is the greedy one."""
+    import sherpa_onnx
+
+    def load(spec: dict[str, Any]) -> Recognise:
+        build = sherpa_onnx.OfflineRecognizer.from_zipformer_ctc
+        return _sherpa(build(**_sherpa_arguments(spec)))
+
+    return f"sherpa-onnx {sherpa_onnx.__version__}", load
+
+
+def sherpa_transducer() -> Started:
+    """sherpa-onnx for transducers: ``greedy_search`` and ``modified_beam_search``."""
+    import sherpa_onnx
+
+    def load(spec: dict[str, Any]) -> Recognise:
+        build = sherpa_onnx.OfflineRecognizer.from_transducer
+        return _sherpa(build(**_sherpa_arguments(spec), max_active_paths=spec["options"].get("beam", 4)))
+
+    return f"sherpa-onnx {sherpa_onnx.__version__}", load
+
+
+def _sherpa_arguments(spec: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **spec["files"],
+        "tokens": spec["tokens"],
+        "num_threads": spec["num_threads"],
+        "feature_dim": spec["num_bins"],
+        "decoding_method": spec["search"],
+    }
+
+
+def _sherpa(recogniser: Any) -> Recognise:
+    def recognise(samples_S: Any, sample_rate: int) -> dict[str, Any]:
+        stream = recogniser.create_stream()
+        stream.accept_waveform(sample_rate, samples_S)
+        recogniser.decode_stream(stream)
+        found = stream.result
+        return {
+            "text": found.text.strip(),
+            "tokens": list(found.tokens),
+            "times_s": list(found.timestamps),
+        }
+
+    return recognise
+
+
+def attention() -> Started:
+    """onnxruntime, with the program that lies beside an attention model's files."""
+    import onnxruntime
+
+    from kdrecipe_plugins.exporters import attention_runtime
+
+    def load(spec: dict[str, Any]) -> Recognise:
+        paths = {part: Path(path) for part, path in {**spec["files"], "tokens": spec["tokens"]}.items()}
+        recogniser = attention_runtime.Recogniser(**paths, num_threads=spec["num_threads"])
+
+        def recognise(samples_S: Any, sample_rate: int) -> dict[str, Any]:
+            found = recogniser.recognise(samples_S, sample_rate, **spec["options"])
+            return {"text": found.text, "tokens": [recogniser.pieces[i] for i in found.tokens], "times_s": []}
+
+        return recognise
+
+    return f"onnxruntime {onnxruntime.__version__}", load
