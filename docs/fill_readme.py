@@ -95,7 +95,7 @@ def recipes() -> str:
         what = title.removeprefix(f"# {recipe.name}: ")
         results = results_of(recipe.name)
         here = f"recipes/{recipe.name}"
-        table = f"[{results['recipe']['date']}]({here}/RESULTS.md)" if results else "not run yet"
+        table = f"[{results['recipe']['date']}]({here}/RESULTS.md)" if results else "none yet"
         figures = f"{heads(recipe)} | {len(recipe.systems)} | {len(recipe.seeds)} | {table}"
         lines.append(f"| [{recipe.name}]({here}/README.md) | {what} | {figures} |")
     return "\n".join(lines)
