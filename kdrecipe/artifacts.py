@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import gzip
 import hashlib
 import json
@@ -130,18 +131,62 @@ def read_json(path: Path) -> Any:
 
 def list_files(directory: Path) -> dict[str, int]:
     """Relative path -> size in bytes of every file below ``directory``, sorted, stamps left out."""
-    sizes = {}
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            path = Path(folder, name)
-            if name != "stamp.json":
-                sizes[path.relative_to(directory).as_posix()] = path.stat().st_size
-    return dict(sorted(sizes.items()))
+    found = {path.relative_to(directory).as_posix(): path for path in _walk(directory)}
+    return {name: found[name].stat().st_size for name in sorted(found)}
 
 
-def listing_digest(directory: Path) -> str:
-    """Digest of names and sizes below ``directory``: notices a changed raw corpus without reading it."""
-    return fingerprint(list_files(directory))
+def _walk(directory: Path) -> Iterator[Path]:
+    """Every file below ``directory`` but stamps; linked folders are walked, each folder once."""
+    seen: set[str] = set()
+    for folder, names_below, names in os.walk(directory, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back up: without an end
+            names_below.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder, name) for name in names if name != "stamp.json")
+
+
+# Audio, archives and arrays, by the end of their names: too big to be read at every start.
+_AUDIO = ".wav .flac .mp3 .ogg .oga .opus .sph .m4a .aac .aif .aiff .au .amr .wma .raw .pcm .mp4 .mkv .webm"
+_OTHER = ".tar .tgz .zip .7z .rar .bz2 .xz .zst .ark .npy .npz .h5 .hdf5 .lca .pt .bin"
+_BULKY = frozenset(f"{_AUDIO} {_OTHER}".split())
+
+
+def raw_digest(directory: Path) -> str:
+    """Digest of a raw corpus that notices a change without reading all of it.
+
+    Texts and manifests count by content, audio and other bulky files by name and size.
+    """
+    found = {path.relative_to(directory).as_posix(): _mark(path) for path in _walk(directory)}
+    return fingerprint(dict(sorted(found.items())))
+
+
+def _mark(path: Path) -> int | str | None:
+    """Content or size of a file; None: a link to nothing, or a file that may not be read."""
+    try:
+        state = path.stat()
+        if path.suffix.lower() in _BULKY or path.name.lower().endswith(".tar.gz"):
+            return state.st_size
+        return _hash_once(path, state.st_mtime_ns, state.st_size)
+    except OSError:
+        return None
+
+
+@functools.lru_cache(maxsize=100_000)
+def _hash_once(path: Path, mtime_ns: int, size: int) -> str:
+    """The file's digest, read once per process and state."""
+    return sha256_file(path)
+
+
+def state_digest(paths: Iterable[Path]) -> str:
+    """Digest of the sizes and times of change of files, whether or not they are there."""
+    states = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            state = path.stat()
+            states[str(path)] = [state.st_size, state.st_mtime_ns]
+    return fingerprint(states)
 
 
 def content_digest(directory: Path, files: dict[str, int]) -> str:

@@ -321,6 +321,8 @@ class Architecture(Protocol):
 
     ``forward(features_BTF, lens_B) -> (hidden_BTD, lens_B)``. Output on valid frames must not
     depend on padding. ``output_len`` gives the output length for a number of feature frames.
+    A method ``tap_subsampling() -> dict[str, int]``, optional, names the taps whose frames are not those
+    of the output, with their number of feature frames per frame.
     """
 
     Config: ClassVar[type[Options]]
@@ -339,7 +341,8 @@ class Head(Protocol):
 
     ``forward(hidden_BTD, lens_B, batch) -> logits``, a :class:`Lattice`, or None; ``batch`` is None
     where no text is known, and then heads that need one give None. The attribute ``vocab_size``
-    is V.
+    is V. A class attribute ``subsampling``, optional, is the number of the encoder's frames per frame of
+    the head's output (1 without it).
     """
 
     Config: ClassVar[type[Options]]
@@ -360,6 +363,8 @@ class ModelInfo:
         heads: name of each head -> the kinds of targets that it can give; the first head is the
             one by which the model is judged.
         taps: name -> D of each declared tap.
+        head_shifts_s: name -> seconds per frame of each head; those not named: ``frame_shift_s``.
+        tap_shifts_s: name -> seconds per frame of each tap; those not named: ``frame_shift_s``.
     """
 
     vocab_id: str
@@ -367,6 +372,16 @@ class ModelInfo:
     frame_shift_s: float
     heads: Mapping[str, tuple[TargetKind, ...]]
     taps: Mapping[str, int]
+    head_shifts_s: Mapping[str, float] = field(default_factory=dict)
+    tap_shifts_s: Mapping[str, float] = field(default_factory=dict)
+
+    def head_shift_s(self, head: str) -> float:
+        """Seconds from one frame of a head's output to the next."""
+        return self.head_shifts_s.get(head, self.frame_shift_s)
+
+    def tap_shift_s(self, tap: str) -> float:
+        """Seconds from one frame at a tap to the next."""
+        return self.tap_shifts_s.get(tap, self.frame_shift_s)
 
     def provides(self) -> list[TargetSpec]:
         """The targets that a model like this can give as a teacher."""
@@ -375,14 +390,36 @@ class ModelInfo:
                 kind,
                 head,
                 self.vocab_size,
-                self.frame_shift_s if kind in FRAME_KINDS else None,
+                self.head_shift_s(head) if kind in FRAME_KINDS else None,
                 self.vocab_id,
             )
             for head, kinds in self.heads.items()
             for kind in kinds
         ]
-        specs += [TargetSpec("hidden", tap, dim, self.frame_shift_s) for tap, dim in self.taps.items()]
+        specs += [TargetSpec("hidden", tap, dim, self.tap_shift_s(tap)) for tap, dim in self.taps.items()]
         return specs
+
+    def pinned(self, need: TargetSpec) -> TargetSpec:
+        """What a loss needs of a teacher, with what follows from this student filled in.
+
+        Frames must fall together: with those of the student's head of that name for logits, with
+        those of its encoder's output for hidden states. Logits must count in the same vocabulary.
+        """
+        if need.kind in FRAME_KINDS and need.frame_shift_s is None:
+            is_hidden = need.kind == "hidden"
+            shift_s = self.frame_shift_s if is_hidden else self.head_shift_s(need.tap)
+            need = replace(need, frame_shift_s=shift_s)
+        if need.kind in VOCABULARY_KINDS:
+            need = replace(need, dim=self.vocab_size, vocab_id=self.vocab_id)
+        return need
+
+
+def tap_shifts_s(encoder: Architecture, feature_frame_shift_s: float = 0.01) -> dict[str, float]:
+    """Seconds per frame at each tap of an encoder: as its ``tap_subsampling()`` says, else as its output."""
+    other: Mapping[str, int] = encoder.tap_subsampling() if hasattr(encoder, "tap_subsampling") else {}
+    return {
+        tap: round(feature_frame_shift_s * other.get(tap, encoder.subsampling), 9) for tap in encoder.taps()
+    }
 
 
 # ---------------------------------------------------------------- losses
@@ -467,6 +504,10 @@ class Compressor(Protocol):
     for that long with the parent's own losses and teachers, ``on_step`` being called after
     every optimiser step, then ``finish``. ``rebuild`` gives an untrained model the structure of a
     compressed one, so that its weights can be loaded from a bundle.
+
+    Where that structure does not follow from the options alone (which channels were kept), a compressor
+    has two more methods: ``state() -> dict``, JSON-like, asked after ``finish`` and kept in the bundle,
+    and ``load_state(state)``, called before ``rebuild``.
     """
 
     Config: ClassVar[type[Options]]

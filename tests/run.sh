@@ -5,6 +5,6 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 . "$root/local/env.sh" espeak,test
 
-# A test process per core, with one thread each.
-export OMP_NUM_THREADS=1
+# A test process per core, with one thread each; threads that wait sleep.
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 exec "$KDRECIPE_PY" -m pytest -n auto --dist loadfile "$@"

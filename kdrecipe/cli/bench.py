@@ -23,7 +23,9 @@ NUM_SYNTHETIC = 20
 SYNTHETIC_S = (2.0, 10.0)  # durations of the synthetic utterances, evenly spread between these
 
 
-def bench(path: Path | str, audio_files: Sequence[Path | str] = ()) -> list[dict[str, object]]:
+def bench(
+    path: Path | str, audio_files: Sequence[Path | str] = (), *, trust_plugins: bool = False
+) -> list[dict[str, object]]:
     """Measure every variant and print a table.
 
     Args:
@@ -31,6 +33,7 @@ def bench(path: Path | str, audio_files: Sequence[Path | str] = ()) -> list[dict
             or an ``.onnx`` file of one.
         audio_files: what to recognise; none: 20 synthetic utterances of 2 to 10 s. The search is greedy,
             so the time does not depend on what is said.
+        trust_plugins: run the plugin files that a bundle brings.
 
     Returns:
         A row per variant: ``model``, ``params``, ``size_mb``, ``rtf_median``, ``rtf_p95``,
@@ -42,7 +45,7 @@ def bench(path: Path | str, audio_files: Sequence[Path | str] = ()) -> list[dict
     """
     utterances = _read(audio_files) if audio_files else _synthetic()
     with tempfile.TemporaryDirectory() as scratch:
-        rows = [_row(model, utterances) for model in _models(Path(path), Path(scratch))]
+        rows = [_row(model, utterances) for model in _models(Path(path), Path(scratch), trust_plugins)]
     print(f"{len(utterances)} utterances, {sum(u.duration_s for u in utterances):.0f} s of audio")
     print(table(rows))
     return rows
@@ -70,7 +73,7 @@ class _Measured:
     label: str = ""
 
 
-def _models(path: Path, scratch: Path) -> list[_Measured]:
+def _models(path: Path, scratch: Path, trust_plugins: bool) -> list[_Measured]:
     """What ``path`` means; a bundle is exported to ``scratch``."""
     from kdrecipe.measure.exports import find_exports
     from kdrecipe.plugin.loader import load_plugins
@@ -78,7 +81,7 @@ def _models(path: Path, scratch: Path) -> list[_Measured]:
     if (path / "bundle.json").exists():
         from kdrecipe.model.bundle import Bundle
 
-        bundle = Bundle.load(path)
+        bundle = Bundle.load(path, trust_plugins=trust_plugins)
         _exporter(bundle).export(bundle, scratch)
         path, registry = scratch, bundle.registry
     else:

@@ -28,6 +28,7 @@ def transcribe(
     *,
     decoder: str | None = None,
     variant: str | None = None,
+    trust_plugins: bool = False,
 ) -> list[Hypothesis]:
     """Recognise files and print, per file, the text and the start of each word and token.
 
@@ -37,6 +38,7 @@ def transcribe(
         decoder: the search, for bundles (exports bring their runtime's own); None: the greedy one of
             the model's first head.
         variant: ``fp32`` or ``int8`` of an export's directory; None: int8 if it is there.
+        trust_plugins: run the plugin files that a bundle brings.
 
     Returns:
         What was recognised, file by file.
@@ -49,7 +51,7 @@ def transcribe(
     missing = [Problem("there is no such file", str(f)) for f in audio_files if not Path(f).is_file()]
     if missing:
         raise DataError(missing)
-    runner, pieces = open_runner(Path(path), decoder=decoder, variant=variant)
+    runner, pieces = open_runner(Path(path), decoder=decoder, variant=variant, trust_plugins=trust_plugins)
     hypotheses = []
     for number, file in enumerate(audio_files):
         hypothesis = runner.transcribe(*read_audio(file))
@@ -61,13 +63,13 @@ def transcribe(
 
 
 def open_runner(
-    path: Path, *, decoder: str | None = None, variant: str | None = None
+    path: Path, *, decoder: str | None = None, variant: str | None = None, trust_plugins: bool = False
 ) -> tuple[Recogniser, list[str]]:
     """What recognises, and its tokens by id; arguments as of :func:`transcribe`."""
     from kdrecipe.data.tokens import read_pieces
 
     if (path / "bundle.json").exists():
-        runner = BundleRunner(path, decoder)
+        runner = BundleRunner(path, decoder, trust_plugins=trust_plugins)
         return runner, runner.pieces
     opened = _open_export(path, variant)
     if opened is None:
@@ -99,15 +101,16 @@ class BundleRunner:
         path: the bundle's directory.
         decoder: name of the search; its options are the defaults. None: the greedy one of the
             model's first head.
+        trust_plugins: run the plugin files that the bundle brings.
 
     Raises:
-        KdrecipeError: the model lacks the decoder's head.
+        KdrecipeError: the model lacks the decoder's head, or the bundle brings code that is not trusted.
     """
 
-    def __init__(self, path: Path, decoder: str | None = None) -> None:
+    def __init__(self, path: Path, decoder: str | None = None, *, trust_plugins: bool = False) -> None:
         from kdrecipe.model.bundle import Bundle
 
-        self.bundle = Bundle.load(path)
+        self.bundle = Bundle.load(path, trust_plugins=trust_plugins)
         self.pieces: list[str] = self.bundle.tokens.pieces
         self._decoder = self._build(decoder)
 
@@ -127,7 +130,7 @@ class BundleRunner:
             )
         config: Options = cls.Config()
         lm = (None,) if "lm_weight" in cls.Config.model_fields else ()
-        return cls(config, self.bundle.tokens, self.bundle.meta["frame_shift_s"], *lm)
+        return cls(config, self.bundle.tokens, self.bundle.head_shift_s(cls.head), *lm)
 
     def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
         """Recognise one utterance of any sampling rate."""

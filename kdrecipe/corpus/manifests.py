@@ -9,15 +9,16 @@ transcript, and :func:`finish` writes ``<split>_recordings.jsonl.gz``,
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrecipe.artifacts import write_jsonl_gz
+from kdrecipe.artifacts import fingerprint, sha256_file, write_jsonl_gz
 from kdrecipe.corpus.gather import reason
 from kdrecipe.corpus.problems import NAMES_SHOWN, DataProblem, OnError, as_left_out, settle
 from kdrecipe.interfaces import Prepared, TokenTable
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lhotse.supervision import SupervisionSet
 
 SAMPLE_RATE = 16000
+RECORDINGS = "_recordings.jsonl.gz"
 _BEYOND_S = 0.01  # a transcript may end this much after its audio: rounding in hand-made manifests
 
 
@@ -183,7 +185,8 @@ def overlap_notes(splits: dict[str, tuple[RecordingSet, SupervisionSet]]) -> lis
 def finish(prepared: Prepared, out_dir: Path, on_error: OnError) -> Summary:
     """Write manifests and ``summary.json``, without whatever ``prepared.problems`` says to leave out.
 
-    The files do not depend on the time of writing: equal input gives equal bytes.
+    The files do not depend on the time of writing: equal input gives equal bytes. Audio below ``out_dir``
+    is named relative to it, so that the directory can be copied; :func:`audio_files` finds it.
 
     Args:
         prepared: a corpus plugin's result, its problems completed by :func:`validate_corpus`.
@@ -224,10 +227,47 @@ def finish(prepared: Prepared, out_dir: Path, on_error: OnError) -> Summary:
     summary.notes = list(dict.fromkeys(summary.notes + overlap_notes(kept)))
     out_dir.mkdir(parents=True, exist_ok=True)
     for split, (recording_set, supervision_set) in kept.items():
-        write_jsonl_gz(out_dir / f"{split}_recordings.jsonl.gz", (r.to_dict() for r in _items(recording_set)))
-        write_jsonl_gz(
-            out_dir / f"{split}_supervisions.jsonl.gz", (s.to_dict() for s in _items(supervision_set))
-        )
+        folder = out_dir.absolute()
+        portable = (_relative_to(recording, folder).to_dict() for recording in _items(recording_set))
+        write_jsonl_gz(out_dir / f"{split}{RECORDINGS}", portable)
+        spoken = (supervision.to_dict() for supervision in _items(supervision_set))
+        write_jsonl_gz(out_dir / f"{split}_supervisions.jsonl.gz", spoken)
     text = json.dumps(asdict(summary), indent=1, ensure_ascii=False) + "\n"
     (out_dir / "summary.json").write_text(text, encoding="utf-8")
     return summary
+
+
+def _relative_to(recording: Any, folder: Path) -> Any:
+    """The recording with its files' paths relative to ``folder`` where they are in it, else absolute."""
+
+    def moved(source: Any) -> Any:
+        path = Path(source.source).absolute()
+        return replace(source, source=str(path.relative_to(folder) if path.is_relative_to(folder) else path))
+
+    sources = [moved(source) if source.type == "file" else source for source in recording.sources]
+    return replace(recording, sources=sources)
+
+
+def audio_files(manifest_dir: Path) -> dict[str, list[Path]]:
+    """Split -> absolute paths of the audio that its recordings name, in their order."""
+    folder = manifest_dir.absolute()
+    found = {}
+    for file in sorted(manifest_dir.glob(f"*{RECORDINGS}")):
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            sources = [source for line in lines for source in json.loads(line)["sources"]]
+        paths = [folder / source["source"] for source in sources if source["type"] == "file"]
+        found[file.name.removesuffix(RECORDINGS)] = paths
+    return found
+
+
+def audio_digests(manifest_dir: Path) -> dict[str, str]:
+    """Split -> digest of the content of all its audio files."""
+    hashes: dict[Path, str] = {}
+
+    def content(path: Path) -> str:
+        if path not in hashes:
+            hashes[path] = sha256_file(path)
+        return hashes[path]
+
+    found = audio_files(manifest_dir)
+    return {split: fingerprint([content(path) for path in paths]) for split, paths in found.items()}

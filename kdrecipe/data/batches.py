@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdrecipe.data.memory import Kept, MemoryBudget
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import BLANK_ID, Batch, TokenTable
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:  # Lhotse is slow to import, and only its cuts' attributes are
 # Durations are multiplied by a random factor of up to this much before sorting: batches then hold
 # utterances of about equal length (little padding), yet other ones in every epoch.
 _JITTER = 0.1
-
-_DEFAULT_CACHE_BYTES = 4 << 30
 
 
 class CutBatches:
@@ -36,7 +35,8 @@ class CutBatches:
         seed: of the plans.
         labelled_ids: cuts whose text may be used; None: all that have a text.
         shuffle: False: one plan for all epochs, longest batch first (for dev).
-        cache: bytes of features kept in memory; True for 4 GiB, False for none.
+        cache: bytes of features kept in memory; None: as many as this process's budget allows, see
+            :mod:`kdrecipe.data.memory`.
 
     Raises:
         DataError: no cuts, a cut without features, or the same id twice.
@@ -51,7 +51,7 @@ class CutBatches:
         seed: int,
         labelled_ids: Set[str] | None = None,
         shuffle: bool = True,
-        cache: bool | int = True,
+        cache: int | None = None,
     ) -> None:
         listed = list(cuts)
         self._cuts = {cut.id: cut for cut in listed}
@@ -66,8 +66,7 @@ class CutBatches:
             cut.id for cut in listed if (labelled_ids is None or cut.id in labelled_ids) and _text(cut)
         }
         self._labels: dict[str, list[int]] = {}
-        self._features: dict[str, Tensor] = {}
-        self._cache_left = _DEFAULT_CACHE_BYTES if cache is True else int(cache)
+        self._features: Kept[Tensor] = Kept(None if cache is None else MemoryBudget(cache))
 
     # ------------------------------------------------------------ plans
 
@@ -162,10 +161,7 @@ class CutBatches:
                 remedy="rerun the features stage with --force",
             ) from error
         features = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-        size = features.numel() * features.element_size()
-        if size <= self._cache_left:
-            self._cache_left -= size
-            self._features[cut_id] = features
+        self._features.offer(cut_id, features, features.numel() * features.element_size())
         return features
 
 

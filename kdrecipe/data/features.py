@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,15 +25,16 @@ from lhotse.cut import CutSet, MonoCut
 from lhotse.features.io import NumpyFilesWriter
 from lhotse.features.kaldi.extractors import Fbank, FbankConfig
 from lhotse.supervision import SupervisionSet
+from lhotse.utils import fastcopy
 
 from kdrecipe.artifacts import disk_errors, replacing, write_json, write_jsonl_gz
+from kdrecipe.corpus.manifests import RECORDINGS
 from kdrecipe.corpus.subsets import choose_subsets
 from kdrecipe.errors import DataError, Problem, RecipeError
 
 SAMPLE_RATE = 16000
 FRAME_SHIFT_S = 0.01
 
-_RECORDINGS = "_recordings.jsonl.gz"
 _SUPERVISIONS = "_supervisions.jsonl.gz"
 _COPY = re.compile(r"_sp[\d.]+$")  # end of the id of a copy at another speed
 
@@ -87,7 +89,8 @@ def compute_features(
 
     Args:
         manifest_dir: holds ``<split>_recordings.jsonl.gz`` and ``<split>_supervisions.jsonl.gz``.
-        out_dir: see the module's text. The cuts name their arrays by absolute path.
+        out_dir: see the module's text. The cuts name their arrays, and audio within ``manifest_dir``,
+            by paths relative to it, so that both can be moved together.
         config: the recipe's ``features``: ``name: fbank``, ``num_mel_bins`` and ``speed_perturb``,
             factors for copies of the training cuts (1.0 is the cut itself and always there).
         subsets: name -> rule, see :func:`kdrecipe.corpus.subsets.choose_subsets`.
@@ -123,8 +126,10 @@ def compute_features(
         _write_norm(out_dir / "norm.npz", *feature_stats(c for c in finished["train"] if c.id in ids))
     write_json(out_dir / "subsets.json", _with_copies(chosen, factors))
     result = {split: CutSet.from_cuts(cuts) for split, cuts in finished.items()}
-    for split, cut_set in result.items():
-        write_cuts(out_dir / f"{split}.jsonl.gz", cut_set)
+    for split in result:
+        portable = (_portable(cut, manifest_dir, out_dir) for cut in finished[split])
+        with disk_errors(out_dir):
+            write_cuts(out_dir / f"{split}.jsonl.gz", portable)
     return result
 
 
@@ -153,7 +158,8 @@ def read_cuts(manifest_dir: Path, split: str) -> list[MonoCut]:
     Raises:
         DataError: a supervision names a recording that is not there, or a rate is not 16 kHz.
     """
-    recordings = {r.id: r for r in RecordingSet.from_file(manifest_dir / f"{split}{_RECORDINGS}")}
+    stored = RecordingSet.from_file(manifest_dir / f"{split}{RECORDINGS}")
+    recordings = {r.id: r.with_path_prefix(manifest_dir.absolute()) for r in stored}
     cuts, problems = [], []
     for supervision in SupervisionSet.from_file(manifest_dir / f"{split}{_SUPERVISIONS}"):
         recording = recordings.get(supervision.recording_id)
@@ -195,8 +201,30 @@ def load_cuts(features_dir: Path, split: str) -> CutSet:
             where=str(features_dir),
             remedy=f"splits with features: {names or 'none'}",
         )
-    cuts: CutSet = CutSet.from_file(path).to_eager()
-    return cuts
+    cuts: Any = CutSet.from_file(path)  # Lhotse's annotations do not let it be iterated
+    folder = features_dir.absolute()
+    return CutSet.from_cuts(
+        cut.with_features_path_prefix(folder).with_recording_path_prefix(folder) for cut in cuts
+    )
+
+
+def _portable(cut: MonoCut, manifest_dir: Path, out_dir: Path) -> MonoCut:
+    """The cut with paths relative to ``out_dir``, but for audio that lies outside ``manifest_dir``."""
+    folder, manifests = out_dir.absolute(), manifest_dir.absolute()
+    assert cut.recording is not None
+    assert cut.features is not None
+    sources = [
+        fastcopy(source, source=os.path.relpath(str(source.source), folder))
+        if source.type == "file" and Path(str(source.source)).is_relative_to(manifests)
+        else source
+        for source in cut.recording.sources
+    ]
+    storage = os.path.relpath(cut.features.storage_path, folder)
+    return fastcopy(
+        cut,
+        recording=fastcopy(cut.recording, sources=sources),
+        features=fastcopy(cut.features, storage_path=storage),
+    )
 
 
 def write_cuts(path: Path, cuts: Any) -> None:
@@ -227,7 +255,7 @@ def load_norm(features_dir: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split_names(manifest_dir: Path) -> list[str]:
-    names = sorted(p.name.removesuffix(_RECORDINGS) for p in manifest_dir.glob(f"*{_RECORDINGS}"))
+    names = sorted(p.name.removesuffix(RECORDINGS) for p in manifest_dir.glob(f"*{RECORDINGS}"))
     if not names:
         raise DataError("no manifests", where=str(manifest_dir), remedy="run the prepare stage")
     return names

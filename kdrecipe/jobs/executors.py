@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from kdrecipe.data.memory import CACHE_GB, PROCESSES, machine_budget
+
 PARENT = "KDRECIPE_PARENT"
 """Environment variable that a job's process finds its parent's number in."""
 
@@ -57,12 +59,14 @@ class Processes:
     """The processes at work, at most ``limit`` at a time.
 
     Args:
-        limit: how many, at least 1; each gets an equal share of the cores.
+        limit: how many, at least 1; each gets an equal share of the cores and of the memory.
         relay: called with a job's name and each line that its process prints.
+        cache_bytes: memory for features and targets of all of them together.
     """
 
     limit: int
     relay: Callable[[str, str], None]
+    cache_bytes: int = field(default_factory=machine_budget)
     running: dict[str, JobProcess] = field(default_factory=dict)
 
     @property
@@ -78,6 +82,8 @@ class Processes:
             "KDRECIPE_THREADS": threads,
             "OMP_NUM_THREADS": threads,
             PARENT: str(os.getpid()),
+            CACHE_GB: str(self.cache_bytes / 1e9),
+            PROCESSES: str(self.limit),
         }
         gpus = num_gpus()
         taken = [one.gpu for one in self.running.values()]

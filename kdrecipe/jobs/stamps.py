@@ -13,7 +13,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from kdrecipe.artifacts import (
     fingerprint,
     list_files,
     read_json,
+    state_digest,
     write_json,
 )
 from kdrecipe.errors import KdrecipeError
+from kdrecipe.plugin.source_code import core_hash
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Job:
         needs: names of the jobs whose output it reads.
         run: does the work, given the directory to write into.
         resumable: may go on in the directory that an interrupted run of the same inputs left.
-        in_place: writes directly into ``out`` (its files name each other by absolute path).
+        in_place: writes directly into ``out``, which is too big to lie on the disk twice.
+        sources: given the finished directory, files elsewhere that it was made from and that are not
+            among ``inputs``, since only the work itself finds them; they count by size and time.
         alone: runs with nothing beside it, since it measures time or memory, or uses all cores.
     """
 
@@ -53,6 +57,7 @@ class Job:
     needs: tuple[str, ...] = ()
     resumable: bool = False
     in_place: bool = False
+    sources: Callable[[Path], Iterable[Path]] | None = None
     alone: bool = True
 
     @property
@@ -80,6 +85,8 @@ def why_run(job: Job, jobs: Mapping[str, Job]) -> str | None:
         path = job.out / name
         if not path.exists() or path.stat().st_size != size:
             return f"{name} is missing or damaged"
+    if job.sources is not None and stamp.get("sources") != state_digest(job.sources(job.out)):
+        return "files that it was made from have changed since"
     return None
 
 
@@ -171,6 +178,8 @@ def run_job(job: Job, jobs: Mapping[str, Job]) -> float:
             "needs": needs,
             "content": content_digest(partial, files),
             "files": files,
+            "sources": state_digest(job.sources(partial)) if job.sources else None,
+            "core": core_hash(),
             "seconds": round(time.monotonic() - start, 3),
         }
         write_json(partial / "stamp.json", stamp)

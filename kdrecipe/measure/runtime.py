@@ -206,7 +206,8 @@ def _run_worker(
             str(directory / "spec.json"),
             str(result),
         ]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+        # One thread has none to wait for; several must not spin beside other work.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(num_threads)}
         process = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
         if process.returncode or not result.exists():
             last = (process.stderr or process.stdout).strip().splitlines()[-3:]

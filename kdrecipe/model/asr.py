@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kdrecipe.errors import Problem, RecipeError
-from kdrecipe.interfaces import Batch, Lattice, ModelInfo, ModelOutput
+from kdrecipe.interfaces import Batch, Lattice, ModelInfo, ModelOutput, tap_shifts_s
 from kdrecipe.model.taps import capture
 
 if TYPE_CHECKING:
@@ -160,10 +160,13 @@ def model_info(model: AsrModel, vocab_id: str, feature_frame_shift_s: float = 0.
     """What losses may know of ``model`` before it runs."""
     encoder: Any = model.encoder
     sizes = [head.vocab_size for head in model.heads.values()]
+    shift_s = feature_frame_shift_s * encoder.subsampling
     return ModelInfo(
         vocab_id=vocab_id,
         vocab_size=int(sizes[0]) if sizes else 0,  # type: ignore[arg-type]
-        frame_shift_s=round(feature_frame_shift_s * encoder.subsampling, 9),
+        frame_shift_s=round(shift_s, 9),
         heads={name: tuple(head.target_kinds) for name, head in model.heads.items()},  # type: ignore[arg-type]
         taps={name: dim for name, (_, dim) in encoder.taps().items()},
+        head_shifts_s={n: round(shift_s * getattr(h, "subsampling", 1), 9) for n, h in model.heads.items()},
+        tap_shifts_s=tap_shifts_s(encoder, feature_frame_shift_s),
     )

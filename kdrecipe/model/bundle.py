@@ -2,20 +2,24 @@
 
 ::
 
-    bundle.json      what it is: configuration, tokens, compression steps
+    bundle.json      what it is: configuration, tokens, number format, frame shifts, compression steps
+                     with their options, reports and states
     weights.pt       a state dict of plain tensors
     tokens.txt       token and id per line
     spm.model        the SentencePiece model
     provenance.json  when, where, by what and how fast it was made; no part of what it is
+    *.py             the plugin files of its recipe, listed in bundle.json with their hashes
 
 Decoding, exporting, compressing and teaching need nothing else. The plugins that built the
-model must be loadable; the error says which one is not.
+model must be loadable; the error says which one is not. Opening a bundle runs no code from it: its
+plugin files are loaded only for those who say that they trust them.
 """
 
 from __future__ import annotations
 
 import datetime
 import io
+import json
 import os
 import platform
 import subprocess
@@ -25,15 +29,20 @@ from typing import TYPE_CHECKING, Any
 
 from kdrecipe import __version__
 from kdrecipe.artifacts import PROVENANCE, read_json, sha256_file, write_atomic, write_json
-from kdrecipe.errors import KdrecipeError
+from kdrecipe.errors import KdrecipeError, PluginError
 from kdrecipe.interfaces import ModelInfo, Options
+from kdrecipe.plugin.carried import FORMAT, read_description, refusal, verified
+from kdrecipe.plugin.source_code import core_hash
 
 if TYPE_CHECKING:
     from kdrecipe.data.tokens import Tokenizer
     from kdrecipe.model.asr import AsrModel
     from kdrecipe.plugin.registry import Registry
 
-FORMAT = 1
+DATA_FILES = ("bundle.json", "weights.pt", "tokens.txt", "spm.model")
+"""The files of every bundle; its plugin files are beside them."""
+
+_NUMBER_FORMATS = {"float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
 
 class Bundle:
@@ -44,36 +53,34 @@ class Bundle:
         meta: content of ``bundle.json``.
         registry: where architectures, heads and compressors are looked up; None: all that is
             installed.
+        trust_plugins: without a registry, load the bundle's own plugin files, too.
     """
 
-    def __init__(self, path: Path, meta: dict[str, Any], registry: Registry | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        meta: dict[str, Any],
+        registry: Registry | None = None,
+        *,
+        trust_plugins: bool = False,
+    ) -> None:
         self.path = path
         self.meta = meta
         self._registry = registry
+        self._trust_plugins = trust_plugins
 
     @classmethod
-    def load(cls, path: Path | str, registry: Registry | None = None) -> Bundle:
-        """Open a bundle.
+    def load(
+        cls, path: Path | str, registry: Registry | None = None, *, trust_plugins: bool = False
+    ) -> Bundle:
+        """Open a bundle; nothing in it is run.
 
         Raises:
-            KdrecipeError: not a bundle, or written by a later version.
+            KdrecipeError: not a bundle, of another format, or its description names plugin files that
+                are not its own.
         """
         path = Path(path)
-        if not (path / "bundle.json").exists():
-            raise KdrecipeError(
-                "not a bundle: there is no bundle.json in it",
-                where=str(path),
-                remedy="give the directory of a trained system, e.g. exp/systems/kd/seed1",
-            )
-        meta = read_json(path / "bundle.json")
-        version = meta.get("format") if isinstance(meta, dict) else None
-        if version != FORMAT:
-            raise KdrecipeError(
-                f"bundle format {version}, this version reads {FORMAT}",
-                where=str(path),
-                remedy="use the version of kdrecipe named in its provenance.json",
-            )
-        return cls(path, meta, registry)
+        return cls(path, read_description(path), registry, trust_plugins=trust_plugins)
 
     @classmethod
     def save(
@@ -104,12 +111,16 @@ class Bundle:
         buffer = io.BytesIO()
         torch.save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, buffer)
         write_atomic(path / "weights.pt", buffer.getvalue())
+        info = model_info(model, tokens.vocab_id)
         full = {
             "format": FORMAT,
+            "plugin_files": {},
             **meta,
             "vocab_id": tokens.vocab_id,
             "params": count_params(model),
-            "frame_shift_s": model_info(model, tokens.vocab_id).frame_shift_s,
+            "number_format": number_format(model),
+            "frame_shift_s": info.frame_shift_s,
+            "frame_shifts_s": {"heads": dict(info.head_shifts_s), "taps": dict(info.tap_shifts_s)},
             "weights_sha256": sha256_file(path / "weights.pt"),
         }
         write_json(path / "bundle.json", full)
@@ -131,7 +142,22 @@ class Bundle:
     @property
     def is_int8(self) -> bool:
         """Whether the weights are 8-bit integers."""
-        return any(step["name"].startswith("int8") for step in self.meta.get("compression", []))
+        return bool(self.meta["number_format"] == "int8")
+
+    @property
+    def plugin_files(self) -> dict[Path, str]:
+        """Its plugin files and their hashes; PluginError for one that was changed or is missing."""
+        return verified(self.path, self.meta["plugin_files"])
+
+    @property
+    def files(self) -> list[Path]:
+        """All that belongs to it; what else lies in the directory does not."""
+        about = [self.path / PROVENANCE] if (self.path / PROVENANCE).exists() else []
+        return [*(self.path / name for name in DATA_FILES), *about, *self.plugin_files]
+
+    def head_shift_s(self, head: str) -> float:
+        """Seconds from one frame of a head's output to the next."""
+        return float(self.meta["frame_shifts_s"]["heads"][head])
 
     @property
     def hash(self) -> str:
@@ -140,12 +166,18 @@ class Bundle:
 
     @cached_property
     def registry(self) -> Registry:
-        """The plugins that this bundle's model is built from."""
+        """The plugins that this bundle's model is built from.
+
+        Raises:
+            PluginError: it brings plugin files, and nobody said that they may run.
+        """
         if self._registry is None:
             from kdrecipe.plugin.loader import load_plugins
 
-            files = [self.path / name for name in self.meta.get("plugin_files", [])]
-            self._registry = load_plugins(files).registry
+            files = self.plugin_files
+            if files and not self._trust_plugins:
+                raise PluginError(refusal(self.path, [path.name for path in files]))
+            self._registry = load_plugins(list(files)).registry
         return self._registry
 
     @cached_property
@@ -200,10 +232,41 @@ class Bundle:
 
 
 def build_compressor(registry: Registry, step: dict[str, Any]) -> Any:
-    """The compressor that ``{name, options}`` names."""
+    """The compressor that ``{name, options}`` names, with the ``state`` that a bundle keeps of it, if any."""
     cls = registry.get("compressors", step["name"])
     config: Options = cls.Config.model_validate(step.get("options", {}))
-    return cls(config)
+    compressor = cls(config)
+    if step.get("state"):
+        compressor.load_state(step["state"])
+    return compressor
+
+
+def compressor_state(name: str, compressor: Any) -> dict[str, Any]:
+    """What a bundle keeps of a compressor that has been applied, as it comes back from JSON.
+
+    Raises:
+        PluginError: it is not JSON-like.
+    """
+    state = compressor.state() if hasattr(compressor, "state") else {}
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(state, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise PluginError(
+            f"compressor {name!r}: its state can't be written as JSON ({error})",
+            remedy="state() gives a dict of strings, numbers and lists; tensors belong to the weights",
+        ) from error
+    return plain
+
+
+def number_format(model: AsrModel) -> str:
+    """What the weights are stored in: ``fp32``, ``fp16``, ``bf16``, or ``int8`` if some matrices are."""
+    import torch
+
+    matrices = [x.dtype for x in (*model.parameters(), *model.buffers()) if x.dim() > 1]
+    if {torch.int8, torch.uint8} & set(matrices):
+        return "int8"
+    first = str(matrices[0]).removeprefix("torch.") if matrices else ""
+    return _NUMBER_FORMATS.get(first, "fp32")
 
 
 def count_params(model: AsrModel) -> int:
@@ -227,6 +290,7 @@ def provenance(command: str, **more: Any) -> dict[str, Any]:
             versions[name] = "absent"
     return {
         "command": command,
+        "core": core_hash(),
         "date": datetime.date.today().isoformat(),
         "git": git_commit(),
         "machine": machine(),

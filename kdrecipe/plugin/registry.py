@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from pydantic import ValidationError
 
 from kdrecipe.errors import PluginError, Problem
 from kdrecipe.interfaces import Options, Runtime
+from kdrecipe.plugin.source_code import plugin_hash
 
 KINDS: Mapping[str, str] = {
     "architectures": "architecture",
@@ -47,17 +46,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(known)}" if known else "there are none"
 
 
-def code_hash(path: Path) -> str:
-    """Hash of what a Python file does: comments, docstrings and layout do not count."""
-    tree = ast.parse(path.read_bytes())
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (
-            ast.get_docstring(node, clean=False) is not None
-        ):
-            node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
-
-
 @dataclass(frozen=True)
 class Source:
     """Where a plugin comes from.
@@ -80,15 +68,14 @@ class Source:
         return str(self.path or self.name)
 
     def fingerprint(self) -> str:
-        """Changes when the plugin's code does: its package's version and the hash of its file.
+        """Changes when the plugin's code does: its package's version and a hash of its code.
 
-        Of a plugin that is a package of its own, all files in its folder count.
+        All that the plugin imports from its own package counts, see
+        :func:`kdrecipe.plugin.source_code.plugin_hash`.
         """
         parts = [self.package or self.name, self.version]
         if self.path is not None and self.path.suffix == ".py" and self.path.exists():
-            is_folder = self.path.name == "__init__.py"
-            files = sorted(self.path.parent.glob("*.py")) if is_folder else [self.path]
-            parts += [code_hash(file) for file in files]
+            parts.append(plugin_hash(self.path))
         return " ".join(p for p in parts if p)
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from kdrecipe.errors import KdrecipeError, PluginError, Problem
-from kdrecipe.interfaces import FRAME_KINDS, VOCABULARY_KINDS, LossSetup, ModelInfo, TargetSpec
+from kdrecipe.interfaces import VOCABULARY_KINDS, LossSetup, ModelInfo, TargetSpec, tap_shifts_s
 from kdrecipe.plugin.loader import reason
 from kdrecipe.plugin.registry import Registry, did_you_mean
 from kdrecipe.recipe.bundles import other_tokens
@@ -367,7 +366,7 @@ class FitChecker:
             if name and need.kind in VOCABULARY_KINDS and (why := self._other_tokens(name)) is not None:
                 remedy = "set tokens as they were for the bundle, or use a loss on hidden states (hidden_mse)"
                 return Problem(f"{term.name!r} compares tokens, and {name!r} has {why}", "", remedy)
-            if (why := pinned(need, student).mismatch(offered[need.key])) is not None:
+            if (why := student.pinned(need).mismatch(offered[need.key])) is not None:
                 remedy = "teacher and student must subsample alike" if "frame_shift_s" in why else ""
                 return Problem(f"{term.name!r} can't learn from {name!r}: {why}", "", remedy)
         cls = self.checker._registry.get("losses", term.name)
@@ -403,18 +402,16 @@ class FitChecker:
         encoder = build_encoder(self.checker._registry, model, self.features.num_mel_bins)
         taps = {tap: dim for tap, (_, dim) in encoder.taps().items()}
         shift_s = round(FEATURE_FRAME_SHIFT_S * encoder.subsampling, 9)
-        kinds = {name: self.checker._registry.get("heads", name).target_kinds for name in model["heads"]}
-        return ModelInfo("the recipe's", self.vocab_size, shift_s, kinds, taps)
-
-
-def pinned(need: TargetSpec, student: ModelInfo) -> TargetSpec:
-    """A need with what follows from the student filled in: frames must fall together, and logits
-    must count in the same vocabulary."""
-    if need.kind in FRAME_KINDS:
-        need = replace(need, frame_shift_s=need.frame_shift_s or student.frame_shift_s)
-    if need.kind in VOCABULARY_KINDS:
-        need = replace(need, dim=student.vocab_size, vocab_id=student.vocab_id)
-    return need
+        heads = {name: self.checker._registry.get("heads", name) for name in model["heads"]}
+        return ModelInfo(
+            "the recipe's",
+            self.vocab_size,
+            shift_s,
+            {name: head.target_kinds for name, head in heads.items()},
+            taps,
+            {name: round(shift_s * getattr(head, "subsampling", 1), 9) for name, head in heads.items()},
+            tap_shifts_s(encoder, FEATURE_FRAME_SHIFT_S),
+        )
 
 
 def build_encoder(registry: Registry, model: Mapping[str, Any], num_mel_bins: int) -> Any:

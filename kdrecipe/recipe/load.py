@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdrecipe.errors import PluginError, Problem, RecipeError
+from kdrecipe.artifacts import sha256_file
+from kdrecipe.errors import KdrecipeError, PluginError, Problem, RecipeError
+from kdrecipe.plugin.carried import CONSENT, read_description, refusal, verified
 from kdrecipe.plugin.loader import Plugins, load_plugins
 from kdrecipe.plugin.registry import did_you_mean
 from kdrecipe.recipe.bundles import check_features
@@ -68,9 +70,10 @@ class Recipe:
     Args:
         document: the YAML with profile and overrides applied; ``document.where(key_path)``.
         plugins: what is loaded for it.
-        plugin_files: its own plugin files.
+        plugin_files: its own plugin files, and those of imported bundles that the user trusts.
         profile: the profile that was merged in, if any.
         overrides: ``key=value`` texts that were applied.
+        trust_plugins: whether the code of imported bundles may run.
     """
 
     document: Document
@@ -91,6 +94,7 @@ class Recipe:
     plugin_files: tuple[Path, ...] = ()
     profile: str | None = None
     overrides: tuple[str, ...] = field(default=())
+    trust_plugins: bool = False
 
     @property
     def path(self) -> Path:
@@ -118,6 +122,7 @@ class Recipe:
         words += ["--profile", self.profile] if self.profile else []
         for override in self.overrides:
             words += ["--set", override]
+        words += ["--trust-plugins"] if self.trust_plugins else []
         return shlex.join(words)
 
     def teaching(self) -> list[str]:
@@ -173,6 +178,7 @@ def load_recipe(
     overrides: Sequence[str] = (),
     profile: str | None = None,
     plugins: Plugins | None = None,
+    trust_plugins: bool = False,
 ) -> Recipe:
     """Read and check a recipe.
 
@@ -182,6 +188,8 @@ def load_recipe(
             after the profile.
         profile: one of the recipe's ``profiles``, merged in first.
         plugins: use these instead of loading what is installed and what the recipe names.
+        trust_plugins: load the plugin files of imported bundles, too. Without it, a bundle with plugin
+            files that the recipe does not name itself is refused.
 
     Raises:
         RecipeError: all that is wrong, each with file and line.
@@ -190,7 +198,9 @@ def load_recipe(
     document = load_yaml(path / "recipe.yaml" if path.is_dir() else path)
     document, problems = _apply(document, profile, overrides)
     files, file_problems = _plugin_files(document)
-    problems += file_problems
+    carried, carried_problems = _carried_files(document, files, trust_plugins)
+    files += carried
+    problems += file_problems + carried_problems
     if plugins is None:
         try:
             plugins = load_plugins(files)
@@ -234,6 +244,7 @@ def load_recipe(
         plugin_files=tuple(files),
         profile=profile,
         overrides=tuple(overrides),
+        trust_plugins=trust_plugins,
     )
     _ask_plugins(recipe)
     return recipe
@@ -321,6 +332,47 @@ def _plugin_files(document: Document) -> tuple[list[Path], list[Problem]]:
         else:
             parser.problem(("plugins", "files", i), f"there is no file {text!r} in the recipe's directory")
     return found, parser.problems
+
+
+def _carried_files(document: Document, own: Sequence[Path], trust: bool) -> tuple[list[Path], list[Problem]]:
+    """Plugin files of the bundles that the recipe imports, but those that it names itself.
+
+    Without ``trust`` a problem for each bundle that has any: its code must not run unasked.
+    """
+    found: dict[str, Path] = {}
+    problems = []
+    known = {sha256_file(path) for path in own}
+    for key, directory in _imported_bundles(document):
+        where = document.where(key)
+        try:
+            files = verified(directory, read_description(directory).get("plugin_files", {}))
+        except KdrecipeError as error:
+            problems += [Problem(p.what, where, p.remedy) for p in error.problems]
+            continue
+        strange = {digest: path for path, digest in files.items() if digest not in known}
+        if strange and not trust:
+            remedy = f"{CONSENT}, or name a copy of the file under plugins: {{files: [...]}}"
+            problems.append(refusal(directory, [path.name for path in strange.values()], remedy, where))
+        elif trust:
+            found |= {digest: path for digest, path in strange.items() if digest not in found}
+    return list(found.values()), problems
+
+
+def _imported_bundles(document: Document) -> Iterator[tuple[KeyPath, Path]]:
+    """Key and directory of each ``pretrained`` bundle that is there; what is malformed is told elsewhere."""
+    systems = document.data.get("systems")
+    for name, written in systems.items() if isinstance(systems, dict) else ():
+        section = written.get("pretrained") if isinstance(written, dict) else None
+        text = section.get("bundle") if isinstance(section, dict) else None
+        if not isinstance(text, str):
+            continue
+        key: KeyPath = ("systems", name, "pretrained", "bundle")
+        try:
+            path = Location(text, document.where(key), document.path.resolve().parent).path()
+        except RecipeError:  # an environment variable: looked up when there is work
+            continue
+        if (path / "bundle.json").is_file():
+            yield key, path
 
 
 def _ask_plugins(recipe: Recipe) -> None:

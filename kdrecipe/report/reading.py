@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -236,8 +237,22 @@ def _cautions(results: Mapping[str, Any]) -> list[tuple[Verdict, str]]:
     measured = {s["name"] for s in distilled if any("gap_recovered" in x for x in s["splits"].values())}
     if alone := [s["name"] for s in distilled if s["name"] not in measured]:
         said.append(f"No baseline of the same model and data, without a teacher, beside {_listed(alone)}.")
+    said += _other_code(results["systems"])
     said += [f"{note}." for facts in results["splits"].values() for note in facts.get("notes") or ()]
     return [("caution", text) for text in said]
+
+
+def _other_code(systems: Sequence[System]) -> list[str]:
+    """Rows that another state of kdrecipe's code made than most rows."""
+    cores = {s["name"]: tuple(s["core"]) for s in systems if s.get("core")}
+    if len(set(cores.values())) < 2:
+        return []
+    usual = Counter(cores.values()).most_common(1)[0][0]
+    others = [name for name, core in cores.items() if core != usual]
+    return [
+        f"Made by another version of kdrecipe's code than the other rows: {_listed(others)}. "
+        "To compare like with like, run their stages again with --force."
+    ]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
+from kdrecipe.plugin.carried import carry
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.stages.layout import Layout
 
@@ -55,7 +56,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
     """Apply the steps in turn; a step that fine-tunes does so with its ancestor's own objective."""
     from kdrecipe.interfaces import CompressContext
-    from kdrecipe.model.bundle import Bundle, build_compressor, provenance
+    from kdrecipe.model.bundle import Bundle, build_compressor, compressor_state, provenance
     from kdrecipe.stages.session import Session
 
     assert system.parent is not None
@@ -76,20 +77,20 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
             result = session.run(model, out / "train" / f"step{number}", training, on_step=compressor.on_step)
             model.to("cpu")  # where calibration batches are
         model = compressor.finish(model).eval()
-        done.append({**spec, "report": compressor.report()})
+        state = compressor_state(step.name, compressor)
+        done.append({**spec, "report": compressor.report(), "state": state})
     effort = result.summary() if result else None
     made = provenance(recipe.command, recipe=recipe.name, seconds=effort.pop("seconds") if effort else 0)
     meta = {
-        **{k: parent.meta[k] for k in ("model", "features", "plugin_files")},
+        **{k: parent.meta[k] for k in ("model", "features")},
         "name": system.name,
         "kind": "compressed",
         "parent": system.parent,
         "seed": seed,
         "compression": done,
         "training": effort,
+        "plugin_files": carry([*parent.plugin_files, *recipe.plugin_files], out),
     }
-    for name in meta["plugin_files"]:
-        (out / name).write_bytes((parent.path / name).read_bytes())
     Bundle.save(out, model, parent.tokens, meta, made)
     for checkpoints in out.glob("train/*/checkpoints"):
         shutil.rmtree(checkpoints)

@@ -113,8 +113,12 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     bundle = Bundle.load(layout.system(system.name, seed), registry)
     found = _searches(recipe, bundle)
     lm = _language_model(found, layout, bundle)
-    shift_s = bundle.meta["frame_shift_s"]
-    decoders = {x: build_decoder(registry, d, bundle.tokens, shift_s, lm) for x, d in found.items()}
+    decoders = {
+        label: build_decoder(
+            registry, d, bundle.tokens, bundle.head_shift_s(registry.get("decoders", d.name).head), lm
+        )
+        for label, d in found.items()
+    }
     cuts = {split: list(load_cuts(layout.features, split)) for split in recipe.decode.splits}
     said = {split: decode_cuts(bundle, decoders, cuts[split]) for split in cuts}
     for split, by_label in said.items():

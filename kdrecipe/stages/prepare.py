@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from kdrecipe.artifacts import listing_digest
+from kdrecipe.artifacts import raw_digest, write_json
 from kdrecipe.errors import DataError
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
@@ -21,9 +22,29 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
         "options": corpus.options,
         "on_error": corpus.on_error,
         "plugin": recipe.plugins.registry.fingerprint("corpora", corpus.name),
-        "raw": listing_digest(root) if root and root.is_dir() else None,
+        "root": str(root.resolve()) if root else None,  # the manifests name audio by absolute path
+        "raw": raw_digest(root) if root and root.is_dir() else None,
     }
-    plan.add(Job(0, "prepare", layout.manifests, inputs, lambda out: run(recipe, root, out), in_place=True))
+    plan.add(
+        Job(
+            0,
+            "prepare",
+            layout.manifests,
+            inputs,
+            lambda out: run(recipe, root, out),
+            in_place=True,
+            sources=audio_elsewhere,
+        )
+    )
+
+
+def audio_elsewhere(manifest_dir: Path) -> Iterator[Path]:
+    """The audio files outside ``manifest_dir`` that its manifests name, each once."""
+    from kdrecipe.corpus.manifests import audio_files
+
+    folder = manifest_dir.absolute()
+    named = dict.fromkeys(path for paths in audio_files(manifest_dir).values() for path in paths)
+    return (path for path in named if not path.is_relative_to(folder))
 
 
 def run(recipe: Recipe, root: Path | None, out: Path) -> None:
@@ -33,7 +54,7 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
         DataError: the corpus or a list of a subset's utterances is absent, or the corpus has
             mistakes and ``corpus.on_error`` is ``stop``.
     """
-    from kdrecipe.corpus.manifests import finish, validate_corpus
+    from kdrecipe.corpus.manifests import audio_digests, finish, validate_corpus
 
     corpus = recipe.corpus
     if root is not None and not root.is_dir():
@@ -54,6 +75,8 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
     prepared = cls(cls.Config.model_validate(corpus.options)).prepare(root, out)
     prepared.problems += validate_corpus(prepared)
     summary = finish(prepared, out, corpus.on_error)
+    # The manifests may come out as they were while the audio did not: whoever reads them must know.
+    write_json(out / "audio.json", audio_digests(out))
     for split, facts in summary.splits.items():
         speakers, hours = facts["speakers"], facts["hours"]
         print(f"  {split}: {facts['utterances']} utterances, {speakers} speakers, {hours:.2f} h")

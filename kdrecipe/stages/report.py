@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kdrecipe.artifacts import PROVENANCE, read_json
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
+from kdrecipe.plugin.source_code import core_hash
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.score import hypotheses, search_facts
@@ -90,6 +91,7 @@ def _facts(recipe: Recipe, layout: Layout) -> dict[str, Any]:
         "seeds": list(recipe.seeds),
         "profile": recipe.profile,
         "git": provenance.get("git"),
+        "core": core_hash(),
         "date": provenance.get("date"),
         "machine": provenance.get("machine"),
         "versions": provenance.get("versions"),
@@ -115,6 +117,7 @@ def _row(system: System, recipe: Recipe, layout: Layout, scores: Mapping[str, An
         "search": decoded[0]["search"],
         "bundle": scores["bundles"][system.name],
         "same_text_as_bundle": _mean_or_none(d["same_text_as_bundle"] for d in decoded),
+        "core": _cores(system, layout),
         "parity": {name: found["parity"] for name, found in parity.items()},
         "compression": first["compression"],
         "train": _effort(system, layout, bundles) if first.get("training") else None,
@@ -122,6 +125,16 @@ def _row(system: System, recipe: Recipe, layout: Layout, scores: Mapping[str, An
         "data": system.data,
         "unlabelled": system.unlabelled,
     }
+
+
+def _cores(system: System, layout: Layout) -> list[str]:
+    """Hashes of the core's code by which a row's bundles, exports and hypotheses were made."""
+    found = set()
+    for seed in system.seeds:
+        found.add(_provenance(layout.system(system.name, seed)).get("core"))
+        for place in (layout.export(system.name, seed), layout.hyps(system.name, seed)):
+            found.add(read_json(place / "stamp.json").get("core"))
+    return sorted(core or "not recorded" for core in found)
 
 
 def _rtf(found: list[dict[str, float] | None]) -> dict[str, float] | None:

@@ -99,6 +99,8 @@ def _job_arguments(recipe: Recipe, layout: Layout, job: Job) -> list[str]:
         arguments += ["--profile", recipe.profile]
     for override in recipe.overrides:
         arguments += ["--set", override]
+    if recipe.trust_plugins:
+        arguments.append("--trust-plugins")
     return arguments
 
 

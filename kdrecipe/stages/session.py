@@ -26,7 +26,6 @@ from kdrecipe.errors import RecipeError
 from kdrecipe.interfaces import Batch, LossSetup, ModelInfo, TargetSpec
 from kdrecipe.model.asr import model_info
 from kdrecipe.model.bundle import Bundle
-from kdrecipe.recipe.checks import pinned
 from kdrecipe.stages.inputs import needs_of, utterances_of
 from kdrecipe.targets.cache import TargetCache
 from kdrecipe.targets.live import LiveTargets
@@ -148,7 +147,7 @@ class Session:
     ) -> None:
         offered = {spec.key: spec for spec in teacher.provides()}
         for need in needs:
-            spec = pinned(need, student)
+            spec = student.pinned(need)
             gives = offered.get(need.key)
             problem = f"needs {need.key}" if gives is None else spec.mismatch(gives)
             if problem:

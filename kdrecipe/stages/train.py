@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrecipe.artifacts import write_json
-from kdrecipe.errors import RecipeError
+from kdrecipe.artifacts import sha256_file, write_json
+from kdrecipe.errors import PluginError, RecipeError
 from kdrecipe.interfaces import VOCABULARY_KINDS
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
+from kdrecipe.model.bundle import DATA_FILES
+from kdrecipe.plugin.carried import carry, refusal
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.stages.layout import Layout
 
@@ -40,7 +42,7 @@ def _add(plan: Plan, recipe: Recipe, layout: Layout, system: System, stage: int)
         out = layout.system(system.name, seed)
         name = f"{system.name}/seed{seed}"
         if system.kind == "pretrained":
-            inputs = {"bundle": str(system.bundle), "stamp": _bundle_hash(system)}
+            inputs = {"bundle": _content(system)}
             needs = ("tokens",) if _lends_posteriors(recipe, system) else ()
             plan.add(Job(stage, name, out, inputs, _importer(recipe, layout, system, seed), needs))
             continue
@@ -105,7 +107,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         start_from(model, parent.model, parts)
     training = session.run(model, out / "train", system.training).summary()
     made = provenance(recipe.command, recipe=recipe.name, seconds=training.pop("seconds"))
-    meta = {
+    meta: dict[str, Any] = {
         "name": system.name,
         "kind": system.kind,
         "parent": system.teachers[0] if system.teachers else system.init_from,
@@ -114,7 +116,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         "features": recipe.features.model_dump(mode="json"),
         "compression": [],
         "training": training,
-        "plugin_files": copy_plugin_files(recipe, out),
+        "plugin_files": carry(recipe.plugin_files, out),
     }
     Bundle.save(out, model, session.tokens, meta, made)
     shutil.rmtree(out / "train" / "checkpoints", ignore_errors=True)
@@ -139,19 +141,16 @@ def start_from(model: AsrModel, parent: AsrModel, parts: Sequence[str]) -> None:
         model.get_submodule(part).load_state_dict(parent.get_submodule(part).state_dict())
 
 
-def copy_plugin_files(recipe: Recipe, out: Path) -> list[str]:
-    """Take the recipe's own plugin files into the bundle, so that it loads without the recipe."""
-    for path in recipe.plugin_files:
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, out / path.name)
-    return [path.name for path in recipe.plugin_files]
+def _content(system: System) -> dict[str, str] | None:
+    """Hash of every file of an imported bundle; None where there is none (yet)."""
+    path = system.bundle
+    if path is None or not path.is_dir():
+        return None
+    return {file.name: sha256_file(file) for file in sorted(path.iterdir()) if _counts(file)}
 
 
-def _bundle_hash(system: System) -> str | None:
-    from kdrecipe.artifacts import listing_digest
-
-    path = Path(str(system.bundle))
-    return listing_digest(path) if path.is_dir() else None
+def _counts(file: Path) -> bool:
+    return file.is_file() and (file.name in DATA_FILES or file.suffix == ".py")
 
 
 def _lends_posteriors(recipe: Recipe, system: System) -> bool:
@@ -188,10 +187,14 @@ def _importer(recipe: Recipe, layout: Layout, system: System, seed: int):  # typ
         bundle = Bundle.load(Path(str(system.bundle)), recipe.plugins.registry)
         if _lends_posteriors(recipe, system):
             _refuse_other_tokens(recipe, layout, system, bundle)
+        known = {sha256_file(path) for path in recipe.plugin_files if path.is_file()}
+        # Those that were there when the recipe was read are known; this one has changed since.
+        if strange := [path.name for path, digest in bundle.plugin_files.items() if digest not in known]:
+            raise PluginError(refusal(bundle.path, strange))
         _ = bundle.model  # refuse a damaged one now, not after an hour
-        shutil.copytree(
-            bundle.path, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("train", "stamp.json")
-        )
+        out.mkdir(parents=True, exist_ok=True)
+        for file in bundle.files:
+            shutil.copyfile(file, out / file.name)
         write_json(
             out / "bundle.json", {**bundle.meta, "name": system.name, "kind": "pretrained", "seed": seed}
         )

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from kdrecipe.artifacts import fingerprint, read_json, write_json
 from kdrecipe.data.features import write_cuts
+from kdrecipe.data.memory import Kept, MemoryBudget
 from kdrecipe.errors import DataError, Problem
 from kdrecipe.interfaces import (
     FORCED_KINDS,
@@ -49,7 +50,6 @@ from kdrecipe.targets.live import LiveTargets, padded_tokens
 
 FORMAT = 2
 DEFAULT_FRAME_SHIFT_S = 0.04
-DEFAULT_MEMORY_BYTES = 2 << 30
 RECOMPUTE = "compute the targets anew (stage 4)"
 
 Along = Literal["", "transcript", "own"]
@@ -73,7 +73,8 @@ class TargetCache:
         directory: where they lie.
         specs: what there is of each cut.
         cuts: the cuts with their arrays; each must be as it was when they were computed.
-        max_memory_bytes: kept in memory at most; the rest is read anew each time.
+        max_memory_bytes: kept in memory at most, the rest is read anew each time; None: as much as
+            this process's budget allows, see :mod:`kdrecipe.data.memory`.
 
     Raises:
         DataError: cuts were perturbed after their targets had been computed.
@@ -85,13 +86,13 @@ class TargetCache:
         specs: Sequence[TargetSpec],
         cuts: CutSet,
         *,
-        max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        max_memory_bytes: int | None = None,
     ) -> None:
         self.directory = directory
         self.specs = tuple(specs)
         self._cuts = {cut.id: cut for cut in _listed(cuts)}
-        self._kept: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-        self._room = max_memory_bytes
+        budget = None if max_memory_bytes is None else MemoryBudget(max_memory_bytes)
+        self._kept: Kept[dict[str, np.ndarray]] = Kept(budget)
         _refuse([p for cut in self._cuts.values() if (p := perturbed(cut, _record(cut)))])
 
     def __len__(self) -> int:
@@ -105,7 +106,7 @@ class TargetCache:
         *,
         specs: Sequence[TargetSpec] = (),
         cuts: CutSet | None = None,
-        max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        max_memory_bytes: int | None = None,
     ) -> TargetCache:
         """Open a cache, if it is the right one.
 
@@ -114,7 +115,7 @@ class TargetCache:
             expected_key_parts: those of its ``key_parts`` that must be the same as then.
             specs: what will be asked of it.
             cuts: the cuts to train on, see :meth:`check_cuts`.
-            max_memory_bytes: kept in memory at most.
+            max_memory_bytes: see the class.
 
         Raises:
             DataError: naming every part that differs, every missing target, every changed cut.
@@ -208,10 +209,7 @@ class TargetCache:
             raise DataError(what, where=cut_id, remedy=RECOMPUTE)
         # Lhotse's cut.load_custom() would crop to the cut's duration; this reads what was written.
         arrays = {part: a.with_path_prefix(self.directory).load() for part, a in manifests.items()}
-        size = sum(a.nbytes for a in arrays.values())
-        if size <= self._room:
-            self._room -= size
-            self._kept[cut_id, name] = arrays
+        self._kept.offer((cut_id, name), arrays, sum(a.nbytes for a in arrays.values()))
         return arrays
 
     def _collate(

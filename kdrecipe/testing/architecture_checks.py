@@ -81,7 +81,10 @@ def check_lens_rule(case: ArchitectureCase) -> None:
 
 @torch.no_grad()
 def check_taps_declared(case: ArchitectureCase) -> None:
-    """Each declared tap is a module of the encoder that gives (B, T, D) with the declared D."""
+    """Each declared tap is a module of the encoder that gives (B, T, D) with the declared D and frames.
+
+    T is that of the output, or goes by ``tap_subsampling()``, up to the 2 frames that edges may cost.
+    """
     encoder = case.build()
     taps = encoder.taps()
     require(len(taps) > 0, "it declares no taps: hidden states can't be distilled into or out of it")
@@ -90,14 +93,24 @@ def check_taps_declared(case: ArchitectureCase) -> None:
     for name, (module, _) in taps.items():
         require(any(module is m for m in encoder.modules()), f"the module of tap {name} is not part of it")
         module.register_forward_hook(_recorder(seen, name))
-    _, out_lens_B = encoder(features_BTF, lens_B)
+    hidden_BTD, out_lens_B = encoder(features_BTF, lens_B)
+    other = encoder.tap_subsampling() if hasattr(encoder, "tap_subsampling") else {}
+    require(set(other) <= set(taps), f"tap_subsampling() names {sorted(set(other) - set(taps))}, no taps")
     for name, (_, dim) in taps.items():
         require(name in seen, f"the module of tap {name} does not run")
         value = seen[name]
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-        fits = len(shape) == 3 and shape[::2] == (len(LENS), dim) and shape[1] >= int(out_lens_B.max())
+        fits = len(shape) == 3 and shape[::2] == (len(LENS), dim)
         given = shape or type(value).__name__
         require(fits, f"tap {name} is declared as (B, T, {dim}), its module gives {given}")
+        if name in other:
+            told = features_BTF.shape[1] / other[name]
+            require(
+                abs(shape[1] - told) <= 2, f"tap {name} has {shape[1]} frames, tap_subsampling says {told:g}"
+            )
+        else:
+            fits = int(out_lens_B.max()) <= shape[1] <= hidden_BTD.shape[1] + 2
+            require(fits, f"tap {name} has {shape[1]} frames, the output {hidden_BTD.shape[1]}")
 
 
 def _recorder(seen: dict[str, Any], name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,9 +107,16 @@ def check_keeps_interface(case: CompressorCase) -> None:
 
 
 def check_rebuild_roundtrip(case: CompressorCase) -> None:
-    """A fresh model, rebuilt and loaded with the compressed weights, gives the same output."""
-    _, compressed = case.compress()
-    fresh = case.cls(case.config).rebuild(case.make_model(1))
+    """A fresh model, rebuilt and loaded with the compressed weights, gives the same output.
+
+    What ``rebuild`` needs besides the options comes from ``state()``, by way of JSON as in a bundle.
+    """
+    compressor, compressed = case.compress()
+    again = case.cls(case.config)
+    if kept := _state(compressor):
+        require(hasattr(again, "load_state"), "it has state() and no load_state()")
+        again.load_state(kept)
+    fresh = again.rebuild(case.make_model(1))
     state = {name: value.clone() for name, value in compressed.state_dict().items()}
     plain = all(isinstance(value, Tensor) for value in state.values())
     require(plain, "the state dict holds more than tensors")
@@ -116,6 +124,16 @@ def check_rebuild_roundtrip(case: CompressorCase) -> None:
     want, got = case.output(compressed).logits["ctc"], case.output(fresh).logits["ctc"]
     worst = _difference(got, want)
     require(worst < TOLERANCE, f"the rebuilt model differs by {worst:.3g}")
+
+
+def _state(compressor: Any) -> dict[str, Any]:
+    """What a bundle keeps of a compressor that has been applied."""
+    plain: dict[str, Any] = {}
+    try:
+        plain = json.loads(json.dumps(compressor.state() if hasattr(compressor, "state") else {}))
+    except (TypeError, ValueError) as error:
+        require(False, f"state() can't be written as JSON: {error}")
+    return plain
 
 
 def check_report_numbers(case: CompressorCase) -> None:

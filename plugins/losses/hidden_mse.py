@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from kdrecipe import hookimpl
 from kdrecipe.errors import RecipeError
 from kdrecipe.frames import check_aligned, full_precision, valid_frames
-from kdrecipe.interfaces import Batch, LossOutput, LossSetup, ModelOutput, Options, Targets, TargetSpec
+from kdrecipe.interfaces import (
+    Batch,
+    LossOutput,
+    LossSetup,
+    ModelInfo,
+    ModelOutput,
+    Options,
+    Targets,
+    TargetSpec,
+)
 
 
 class HiddenMse(nn.Module):
@@ -54,6 +63,7 @@ class HiddenMse(nn.Module):
         projections: list[nn.Module] = []
         for student_tap, teacher_tap in config.layers.items():
             student_dim = _width(setup.student.taps, student_tap, "student")
+            _check_frames(setup.student, student_tap)
             teacher_dim = _width(teacher.taps, teacher_tap, "teacher")
             same = student_dim == teacher_dim
             projections.append(nn.Identity() if same else nn.Linear(student_dim, teacher_dim))
@@ -91,6 +101,16 @@ def _width(taps: Mapping[str, int], tap: str, role: str) -> int:
             remedy=f"{hint}its taps are {', '.join(taps) or 'none'}",
         )
     return taps[tap]
+
+
+def _check_frames(student: ModelInfo, tap: str) -> None:
+    """The student's tap must have a frame per frame of its encoder's output: lengths are taken from there."""
+    if student.tap_shift_s(tap) != student.frame_shift_s:
+        raise RecipeError(
+            f"hidden_mse: the student's tap {tap!r} has a frame every {student.tap_shift_s(tap)} s, "
+            f"its output every {student.frame_shift_s} s",
+            remedy="choose a tap with the frames of the output",
+        )
 
 
 @hookimpl

@@ -211,6 +211,30 @@ class WrongWidth(TinyEncoder):
         return {name: (module, dim + 1) for name, (module, dim) in super().taps().items()}
 
 
+class EarlyTap(TinyEncoder):
+    """Has a tap before the subsampling and does not say so."""
+
+    def __init__(self, config, input_dim):
+        super().__init__(config, input_dim)
+        self.early, self.input_dim = nn.Identity(), input_dim
+
+    def taps(self):
+        return {"early": (self.early, self.input_dim), **super().taps()}
+
+    def forward(self, features_BTF, lens_B):
+        return super().forward(self.early(features_BTF), lens_B)
+
+
+class DeclaredEarlyTap(EarlyTap):
+    def tap_subsampling(self):
+        return {"early": 1}
+
+
+class WronglyDeclaredEarlyTap(EarlyTap):
+    def tap_subsampling(self):
+        return {"early": 2}
+
+
 class SecretState(TinyEncoder):
     def __init__(self, config, input_dim):
         super().__init__(config, input_dim)
@@ -263,6 +287,14 @@ class FixedLength(TinyEncoder):
 )
 def test_architectures(check_id, cls):
     assert failed(architecture_contract(cls)) == ([check_id] if check_id else [])
+
+
+@pytest.mark.parametrize(
+    ("cls", "found"),
+    [(EarlyTap, ["taps_declared"]), (DeclaredEarlyTap, []), (WronglyDeclaredEarlyTap, ["taps_declared"])],
+)
+def test_taps_with_frames_of_their_own_are_declared(cls, found):
+    assert failed(architecture_contract(cls)) == found
 
 
 # ---------------------------------------------------------------- compressors
@@ -364,6 +396,59 @@ class LooseCompressor(SoundCompressor):
 )
 def test_compressors(check_id, cls):
     assert failed(compressor_contract(cls)) == ([check_id] if check_id else [])
+
+
+class Keeps(nn.Module):
+    """A linear layer on some of its inputs."""
+
+    def __init__(self, linear, kept):
+        super().__init__()
+        self.kept = kept
+        self.linear = nn.Linear(len(kept), linear.out_features)
+        self.linear.weight.data = linear.weight.data[:, kept].clone()
+        self.linear.bias.data = linear.bias.data.clone()
+
+    def forward(self, x):
+        return self.linear(x[..., self.kept])
+
+
+class KeepsLoudest(SoundCompressor):
+    """Which inputs are kept is known only once there is a model: it can't be rebuilt from its options."""
+
+    kept = ()
+
+    def apply(self, model, context):
+        size = model.heads["ctc"].proj.weight.detach().abs().sum(0)
+        self.kept = size.argsort(descending=True)[:3].tolist()
+        return self.rebuild(model)
+
+    def rebuild(self, model):
+        model.heads["ctc"].proj = Keeps(model.heads["ctc"].proj, list(self.kept))
+        return model
+
+    def state(self):
+        return {"kept": list(self.kept)}
+
+    def load_state(self, state):
+        self.kept = state["kept"]
+
+
+class KeepsNoState(KeepsLoudest):
+    def state(self):
+        return {}
+
+
+class KeepsTensors(KeepsLoudest):
+    def state(self):
+        return {"kept": torch.tensor(self.kept)}
+
+
+@pytest.mark.parametrize(
+    ("cls", "found"),
+    [(KeepsLoudest, []), (KeepsNoState, ["rebuild_roundtrip"]), (KeepsTensors, ["rebuild_roundtrip"])],
+)
+def test_a_compressor_is_rebuilt_from_its_state(cls, found):
+    assert failed(compressor_contract(cls)) == found
 
 
 # ---------------------------------------------------------------- corpora

@@ -81,7 +81,7 @@ def train(directory: Path, description: dict) -> Trained:
     _fit(model, features, [tokens.encode(u.text) for u in train])
     meta = {
         "name": "tiny", "kind": "trained", "parent": None, "seed": 0, "model": description,
-        "features": FEATURES, "compression": [], "plugin_files": [],
+        "features": FEATURES, "compression": [], "plugin_files": {},
     }  # fmt: skip
     Bundle.save(directory / "float", model, tokens, meta)
     compressor = Int8Dynamic(Int8Dynamic.Config())

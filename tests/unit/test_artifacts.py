@@ -16,10 +16,11 @@ from kdrecipe.artifacts import (
     content_digest,
     fingerprint,
     list_files,
-    listing_digest,
+    raw_digest,
     read_json,
     replacing,
     sha256_file,
+    state_digest,
     write_atomic,
     write_json,
     write_jsonl_gz,
@@ -136,10 +137,10 @@ def tree(tmp_path):
 
 
 def test_listing_leaves_stamps_out(tree):
-    before = listing_digest(tree)
+    before = raw_digest(tree)
     assert list_files(tree) == {"a/c": 3, "b": 1}
     (tree / "stamp.json").write_text("{}")
-    assert listing_digest(tree) == before
+    assert raw_digest(tree) == before
 
 
 @pytest.mark.parametrize(
@@ -149,19 +150,49 @@ def test_listing_leaves_stamps_out(tree):
         lambda tree: (tree / "b").unlink(),
         lambda tree: (tree / "b").write_text("longer"),
         lambda tree: (tree / "b").rename(tree / "a" / "b"),
+        lambda tree: (tree / "b").write_text("x"),
     ],
-    ids=["added", "removed", "longer", "moved"],
+    ids=["added", "removed", "longer", "moved", "a letter"],
 )
-def test_listing_digest_sees(tree, change):
-    before = listing_digest(tree)
+def test_the_digest_of_a_raw_corpus_sees(tree, change):
+    before = raw_digest(tree)
     change(tree)
-    assert listing_digest(tree) != before
+    assert raw_digest(tree) != before
 
 
-def test_only_the_content_digest_sees_changes_of_equal_size(tree):
-    listed, content = listing_digest(tree), content_digest(tree, list_files(tree))
+def test_audio_counts_by_size_and_nothing_by_time(tree):
+    (tree / "x.wav").write_text("abc")
+    before = raw_digest(tree)
+    (tree / "x.wav").write_text("xyz")
+    os.utime(tree / "b", (1, 1))
+    assert raw_digest(tree) == before
+    (tree / "x.wav").write_text("longer")
+    assert raw_digest(tree) != before
+
+
+def test_linked_folders_are_walked_and_circles_end(tree, tmp_path):
+    write_atomic(tmp_path / "elsewhere" / "d.wav", "1")
+    (tree / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tree)
+    (tree / "nothing").symlink_to(tmp_path / "nothing")
+    before = raw_digest(tree)
+    write_atomic(tmp_path / "elsewhere" / "d.wav", "longer")
+    assert raw_digest(tree) != before
+
+
+def test_the_state_of_files_is_their_size_and_time(tree):
+    files = [tree / "b", tree / "absent"]
+    before = state_digest(files)
+    os.utime(tree / "b", (1, 1))
+    touched = state_digest(files)
+    assert touched != before
+    (tree / "b").unlink()
+    assert state_digest(files) not in (before, touched)
+
+
+def test_the_content_digest_sees_changes_of_equal_size(tree):
+    content = content_digest(tree, list_files(tree))
     (tree / "b").write_text("x")
-    assert listing_digest(tree) == listed
     assert content_digest(tree, list_files(tree)) != content
 
 

@@ -143,7 +143,7 @@ def test_a_cut_without_text_counts_as_unlabelled():
     assert not batches.load(["c0"]).labelled_B.any()
 
 
-@pytest.mark.parametrize(("cache", "reads"), [(True, 1), (False, 3), (50 * 4 * 4, 1), (50 * 4 * 4 - 1, 3)])
+@pytest.mark.parametrize(("cache", "reads"), [(None, 1), (0, 3), (50 * 4 * 4, 1), (50 * 4 * 4 - 1, 3)])
 def test_features_are_read_once_if_they_fit_into_the_cache(cache, reads):
     cut = FakeCut("c0", 0.5)
     batches = CutBatches([cut], FakeTokens(), batch_duration_s=1, seed=0, cache=cache)

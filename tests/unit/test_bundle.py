@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kdrecipe.artifacts import content_digest, list_files
+from kdrecipe.artifacts import content_digest, list_files, sha256_file, write_atomic
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import KdrecipeError, PluginError
-from kdrecipe.interfaces import CompressContext
-from kdrecipe.model.asr import FeatureNorm, build_model
-from kdrecipe.model.bundle import Bundle, count_params, machine, provenance
+from kdrecipe.interfaces import CompressContext, Options, TargetSpec
+from kdrecipe.model.asr import FeatureNorm, build_model, model_info
+from kdrecipe.model.bundle import Bundle, compressor_state, count_params, machine, provenance
+from kdrecipe.plugin.carried import carry, verified
 from kdrecipe.plugin.loader import load_plugins
-from kdrecipe.stages.train import copy_plugin_files
 from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic
 from kdrecipe_plugins.compressors.magnitude_prune import MagnitudePrune
 
@@ -37,7 +39,7 @@ META = {
     "model": MODEL,
     "features": {"name": "fbank", "num_mel_bins": BINS},
     "compression": [],
-    "plugin_files": [],
+    "plugin_files": {},
 }
 
 PLUGIN = '''
@@ -176,24 +178,181 @@ def test_a_compressed_bundle_gives_the_same_outputs(registry, tokens, tmp_path, 
     assert bundle.meta["params"] == count_params(make_model(registry, tokens))  # smaller, not fewer
 
 
+class KeepRows:
+    """A compressor whose structure does not follow from its options: it keeps the loudest inputs."""
+
+    num_epochs = 0
+
+    class Config(Options):
+        """No options."""
+
+    def __init__(self, config):
+        self.rows = []
+
+    def apply(self, model, context):
+        self.rows = model.heads["ctc"].proj.weight.abs().sum(0).topk(5).indices.sort().values.tolist()
+        old = model.heads["ctc"].proj
+        self._cut(model, old.weight.detach()[:, self.rows])
+        return model
+
+    def _cut(self, model, weight):
+        class Cut(torch.nn.Module):
+            def __init__(self, rows, weight, bias):
+                super().__init__()
+                self.rows, self.weight, self.bias = rows, torch.nn.Parameter(weight), bias
+
+            def forward(self, x):
+                return x[..., self.rows] @ self.weight.t() + self.bias
+
+        model.heads["ctc"].proj = Cut(self.rows, weight, model.heads["ctc"].proj.bias)
+
+    def finish(self, model):
+        return model
+
+    def rebuild(self, model):
+        self._cut(model, torch.zeros(model.heads["ctc"].proj.weight.shape[0], len(self.rows)))
+        return model
+
+    def report(self):
+        return {"kept": float(len(self.rows))}
+
+    def state(self):
+        return {"rows": self.rows}
+
+    def load_state(self, state):
+        self.rows = state["rows"]
+
+
+def test_the_state_of_a_compressor_comes_back(tokens, tmp_path):
+    registry = load_plugins().registry
+    registry.add("compressors", "keep_rows", KeepRows, "test")
+    compressor = KeepRows(KeepRows.Config())
+    model = compressor.apply(make_model(registry, tokens), CompressContext(lambda: [])).eval()
+    state = compressor_state("keep_rows", compressor)
+    step = {"name": "keep_rows", "options": {}, "report": compressor.report(), "state": state}
+    Bundle.save(tmp_path / "b", model, tokens, {**META, "kind": "compressed", "compression": [step]})
+    bundle = Bundle.load(tmp_path / "b", registry)
+    assert_same_outputs(bundle.model, model)
+    assert bundle.meta["compression"][0]["state"] == {"rows": compressor.rows}
+    compressor.rows = [torch.tensor(1)]
+    with pytest.raises(PluginError, match=r"keep_rows.*JSON"):
+        compressor_state("keep_rows", compressor)
+
+
+def test_the_number_format_is_that_of_the_weights_whatever_the_step_is_called(registry, tokens, tmp_path):
+    model = make_model(registry, tokens)
+    named_int8 = [{"name": "int8_in_name_only", "options": {}, "report": {}, "state": {}}]
+    named = Bundle.save(tmp_path / "named", model, tokens, {**META, "compression": named_int8})
+    assert (named.meta["number_format"], named.is_int8) == ("fp32", False)
+    model = Int8Dynamic(Int8Dynamic.Config()).apply(model, CompressContext(lambda: []))
+    other = [{"name": "quantise_my_way", "options": {}, "report": {}, "state": {}}]
+    quantised = Bundle.save(tmp_path / "int8", model, tokens, {**META, "compression": other})
+    assert (quantised.meta["number_format"], quantised.is_int8) == ("int8", True)
+
+
+def test_a_bundle_has_a_frame_shift_for_each_tap_and_head(saved, registry):
+    bundle = Bundle.load(saved.path, registry)
+    assert bundle.meta["frame_shifts_s"] == {
+        "heads": {"ctc": 0.04}, "taps": {"front": 0.04, "encoder.0": 0.04},
+    }  # fmt: skip
+    assert bundle.head_shift_s("ctc") == 0.04
+
+
+def test_taps_and_heads_may_have_frames_of_their_own(registry, tokens):
+    model = make_model(registry, tokens)
+    model.encoder.tap_subsampling = lambda: {"front": 2}
+    model.heads["ctc"].subsampling = 2
+    info = model_info(model, tokens.vocab_id)
+    offered = {spec.key: spec for spec in info.provides()}
+    assert offered["hidden:front"].frame_shift_s == 0.02
+    assert offered["hidden:encoder.0"].frame_shift_s == 0.04
+    assert offered["frame_logits:ctc"].frame_shift_s == 0.08
+    plain = model_info(make_model(registry, tokens), tokens.vocab_id)
+    for key in ("hidden:front", "frame_logits:ctc"):
+        kind, tap = key.split(":")
+        assert "frame_shift_s" in plain.pinned(TargetSpec(kind, tap)).mismatch(offered[key])
+    assert info.pinned(TargetSpec("frame_logits")).mismatch(offered["frame_logits:ctc"]) is None
+
+
 # ---------------------------------------------------------------- plugins of its own
 
 
-def test_a_local_plugin_travels_with_the_bundle(tokens, tmp_path):
+OWN_MODEL = {"name": "own_encoder", "heads": {"ctc": {}}}
+
+
+@pytest.fixture
+def own(tokens, tmp_path):
+    """A bundle whose encoder is in a plugin file of its recipe, which is gone."""
     file = tmp_path / "recipe" / "plugin.py"
     file.parent.mkdir()
     file.write_text(PLUGIN)
-    model = make_model(load_plugins([file]).registry, tokens, {"name": "own_encoder", "heads": {"ctc": {}}})
+    model = make_model(load_plugins([file]).registry, tokens, OWN_MODEL)
     out = tmp_path / "bundle"
-    meta = {**META, "model": {"name": "own_encoder", "heads": {"ctc": {}}}}
-    meta["plugin_files"] = copy_plugin_files(SimpleNamespace(plugin_files=(file,)), out)
-    Bundle.save(out, model, tokens, meta)
+    Bundle.save(out, model, tokens, {**META, "model": OWN_MODEL, "plugin_files": carry([file], out)})
     shutil.rmtree(file.parent)
     shutil.move(out, tmp_path / "moved")
-    assert_same_outputs(Bundle.load(tmp_path / "moved").model, model)
-    (tmp_path / "moved" / "plugin.py").unlink()
+    return SimpleNamespace(path=tmp_path / "moved", model=model)
+
+
+def test_a_local_plugin_travels_with_the_bundle(own):
+    assert_same_outputs(Bundle.load(own.path, trust_plugins=True).model, own.model)
+    (own.path / "plugin.py").unlink()
     with pytest.raises(PluginError, match=r"plugin\.py: no such plugin file"):
-        _ = Bundle.load(tmp_path / "moved").model
+        _ = Bundle.load(own.path, trust_plugins=True).model
+
+
+def test_its_code_does_not_run_unasked(own):
+    with pytest.raises(PluginError, match=r"brings code of its own.*plugin\.py") as error:
+        _ = Bundle.load(own.path).model
+    assert "--trust-plugins" in error.value.problems[0].remedy
+
+
+def evil(tmp_path):
+    """Code that leaves a trace where it runs."""
+    return f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).write_text('')\n"
+
+
+def test_a_plugin_file_that_was_changed_never_runs(own, tmp_path):
+    with open(own.path / "plugin.py", "a") as file:
+        file.write(evil(tmp_path))
+    with pytest.raises(PluginError, match="changed after the bundle was made"):
+        _ = Bundle.load(own.path, trust_plugins=True).model
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("trust", [True, False])
+@pytest.mark.parametrize(
+    "name", ["../evil.py", "/tmp/evil.py", "a/evil.py", "..", "evil", "evil.so", ".evil.py", "a\\evil.py", 3]
+)
+def test_only_files_of_its_own_can_be_listed(saved, tmp_path, name, trust):
+    (tmp_path / "evil.py").write_text(evil(tmp_path))
+    digest = hashlib.sha256((tmp_path / "evil.py").read_bytes()).hexdigest()
+    for listed in ({name: digest}, [name], {"evil.py": None}, {"evil.py": "x"}, "evil.py"):
+        change_meta(saved.path, plugin_files=listed)
+        with pytest.raises(KdrecipeError, match=r"not the plain name of a \.py file"):
+            _ = Bundle.load(saved.path, trust_plugins=trust).model
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_of_one_name_do_not_overwrite_each_other(tmp_path):
+    for folder, text in (("a", "x = 1\n"), ("b", "x = 2\n"), ("c", "x = 1\n")):
+        write_atomic(tmp_path / folder / "plugin.py", text)
+    recorded = carry([tmp_path / f / "plugin.py" for f in "abc"], tmp_path / "out")
+    assert len(recorded) == 2
+    assert {(tmp_path / "out" / name).read_text() for name in recorded} == {"x = 1\n", "x = 2\n"}
+    assert {path.name: digest for path, digest in verified(tmp_path / "out", recorded).items()} == recorded
+
+
+def test_weights_that_would_run_code_are_refused(saved, registry, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.write_text, (tmp_path / "ran", "")
+
+    torch.save({"x": Evil()}, saved.path / "weights.pt")
+    change_meta(saved.path, weights_sha256=sha256_file(saved.path / "weights.pt"))
+    with pytest.raises(KdrecipeError, match="do not fit the model"):
+        _ = Bundle.load(saved.path, registry).model
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_plugin_that_is_not_installed_is_named(saved):
@@ -251,10 +410,12 @@ def test_a_directory_that_is_no_bundle_is_told(tmp_path):
     assert "exp/systems" in error.value.problems[0].remedy
 
 
-def test_a_format_of_the_future_is_told(saved):
-    change_meta(saved.path, format=99)
-    with pytest.raises(KdrecipeError, match="bundle format 99, this version reads 1"):
+@pytest.mark.parametrize("version", [1, 99, "2", None])
+def test_another_format_is_told(saved, version):
+    change_meta(saved.path, format=version)
+    with pytest.raises(KdrecipeError, match=f"bundle format {version}, this version reads 2") as error:
         Bundle.load(saved.path)
+    assert "make it again with this version" in error.value.problems[0].remedy
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3"])
@@ -275,7 +436,7 @@ def test_missing_tokens_are_told(saved, registry):
 
 def test_provenance_names_versions_and_no_machine():
     found = provenance("kdrecipe run x", recipe="x")
-    assert {"command", "date", "git", "machine", "versions", "recipe"} == set(found)
+    assert {"command", "core", "date", "git", "machine", "versions", "recipe"} == set(found)
     assert torch.__version__.startswith(found["versions"]["torch"])
     assert set(machine()) <= {"cpu", "cores", "gpu"}
     import socket

@@ -66,6 +66,17 @@ def python(code, **env):
 # ---------------------------------------------------------------- start
 
 
+@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(recipe, given, found):
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-m", "kdrecipe.cli", "check", str(recipe)]
+    # The library that runs torch's threads says itself what it was told, as soon as it is loaded.
+    done = subprocess.run(
+        command, env={**env, "OMP_DISPLAY_ENV": "true", **given}, capture_output=True, text=True, check=True
+    )
+    assert f"OMP_WAIT_POLICY = '{found}'" in done.stderr
+
+
 def test_help_imports_nothing_slow():
     done = python(
         """
@@ -272,8 +283,11 @@ def test_transcribe_and_bench_pass_on(tmp_path, monkeypatch):
     monkeypatch.setattr(kdrecipe.cli.bench, "bench", lambda *a, **k: calls.append((a, k)))
     assert main(["transcribe", "bundle", "a.wav", "b.wav", "--variant", "int8"]) == 0
     assert main(["bench", "bundle"]) == 0
-    options = {"decoder": None, "variant": "int8"}
-    assert calls == [((Path("bundle"), (Path("a.wav"), Path("b.wav"))), options), ((Path("bundle"), ()), {})]
+    options = {"decoder": None, "variant": "int8", "trust_plugins": False}
+    assert calls == [
+        ((Path("bundle"), (Path("a.wav"), Path("b.wav"))), options),
+        ((Path("bundle"), ()), {"trust_plugins": False}),
+    ]
     assert main(["transcribe", "bundle"]) == 2
 
 

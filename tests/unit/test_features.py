@@ -9,7 +9,6 @@ import pytest
 import soundfile
 from lhotse.array import TemporalArray
 from lhotse.audio import Recording, RecordingSet
-from lhotse.cut import CutSet
 from lhotse.supervision import SupervisionSegment, SupervisionSet
 
 from kdrecipe.corpus.subsets import choose_subsets, read_ids
@@ -189,7 +188,7 @@ def test_a_long_recording_gives_a_cut_per_supervision(tmp_path):
     RecordingSet.from_recordings([recording]).to_file(tmp_path / "train_recordings.jsonl.gz")
     SupervisionSet.from_segments(segments).to_file(tmp_path / "train_supervisions.jsonl.gz")
     compute_features(tmp_path, tmp_path / "out", {**CONFIG, "speed_perturb": [1.1]})
-    cuts = {cut.id: cut for cut in CutSet.from_file(tmp_path / "out" / "train.jsonl.gz")}
+    cuts = {cut.id: cut for cut in load_cuts(tmp_path / "out", "train")}
     assert set(cuts) == {"long-a", "long-b", "long-a_sp1.1", "long-b_sp1.1"}
     alone = extract(speak("SUN") * 0.5, SAMPLE_RATE, CONFIG)
     # Lossy only by the wav file's 16 bits.

@@ -239,6 +239,16 @@ def test_unknown_taps_are_refused_with_a_hint():
         hidden_mse(layers={"encoder.0": "encodr.1"})
 
 
+def test_a_students_tap_must_have_the_frames_of_its_output():
+    student = replace(model_info(), tap_shifts_s={"encoder.0": 0.02})
+    cls = HiddenMse
+    with pytest.raises(
+        RecipeError, match=r"'encoder\.0' has a frame every 0\.02 s, its output every 0\.04 s"
+    ):
+        cls(cls.Config(layers={"encoder.0": "encoder.0"}), LossSetup(student, model_info()))
+    cls(cls.Config(layers={"encoder.1": "encoder.0"}), LossSetup(student, model_info()))
+
+
 # ---------------------------------------------------------------- cr_ctc
 
 

@@ -19,7 +19,8 @@ from kdrecipe.interfaces import Options
 from kdrecipe.plugin import hookspecs
 from kdrecipe.plugin import loader as plugins_module
 from kdrecipe.plugin.loader import CORE_COMMANDS, Plugins, load_plugins
-from kdrecipe.plugin.registry import KINDS, Registry, Source, code_hash
+from kdrecipe.plugin.registry import KINDS, Registry, Source
+from kdrecipe.plugin.source_code import code_hash
 
 ROOT = Path(__file__).parents[2]
 HOOKS = [name for name, thing in vars(hookspecs).items() if hasattr(thing, "kdrecipe_spec")]

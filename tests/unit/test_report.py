@@ -300,6 +300,16 @@ def test_reading_turns_with_the_figures(made: tuple[Path, Any]) -> None:
     assert "it holds in 6 of 9 pairs" in text
 
 
+def test_reading_names_rows_that_other_code_made() -> None:
+    cores = {"a": ["1"], "b": ["1"], "c": ["1", "2"], "d": ["not recorded"]}
+    systems = [{"name": name, "core": core, "seeds": [1, 2]} for name, core in cores.items()]
+    data = {"recipe": {"name": "x"}, "systems": systems}
+    [said] = [r["text"] for r in assemble(data)["reading"] if "kdrecipe's code" in r["text"]]
+    assert said.startswith("Made by another version of kdrecipe's code than the other rows: c and d. ")
+    data["systems"] = systems[:2]
+    assert not [r for r in assemble(data)["reading"] if "code" in r["text"]]
+
+
 def test_reading_warns_of_what_is_missing() -> None:
     split = {"wer": {"mean": 0.2, "std": None, "ci95": [0.1, 0.3]}, "gap_recovered": None}
     systems: list[dict[str, Any]] = [

@@ -698,13 +698,22 @@ def test_heads_of_a_pretrained_bundle(load, tmp_path):
     assert recipe.heads_of("quantised") is None
     assert list(recipe.searches_of("teacher")) == ["a", "b"]
     (tmp_path / "big").mkdir()
-    bundle = '{"model": {"name": "enc", "num_layers": 3, "heads": {"rnnt": {}, "ctc": {}}}}'
+    bundle = '{"format": 2, "model": {"name": "enc", "num_layers": 3, "heads": {"rnnt": {}, "ctc": {}}}}'
     (tmp_path / "big" / "bundle.json").write_text(bundle, encoding="utf-8")
     [found] = problems(load, data)
     assert "head 'rnnt' of systems 'teacher', 'quantised'" in found, "nothing measures it"
     recipe = load(change(data, "export", [{"name": "onnx"}, {"name": "onnx_transducer"}]))
     assert recipe.heads_of("quantised") == ("rnnt", "ctc")
     assert list(recipe.searches_of("teacher")) == ["b", "a"]
+
+
+def test_a_bundle_of_another_format_is_told(load, tmp_path):
+    data = change(base(), "systems.teacher", {"pretrained": {"bundle": "big"}})
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "bundle.json").write_text('{"format": 1, "plugin_files": []}', encoding="utf-8")
+    [found] = problems(load, data)
+    assert "bundle format 1, this version reads 2" in found
+    assert found.startswith("recipe.yaml:")
 
 
 def test_claims(load):
@@ -763,7 +772,7 @@ def test_a_pretrained_teacher_is_looked_into(load, tmp_path):
     load(data)  # not there yet: stage 3 will see
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "bundle.json").write_text(
-        '{"model": {"name": "enc", "num_layers": 3, "heads": {"ctc": {}}}}', encoding="utf-8"
+        '{"format": 2, "model": {"name": "enc", "num_layers": 3, "heads": {"ctc": {}}}}', encoding="utf-8"
     )
     [found] = problems(load, data)
     assert "needs hidden:encoder.5" in found
@@ -773,7 +782,13 @@ def test_a_pretrained_teacher_is_looked_into(load, tmp_path):
 def pretrained(directory, pieces=("<blk>", "<sos/eos>", "<unk>", "▁", "A"), **meta):
     """Recipe data whose teacher is a bundle, of which there is what a check reads."""
     (directory / "big").mkdir(exist_ok=True)
-    found = {"model": MODEL, "features": {"name": "fbank", "num_mel_bins": 80}, "vocab_id": "abc", **meta}
+    found = {
+        "format": 2,
+        "model": MODEL,
+        "features": {"name": "fbank", "num_mel_bins": 80},
+        "vocab_id": "abc",
+        **meta,
+    }
     (directory / "big" / "bundle.json").write_text(json.dumps(found), encoding="utf-8")
     listed = "".join(f"{piece} {i}\n" for i, piece in enumerate(pieces))
     (directory / "big" / "tokens.txt").write_text(listed, encoding="utf-8")

@@ -68,7 +68,7 @@ def made(tmp_path_factory, registry):
     described = recipe_with(root / "recipe").systems["teacher"].model
     model = build_model(described, input_dim=16, vocab_size=len(tokens), registry=registry)
     meta = {"name": "teacher", "kind": "trained", "model": described, "features": config, "compression": []}
-    Bundle.save(layout.system("teacher", 1), model, tokens, {**meta, "plugin_files": []})
+    Bundle.save(layout.system("teacher", 1), model, tokens, {**meta, "plugin_files": {}})
     return SimpleNamespace(layout=layout, tokens=tokens)
 
 
