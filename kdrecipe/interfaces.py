@@ -5,7 +5,7 @@ Plugins stand on this module, :mod:`kdrecipe.errors`, :mod:`kdrecipe.layers` and
 
 Shapes, in names and docstrings: B utterances, S audio samples, F feature bins, T frames (of the
 features, or of the encoder after subsampling), U tokens, V vocabulary, D width, K kept classes; of
-a transducer: J width of the joiner, and P = U + 1 places between tokens.
+a transducer: J width of the joiner, and P = U + 1 positions between tokens.
 """
 
 from __future__ import annotations
@@ -114,16 +114,16 @@ class Hidden:
 
 @dataclass
 class LatticePosteriors:
-    """A teacher's transducer posteriors at temperature 1, at every frame and place of the lattice.
+    """A teacher's transducer posteriors at temperature 1, at every frame and position of the lattice.
 
     Three classes: the next token of the text, the blank, and all other tokens together, whose
     mass is what the two leave (Panchapagesan 2020, arXiv 2011.06110).
 
     Args:
         log_probs_BTP2: float32, log-posteriors of the next token and of the blank; after the last
-            token there is no next one, and its place holds no meaning.
+            token there is no next one, and its position holds no meaning.
         lens_B: int64, valid frames.
-        token_lens_B: int64, U of each utterance; its places are 0 to U.
+        token_lens_B: int64, U of each utterance; its positions are 0 to U.
     """
 
     log_probs_BTP2: Tensor
@@ -243,7 +243,7 @@ class Lattice:
     """The two sides of a transducer for a batch and its tokens, not yet joined.
 
     The joined logits (B, T, P, V) would fill the memory: :mod:`kdrecipe.lattice` finds, by
-    the *simple* joiner, which is a sum of the two sides, the few places per frame that matter,
+    the *simple* joiner, which is a sum of the two sides, the few positions per frame that matter,
     and joins there only (Kuang 2022, arXiv 2206.13236).
 
     Args:

@@ -12,7 +12,7 @@ batch. Nothing is ever cropped. (Lhotse's ``perturb_speed`` keeps a cut's arrays
 Targets that go along a text are kept along the transcript, along the teacher's own hypothesis, or
 both, as the students need: one may have a cut's transcript, another may not.
 
-B utterances, T frames, U tokens, P = U + 1 places between them, K kept classes, V vocabulary, D width.
+B utterances, T frames, U tokens, P = U + 1 positions between them, K kept classes, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -360,8 +360,8 @@ def _parts(
     if isinstance(target, Hidden):
         parts = {"values": values(target.values_BTD, spec.dtype)}
     elif isinstance(target, LatticePosteriors):
-        places = int(target.token_lens_B[row]) + 1
-        parts = {"log_probs": values(target.log_probs_BTP2[:, :, :places], spec.dtype)}
+        positions = int(target.token_lens_B[row]) + 1
+        parts = {"log_probs": values(target.log_probs_BTP2[:, :, :positions], spec.dtype)}
     else:
         parts = {"log_probs": values(target.log_probs_BTK, spec.dtype)}
         if target.indices_BTK is not None and target.log_tail_BT is not None:

@@ -8,7 +8,7 @@ value by one step of that type, since matrix products depend on the shapes.
 Attention decoders and transducers speak along a text. For a labelled utterance that is its
 transcript, for any other the teacher's own hypothesis, by greedy search of its first head.
 
-B utterances, T frames, U tokens, P = U + 1 places between them, K kept classes, V vocabulary, D width.
+B utterances, T frames, U tokens, P = U + 1 positions between them, K kept classes, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -125,12 +125,12 @@ def _target(out: ModelOutput, batch: Batch, spec: TargetSpec) -> Posteriors | Hi
 
 
 def _lattice(out: ModelOutput, head: str, dtype: torch.dtype) -> LatticePosteriors:
-    """Rounded as on disk; 0 beyond the last frame and place, and for the next token of the last place."""
+    """Rounded as on disk; 0 beyond the last frame and position, and for the last position's next token."""
     found = full_lattice_posteriors(out.lattices[head])
     frames_BT = frame_mask(found.lens_B, int(found.lens_B.max()) if len(found.lens_B) else 0)
     values = found.log_probs_BTP2[:, : frames_BT.shape[1]].clamp(min=MIN_LOG_PROB).to(dtype).float()
-    places_BP = frame_mask(found.token_lens_B + 1, values.shape[2])
+    positions_BP = frame_mask(found.token_lens_B + 1, values.shape[2])
     has_next_BP = frame_mask(found.token_lens_B, values.shape[2])
-    means_BP2 = torch.stack([has_next_BP, places_BP], dim=-1)
+    means_BP2 = torch.stack([has_next_BP, positions_BP], dim=-1)
     valid = frames_BT[:, :, None, None] & means_BP2[:, None]
     return LatticePosteriors(values.masked_fill(~valid, 0.0), found.lens_B, found.token_lens_B)
