@@ -1,6 +1,6 @@
 """What plugins and the core say to each other: data classes and small Protocols.
 
-Plugins stand on this module, :mod:`kdrecipe.errors`, :mod:`kdrecipe.layers` and
+Plugins build on this module, :mod:`kdrecipe.errors`, :mod:`kdrecipe.layers` and
 :mod:`kdrecipe.data` only.
 
 Shapes, in names and docstrings: B utterances, S audio samples, F feature bins, T frames (of the
@@ -121,7 +121,7 @@ class LatticePosteriors:
 
     Args:
         log_probs_BTP2: float32, log-posteriors of the next token and of the blank; after the last
-            token there is no next one, and its position holds no meaning.
+            token there is no next one, and its position has no meaning.
         lens_B: int64, valid frames.
         token_lens_B: int64, U of each utterance; its positions are 0 to U.
     """
@@ -174,7 +174,7 @@ class Targets:
 def _map_tensors(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """``item`` (a dataclass) with ``change`` applied to each tensor in it, also within dicts and dataclasses.
 
-    Fields that are no arguments (``init=False``: kept results) start anew.
+    Fields that are no arguments (``init=False``: kept results) start empty.
     """
     import torch
 
@@ -284,7 +284,7 @@ class ModelOutput:
         logits: by head name, not normalised; ``ctc``: (B, T, V); ``attention``: (B, U + 1, V), the
             tokens of the batch and the end of the sentence, each given those before it.
         taps: by declared name, those that were asked for: (B, T, D).
-        num_views: how many differently augmented copies of the batch lie one after the other
+        num_views: how many differently augmented copies of the batch follow one another
             along B (1: none; see :meth:`views`).
         lattices: by head name, of heads that are transducers.
     """
@@ -465,7 +465,7 @@ class LossSetup:
 class Loss(Protocol):
     """A loss term, built as ``cls(config, setup)``.
 
-    May be an ``nn.Module`` with parameters of its own (projections), which are trained along and
+    May be an ``nn.Module`` with its own parameters (projections), which are trained too and
     not kept. Class attributes, both optional: ``supervised = True`` gives it labelled utterances
     only; ``num_views = 2`` asks for two differently augmented copies of each batch. The object's
     attribute ``taps``, optional too, names the student's taps that it reads from ``out.taps``.
@@ -489,7 +489,7 @@ class CompressContext:
     """What a compressor may use besides the model.
 
     Args:
-        calibration: batches of features from the calibration split, anew at each call.
+        calibration: batches of features from the calibration split, from the start at each call.
         seed: for anything drawn at random.
     """
 
@@ -500,7 +500,7 @@ class CompressContext:
 class Compressor(Protocol):
     """One step of compression, built as ``cls(config)``.
 
-    ``apply`` may change the model in place. If ``num_epochs`` is above 0, training goes on
+    ``apply`` may change the model in place. If ``num_epochs`` is above 0, training continues
     for that long with the parent's own losses and teachers, ``on_step`` being called after
     every optimiser step, then ``finish``. ``rebuild`` gives an untrained model the structure of a
     compressed one, so that its weights can be loaded from a bundle.

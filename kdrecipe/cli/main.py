@@ -160,7 +160,7 @@ def _summary(recipe: Recipe) -> None:
     for name, location in lists.items():
         try:
             path = recipe.corpus.list_path(name)
-        except RecipeError:  # an environment variable: that has been told
+        except RecipeError:  # an environment variable: already reported
             continue
         if not path.exists():
             click.echo(f"  to run it: there is no {path} to list the subset {name!r} ({location.where})")
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        print("kdrecipe: interrupted; the same command goes on from here", file=sys.stderr)
+        print("kdrecipe: interrupted; the same command resumes from here", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has stopped (| head); keep Python from complaining at exit.

@@ -1,4 +1,4 @@
-"""Where jobs run: in a process of their own, with a share of the machine's threads and one GPU."""
+"""Where jobs run: each in a separate process, with a share of the machine's threads and one GPU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def die_with_parent() -> None:
 
 @dataclass
 class JobProcess:
-    """A job in a process of its own."""
+    """A job in a separate process."""
 
     process: subprocess.Popen[str]
     reader: threading.Thread

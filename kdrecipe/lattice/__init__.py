@@ -6,7 +6,7 @@ tokens. Its lattice says which few positions each frame is likely to be at; only
 joiner asked.
 
 Several losses share one forward pass: what they need is kept in ``Lattice.kept``. The graph behind it
-is one, so their totals are to be added up before the backward pass.
+is one, so add their totals before the backward pass.
 
 B utterances, T frames, U tokens, P = U + 1 positions, V vocabulary, J joiner's width, R positions kept per
 frame, N valid frames of a batch in a row, C rows of a matrix.
@@ -299,7 +299,7 @@ def three_way(logits: Tensor, next_tokens: Tensor, has_next: Tensor) -> Tensor:
 
 
 class _ThreeWay(torch.autograd.Function):
-    """Of the size of the logits it keeps nothing but these, and their gradient is computed in place."""
+    """It keeps no other tensor of the size of the logits, and computes their gradient in place."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, next_1: Tensor, has_next_1: Tensor) -> Tensor:
@@ -340,7 +340,7 @@ _LEAST = 1e-30  # of the largest posterior: what all other tokens have together 
 
 @torch.no_grad()
 def full_lattice_posteriors(lattice: Lattice, chunk: int | None = None) -> LatticePosteriors:
-    """A teacher's posteriors at every frame and position; its joiner is asked ``chunk`` frames at a time.
+    """A teacher's posteriors at every frame and position, joined ``chunk`` frames at a time.
 
     Args:
         lattice: of the teacher, along the tokens that the student will be forced along.

@@ -1,7 +1,7 @@
 """Sums over all paths of the transducer's lattice (Graves 2012), with occupancies as their gradient.
 
-A path begins at frame 0 and position 0. A token moves it one position on, a blank one frame; it ends with
-a blank at the last frame, after the last token. All is plain PyTorch, on any device.
+A path starts at frame 0 and position 0. A token moves it to the next position, a blank to the next frame.
+It ends with a blank at the last frame, after the last token. All is plain PyTorch, on any device.
 
 B utterances, T frames, U tokens, P = U + 1 positions, X = T + 1 points between frames.
 """
@@ -28,7 +28,7 @@ def lattice_log_likelihood(
 
     Args:
         next_BPT: log-posterior of the next token at each position and frame; -inf where there is none.
-        blank_BPT: of the blank. What lies in the padding of either does not matter.
+        blank_BPT: of the blank. The content of their padding does not matter.
         lens_B: int64, valid frames.
         token_lens_B: int64, U of each utterance, at most P - 1.
     """

@@ -2,7 +2,7 @@
 
 ``tokens.arpa`` is over the pieces of the recipe's tokens, ``words.arpa`` over words, both as
 :func:`kdrecipe.data.ngram.escape` writes symbols; ``lm.json`` says what they are made of and how
-well they foretell the development split's text.
+well they predict the development split's text.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
 
 
 def missing_kenlm(recipe: Recipe) -> MissingExtra | None:
-    """What to tell if some search uses the language model and KenLM is not installed."""
+    """What to report if some search uses the language model and KenLM is not installed."""
     from kdrecipe.data.ngram import INSTALL_KENLM
 
     users = [label for label, decoder in recipe.decode.decoders.items() if uses_lm(decoder.options)]

@@ -32,7 +32,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
 
 
 def run(recipe: Recipe, layout: Layout, out: Path) -> None:
-    """Write the report; the recipe as it stands, run in its own place, also renews its tables."""
+    """Write the report; the recipe as it stands, run in its own directory, also renews its tables."""
     from kdrecipe.report.write import write_report
 
     scores = read_json(layout.scores / "scores.json")

@@ -17,7 +17,7 @@ from kdrecipe.stages.plan import build_plan
 if TYPE_CHECKING:
     from kdrecipe.recipe.load import Recipe
 
-MAX_JOBS = 8  # more processes than this need a machine and a thought of their own
+MAX_JOBS = 8  # more processes than this need a large machine, and a deliberate choice (--jobs)
 
 
 def run_recipe(

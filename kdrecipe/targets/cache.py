@@ -50,7 +50,7 @@ from kdrecipe.targets.live import LiveTargets, padded_tokens
 
 FORMAT = 2
 DEFAULT_FRAME_SHIFT_S = 0.04
-RECOMPUTE = "compute the targets anew (stage 4)"
+RECOMPUTE = "compute the targets again (stage 4)"
 
 Along = Literal["", "transcript", "own"]
 """The text that a target goes along; '' for those that need none."""
@@ -70,10 +70,10 @@ class TargetCache:
     """A teacher's targets on disk for a set of cuts, kept in memory after the first use.
 
     Args:
-        directory: where they lie.
+        directory: where they are stored.
         specs: what there is of each cut.
         cuts: the cuts with their arrays; each must be as it was when they were computed.
-        max_memory_bytes: kept in memory at most, the rest is read anew each time; None: as much as
+        max_memory_bytes: kept in memory at most, the rest is read again each time; None: as much as
             this process's budget allows, see :mod:`kdrecipe.data.memory`.
 
     Raises:
@@ -169,7 +169,7 @@ class TargetCache:
                 raise DataError(
                     f"{num_frames} feature frames, its cached targets were computed from {expected}",
                     where=cut_id,
-                    remedy=f"{RECOMPUTE}; perturb speed before, as cuts of their own",
+                    remedy=f"{RECOMPUTE}; perturb speed before, as separate cuts",
                 )
         labelled = batch.labelled_B.tolist()
         sides: list[Along] = ["transcript" if known else "own" for known in labelled]
@@ -276,7 +276,7 @@ def write_targets(
             found = live.targets(part).map(lambda x: x.cpu())
             for row, cut_id in enumerate(part.ids):
                 for name, (values, shift_s) in _stored(found, row, specs, along, cut_id).items():
-                    if name not in custom[cut_id]:  # frames do not hang on the text
+                    if name not in custom[cut_id]:  # frames do not depend on the text
                         custom[cut_id][name] = _store(writer, cut_id, name, values, shift_s)
         done |= {cut_id: fastcopy(by_id[cut_id], custom=custom[cut_id]) for cut_id in batch.ids}
         if progress is not None:
@@ -340,7 +340,7 @@ def _stored(
 def _store(
     writer: NumpyFilesWriter, cut_id: str, name: str, values: np.ndarray, shift_s: float | None
 ) -> Any:
-    # Cut ids may hold what file names may not; the directory may be moved.
+    # Cut ids may contain characters that file names can't; the directory may be moved.
     key = f"{fingerprint(cut_id)[:16]}-{name}"
     if shift_s is None:
         return fastcopy(writer.store_array(key, values), storage_path="arrays")

@@ -61,7 +61,7 @@ class LiveTargets:
     @torch.no_grad()
     def targets(self, batch: Batch) -> Targets:
         """All targets for ``batch``, whose features must not be augmented."""
-        model = self.model.eval()  # whoever shares the module may have set it back
+        model = self.model.eval()  # other users of the module may have set it back
         taps = [spec.tap for spec in self.specs if spec.kind == "hidden"]
         forced = any(spec.kind in FORCED_KINDS for spec in self.specs)
         with torch.autocast(batch.features_BTF.device.type, enabled=False):

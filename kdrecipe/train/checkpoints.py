@@ -21,7 +21,7 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        work_dir: of the run; they lie in ``checkpoints`` below it.
+        work_dir: of the run; they are in ``checkpoints`` below it.
         keep: weights of how many epochs stay (the number that is averaged).
     """
 
@@ -100,4 +100,4 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
-_REMEDY = "delete the directory it lies in and run again; training then starts anew"
+_REMEDY = "delete its directory and run again; training then starts from the beginning"

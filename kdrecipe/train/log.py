@@ -83,7 +83,7 @@ class Meter:
         self.sums = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Start again."""
         self.sums = {}
 
 
@@ -138,12 +138,12 @@ class Progress:
             self.note(f"step {step}/{self.num_steps} {facts}")
 
     def note(self, text: str) -> None:
-        """A line of its own, unless there was one a moment ago."""
+        """A separate line, unless there was one a moment ago."""
         if self._bar is not None or time.monotonic() - self._said_at >= _LINE_EVERY_S:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """A separate line."""
         self._said_at = time.monotonic()
         if self._bar is not None:
             self._bar.write(f"{self.label}{text}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """The one training loop: teachers, students, and fine-tuning under compression.
 
 What depends on what: an epoch's batches on (seed, epoch), a step's random numbers on (seed, step).
-So a run that was killed goes on where its last checkpoint was as if nothing had happened, on a CPU
+So a killed run resumes from its last checkpoint as if nothing had happened, on a CPU
 bit for bit.
 """
 
@@ -276,7 +276,7 @@ class _Run:
         if state and state["signature"] != signature:
             changed = sorted(k for k, v in signature.items() if state["signature"].get(k) != v)
             self.progress = Progress(self.label, self.num_steps, 0, self._talks)
-            self.progress.say(f"starting anew: the checkpoint's {', '.join(changed)} differ")
+            self.progress.say(f"starting from the beginning: the checkpoint's {', '.join(changed)} differ")
             self.workers.wait()  # all have read it
             if self.workers.is_first:
                 self.checkpoints.clear()
@@ -286,7 +286,7 @@ class _Run:
         self.log.rewind(self.step)
         self.progress = Progress(self.label, self.num_steps, self.step, self._talks)
         if state:
-            self.progress.say(f"going on after step {self.step} of {self.num_steps}")
+            self.progress.say(f"resuming after step {self.step} of {self.num_steps}")
 
     @property
     def _talks(self) -> bool:
@@ -309,7 +309,7 @@ class _Run:
         }
 
     def _save(self) -> None:
-        if self.workers.world_size > 1:  # a collective operation: before rank 0 goes on alone
+        if self.workers.world_size > 1:  # a collective operation: before rank 0 continues alone
             numbers = self.workers.sum_numbers(self.stepper.meter.numbers())
         else:
             numbers = self.stepper.meter.numbers()

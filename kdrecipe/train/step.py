@@ -176,13 +176,13 @@ class Stepper:
         """Gradients of ``sum_i weight_i * total_i / count_i``, totals and counts over the whole step.
 
         The counts of *all* micro-batches on *all* processes must be known before the first backward
-        pass, or each micro-batch would be normalised by itself, and a mean of means weighs a token
+        pass, or each micro-batch would be normalised separately, and a mean of means weighs a token
         in a short batch more than one in a long batch. Three cases, all exact:
 
         - one micro-batch per process: forward, sum the counts over processes, backward;
         - several, but a single term: normalise by a provisional count and set the gradient right
           afterwards, since it is proportional to 1 / count;
-        - several, and several terms with counts of their own: a forward pass without gradients
+        - several, and several terms with their own counts: a forward pass without gradients
           over all micro-batches finds the counts first. It draws the same random numbers, and costs
           about a quarter of the step. Keeping every graph until the counts are known would cost the
           memory that accumulation is there to save; a gradient per term would cost more time.

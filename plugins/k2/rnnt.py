@@ -34,12 +34,12 @@ class K2RnntOptions(Options):
     """Options of ``{name: k2_rnnt}``: those of ``{name: rnnt}``.
 
     Args:
-        range: positions per frame at which the joiner is asked, at least 2.
+        range: lattice positions per frame at which the joiner is computed, at least 2.
         simple_scale: weight of the simple joiner's loss, which finds these positions.
         lm_scale: share of the predictor's own posteriors in the simple joiner's.
         am_scale: share of the encoder's own. Above 0 k2 differs from ``rnnt``: it smooths by the mean
             of the batch, padding included, so that an utterance's loss depends on its neighbours.
-        full: ask the joiner at all positions.
+        full: compute the joiner at all positions.
     """
 
     range: int = Field(default=5, ge=MIN_RANGE)

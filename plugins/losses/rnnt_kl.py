@@ -36,7 +36,7 @@ class RnntKlLoss:
     both share one forward pass, if their ranges are the same and ``rnnt`` has its default ``lm_scale`` and
     ``am_scale``. The text is the transcript, or the teacher's hypothesis where there is none.
 
-    The mean over the positions of a frame, not the sum, so that a frame weighs as much as in ``kl``.
+    The mean over the positions of a frame, not the sum, so that a frame has the same weight as in ``kl``.
 
     Count: the frames. Metric ``agree``: that share of the frames (by the positions' weights) whose best
     class is the teacher's.

@@ -300,11 +300,11 @@ class RnntLossOptions(Options):
     """Options of ``{name: rnnt}``.
 
     Args:
-        range: positions per frame at which the joiner is asked, at least 2.
+        range: lattice positions per frame at which the joiner is computed, at least 2.
         simple_scale: weight of the simple joiner's loss, which finds these positions.
         lm_scale: share of the predictor's own posteriors in the simple joiner's.
         am_scale: share of the encoder's own.
-        full: ask the joiner at all positions: far more memory, for comparisons.
+        full: compute the joiner at all positions: far more memory, for comparisons.
     """
 
     range: int = Field(default=5, ge=MIN_RANGE)
