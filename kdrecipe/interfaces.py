@@ -1,4 +1,4 @@
-"""What plugins and the core say to each other: data classes and small Protocols.
+"""The interface between plugins and the core: data classes and small Protocols.
 
 Plugins build on this module, :mod:`kdrecipe.errors`, :mod:`kdrecipe.layers` and
 :mod:`kdrecipe.data` only.
@@ -593,7 +593,7 @@ class LanguageModel(Protocol):
 class Decoder(Protocol):
     """A search on the outputs of one head, built as ``cls(config, tokens, frame_shift_s)``.
 
-    One whose options have ``lm_weight`` is built as ``cls(config, tokens, frame_shift_s, lm)``, ``lm``
+    A decoder whose options have ``lm_weight`` is built as ``cls(config, tokens, frame_shift_s, lm)``, ``lm``
     being the recipe's :class:`LanguageModel`, or None where ``lm_weight`` is 0 (the default). A static
     method ``beside(config)``, optional, names further heads that it reads.
     """
@@ -685,7 +685,7 @@ class Runtime:
 class Exporter(Protocol):
     """Writes a bundle where it runs, built as ``cls(config)``.
 
-    ``head`` names the head that it exports; systems without it are passed over. ``runtime`` is the
+    ``head`` names the head that it exports; systems without it are skipped. ``runtime`` is the
     runtime whose texts, time and memory make the row of the table; None: it has none here. ``files``
     says what the runtime loads: variant -> part (``encoder``) -> file name.
 

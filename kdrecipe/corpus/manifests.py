@@ -1,4 +1,4 @@
-"""Manifests of a corpus: validated and written; nothing is left out in silence.
+"""Manifests of a corpus: validated and written; nothing is left out silently.
 
 A corpus plugin makes Lhotse recordings and supervisions, on its own or with
 :func:`kdrecipe.corpus.gather.gather`; :func:`validate_corpus` then looks at every recording and

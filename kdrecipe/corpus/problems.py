@@ -1,7 +1,7 @@
 """What can be wrong with a corpus, kind by kind, and what becomes of it.
 
 All problems are reported at once, by kind, with counts and file names. ``on_error: stop`` ends
-there, ``on_error: skip`` leaves those utterances out and lists each: nothing goes in silence.
+there, ``on_error: skip`` leaves those utterances out and lists each: nothing is left out silently.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def set_threads() -> None:
 
 
 def die_with_parent() -> None:
-    """Have Linux end this process with the one that started it, so that none trains on unseen."""
+    """Have Linux end this process with the one that started it, so that none keeps training unnoticed."""
     parent = os.environ.get(PARENT)
     if parent and sys.platform == "linux":
         import ctypes

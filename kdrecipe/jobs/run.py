@@ -47,7 +47,7 @@ class Run:
         """Run all that has a reason to.
 
         Raises:
-            KdrecipeError: at least one job failed; those beside it were let finish.
+            KdrecipeError: at least one job failed; the others were allowed to finish.
         """
         self._print_skipped()
         queue = [j for j in self.selected if j.name in self.reasons]

@@ -146,7 +146,7 @@ def _resumable(job: Job, jobs: Mapping[str, Job]) -> bool:
 
 
 def _started(job: Job, jobs: Mapping[str, Job]) -> dict[str, str]:
-    """What an interrupted run was begun with: its inputs, and the content of what it reads."""
+    """What an interrupted run started with: its inputs, and the content of what it reads."""
     needs = {name: (_read_stamp(jobs[name]) or {}).get("content") for name in job.needs}
     return {"inputs": fingerprint(_plain(job.inputs)), "needs": fingerprint(needs)}
 
@@ -155,7 +155,7 @@ def run_job(job: Job, jobs: Mapping[str, Job]) -> float:
     """Run one job to its stamp; returns the seconds it took.
 
     Raises:
-        KdrecipeError: the job failed, or another process is at it.
+        KdrecipeError: the job failed, or another process is running it.
     """
     start = time.monotonic()
     partial = _partial(job)

@@ -9,7 +9,7 @@ A cache is a directory::
 A cache of other targets than those asked for is refused, and so is one whose frames do not fit the
 batch. Nothing is ever cropped. (Lhotse's ``perturb_speed`` keeps a cut's arrays as they were.)
 
-Targets that go along a text are kept along the transcript, along the teacher's own hypothesis, or
+Targets that depend on a text are stored for the transcript, for the teacher's own hypothesis, or
 both, as the students need: one may have a cut's transcript, another may not.
 
 B utterances, T frames, U tokens, P = U + 1 positions between them, K kept classes, V vocabulary, D width.
@@ -53,7 +53,7 @@ DEFAULT_FRAME_SHIFT_S = 0.04
 RECOMPUTE = "compute the targets again (stage 4)"
 
 Along = Literal["", "transcript", "own"]
-"""The text that a target goes along; '' for those that need none."""
+"""The text that a target depends on; '' for those that need none."""
 
 
 class Batches(Protocol):
@@ -159,7 +159,7 @@ class TargetCache:
 
         Raises:
             DataError: a cut is missing, has another number of feature frames or another transcript,
-                or its targets do not go along the text that the batch asks for.
+                or its targets follow another text than the batch needs.
         """
         for cut_id, num_frames in zip(batch.ids, batch.lens_B.tolist(), strict=True):
             if cut_id not in self._cuts:
@@ -182,7 +182,7 @@ class TargetCache:
         return found.map(lambda x: x.to(device))
 
     def _texts(self, batch: Batch, sides: Sequence[Along]) -> list[list[int]]:
-        """The texts that the targets go along; a transcript must be the batch's own."""
+        """The texts that the targets follow; a transcript must be the batch's own."""
         texts: list[list[int]] = []
         rows = zip(batch.ids, sides, batch.tokens_BU.tolist(), batch.token_lens_B.tolist(), strict=True)
         for cut_id, along, tokens, length in rows:
@@ -203,9 +203,9 @@ class TargetCache:
             n[len(prefix) :]: a for n, a in self._cuts[cut_id].custom.items() if n.startswith(prefix)
         }
         if not manifests:
-            what = "its cached targets do not go along its transcript"
+            what = "its cached targets do not follow its transcript"
             if name.endswith("own"):
-                what = "its cached targets do not go along the teacher's own hypothesis"
+                what = "its cached targets do not follow the teacher's own hypothesis"
             raise DataError(what, where=cut_id, remedy=RECOMPUTE)
         # Lhotse's cut.load_custom() would crop to the cut's duration; this reads what was written.
         arrays = {part: a.with_path_prefix(self.directory).load() for part, a in manifests.items()}
@@ -290,7 +290,7 @@ def write_targets(
 
 
 def _sides(batch: Batch, own_ids: Collection[str]) -> list[tuple[Batch, Along]]:
-    """The utterances to go along their transcripts, and those along the teacher's own words."""
+    """The utterances that follow their transcripts, and those that follow the teacher's own words."""
     own = torch.tensor([cut_id in own_ids for cut_id in batch.ids]) | ~batch.labelled_B.cpu()
     own_B = own.to(batch.labelled_B.device)
     sides: list[tuple[Batch, Along]] = []

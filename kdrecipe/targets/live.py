@@ -5,7 +5,7 @@ posteriors cut to the top k, hidden states, lattices, all rounded to the type in
 stored. Given the same batches they agree bit for bit; a batch put together differently can move a
 value by one step of that type, since matrix products depend on the shapes.
 
-Attention decoders and transducers speak along a text. For a labelled utterance that is its
+Targets of attention decoders and transducers depend on a text. For a labelled utterance that is its
 transcript, for any other the teacher's own hypothesis, by greedy search of its first head.
 
 B utterances, T frames, U tokens, P = U + 1 positions between them, K kept classes, V vocabulary, D width.
@@ -43,7 +43,7 @@ class LiveTargets:
     Args:
         model: the teacher, a :class:`kdrecipe.model.asr.AsrModel`, on the device of the batches; it is
             frozen here.
-        specs: what it is asked for.
+        specs: the targets to compute.
 
     Raises:
         DataError: a kind of target that can't be computed.

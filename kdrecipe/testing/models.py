@@ -217,7 +217,7 @@ def random_output(
         num_padding: frames behind the longest utterance.
         num_views: different copies of the batch, one after the other.
         info: gives vocabulary and widths; None: :func:`model_info`.
-        batch: one view; with it, the heads that go along a text speak, too.
+        batch: one view; with it, heads that need a text give outputs, too.
         seed: of the noise.
     """
     info = info or model_info()

@@ -1,6 +1,6 @@
 """Checkpoints: the state of an unfinished run, and the weights of its last epochs.
 
-``checkpoints/last.pt`` is all that is needed to go on; ``checkpoints/epoch-<n>.pt`` (n from 1) are
+``checkpoints/last.pt`` is all that is needed to resume; ``checkpoints/epoch-<n>.pt`` (n from 1) are
 weights only, to be averaged. Every file is whole or absent.
 """
 

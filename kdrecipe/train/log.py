@@ -20,7 +20,7 @@ from torch import Tensor
 from kdrecipe.artifacts import disk_errors, write_atomic
 from kdrecipe.interfaces import LossOutput
 
-_LINE_EVERY_S = 10.0  # without a terminal: often enough to see that it lives
+_LINE_EVERY_S = 10.0  # without a terminal: often enough to see that it runs
 
 
 class TrainLog:
@@ -79,7 +79,7 @@ class Meter:
         return {key: float(value) for key, value in self.sums.items()}
 
     def load(self, numbers: Mapping[str, float]) -> None:
-        """Go on from :meth:`numbers`."""
+        """Resume from :meth:`numbers`."""
         self.sums = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
 
     def clear(self) -> None:
@@ -151,6 +151,6 @@ class Progress:
             print(f"{self.label}{text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """No more to come."""
+        """Finish the bar."""
         if self._bar is not None:
             self._bar.close()

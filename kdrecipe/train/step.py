@@ -27,8 +27,8 @@ from kdrecipe.train.optimisation import autocast_dtype, clip_gradients, seed_ste
 if TYPE_CHECKING:
     from kdrecipe.recipe.sections import Training
 
-# fp16's loss scale starts high and is halved after each overflow: that many in a row are no search
-# for the right scale any more.
+# fp16's loss scale starts high and is halved after each overflow: so many in a row mean
+# that no scale works.
 _MAX_OVERFLOWS = 20
 
 _PROVISIONAL_COUNT = 1000.0  # about a step's: keeps gradients in fp16's range
@@ -130,7 +130,7 @@ class Stepper:
     def try_out(self, batch: Batch) -> None:
         """Do all of a step but the update, to see whether memory suffices; nothing is changed.
 
-        The optimiser's state is there meanwhile, as it is from the second step on; so are the
+        The optimiser's state is allocated meanwhile, as it is from the second step on; so are the
         gradients, if there is more than one micro-batch per step.
         """
         modules = (self.model, self.objective.module)
@@ -346,12 +346,12 @@ def _full_precision(x: Tensor) -> Tensor:
 
 
 def along_with(batch: Batch, targets: Mapping[str, Targets]) -> Batch:
-    """The batch with the texts that its teachers' targets go along, so that the student goes along them, too.
+    """The batch with the texts that its teachers' targets follow, so that the student follows them too.
 
     Labelled utterances have their transcripts there; the others stay unlabelled.
 
     Raises:
-        TrainingError: two teachers go along different texts.
+        TrainingError: two teachers follow different texts.
     """
     spoken = {name: t for name, t in targets.items() if t.tokens_BU is not None}
     if not spoken or bool(batch.labelled_B.all()):
@@ -364,7 +364,7 @@ def along_with(batch: Batch, targets: Mapping[str, Targets]) -> Batch:
         if not torch.equal(first.tokens_BU, other.tokens_BU):
             raise TrainingError(
                 f"the teachers {' and '.join(spoken)} hear different words in an unlabelled utterance, and "
-                "a student's decoder can go along one text only",
+                "a student's decoder can follow one text only",
                 where="training",
                 remedy="give all but one of them a loss on frames (kl with head: ctc, hidden_mse)",
             )
