@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help test quick docs lint format types readme
+.PHONY: help test quick docs gpu benchmark lint format types readme results
 
 python = root="$(CURDIR)"; . local/env.sh espeak,test; "$$KDRECIPE_PY"
 
@@ -19,6 +19,12 @@ quick:  ## what takes a few minutes: unit tests and contracts
 docs:  ## the documents against the code
 	tests/run.sh tests/docs
 
+gpu:  ## what needs a GPU: its results beside the CPU's
+	tests/gpu.sh
+
+benchmark:  ## a GPU's figures, as a Markdown page
+	benchmarks/gpu.sh
+
 lint:  ## ruff: rules and format
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
@@ -31,4 +37,8 @@ types:  ## mypy
 	@$(python) -m mypy
 
 readme:  ## fill the README's generated blocks
+	@$(python) docs/fill_readme.py
+
+results:  ## every committed table again (hours), then the README's figures
+	@$(python) -m kdrecipe.cli regenerate
 	@$(python) docs/fill_readme.py

@@ -53,15 +53,16 @@ RANGE, SIMPLE_SCALE, LM_SCALE = 5, 0.5, 0.25
 class Case:
     """Inputs, the same for each row, and what each row computes of them (a scalar)."""
 
-    def __init__(self, shape: argparse.Namespace) -> None:
+    def __init__(self, shape: argparse.Namespace, device: str = "cpu") -> None:
         torch.manual_seed(0)
         b, t, u, v, j = shape.batch, shape.frames, shape.tokens, shape.vocab, shape.dim
-        self.encoder_BTJ = torch.randn(b, t, j, requires_grad=True)
-        self.predictor_BPJ = torch.randn(b, u + 1, j, requires_grad=True)
-        self.output, self.simple_am, self.simple_lm = (nn.Linear(j, v) for _ in range(3))
-        self.tokens_BU = torch.randint(1, v, (b, u))
-        self.lens_B, self.token_lens_B = torch.full((b,), t), torch.full((b,), u)
-        self.teacher_BTP2 = torch.randn(b, t, u + 1, 3).log_softmax(-1)[..., :2].contiguous()
+        with torch.device(device):
+            self.encoder_BTJ = torch.randn(b, t, j, requires_grad=True)
+            self.predictor_BPJ = torch.randn(b, u + 1, j, requires_grad=True)
+            self.output, self.simple_am, self.simple_lm = (nn.Linear(j, v) for _ in range(3))
+            self.tokens_BU = torch.randint(1, v, (b, u))
+            self.lens_B, self.token_lens_B = torch.full((b,), t), torch.full((b,), u)
+            self.teacher_BTP2 = torch.randn(b, t, u + 1, 3).log_softmax(-1)[..., :2].contiguous()
         self.info = ModelInfo("bench", v, 0.04, {"rnnt": ("rnnt_lattice",)}, {})
 
     def join(self, encoder: Tensor, predictor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -27,7 +28,7 @@ from kdrecipe.model.heads.ctc import CtcHead, CtcLoss
 from kdrecipe_plugins.architectures.conformer import Conformer
 from kdrecipe_plugins.architectures.layers import ConvFront
 
-LAYERS, DIM, HEADS, FF, KERNEL, BINS, VOCAB, CHANNELS = 6, 144, 4, 576, 15, 80, 64, 32
+BINS = 80
 BATCHES = ((20, 3), (10, 12))  # utterances, seconds each
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # bf16: autocast, weights stay fp32
 Key = tuple[str, str]  # model, precision
@@ -39,43 +40,77 @@ FORMULA = (
 )
 
 
+@dataclass(frozen=True)
+class Shape:
+    """A Conformer with a CTC head: L layers, D width, FF = 4 D, K kernel, V vocabulary, C channels."""
+
+    layers: int = 6
+    dim: int = 144
+    heads: int = 4
+    kernel: int = 15
+    vocab: int = 64
+    channels: int = 32
+
+    @property
+    def ff(self) -> int:
+        """Width within the feed-forward modules."""
+        return 4 * self.dim
+
+
+SMALL = Shape()
+
+
 class TorchaudioEncoder(nn.Module):
     """The peer: our front end, torchaudio's Conformer layers."""
 
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, shape: Shape, dropout: float) -> None:
         super().__init__()
-        self.front = ConvFront(BINS, DIM, CHANNELS, dropout)
-        self.layers = torchaudio.models.Conformer(DIM, HEADS, FF, LAYERS, KERNEL, dropout=dropout)
+        self.front = ConvFront(BINS, shape.dim, shape.channels, dropout)
+        self.layers = torchaudio.models.Conformer(
+            shape.dim, shape.heads, shape.ff, shape.layers, shape.kernel, dropout=dropout
+        )
 
     def forward(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
         hidden_BTD, lens_B = self.layers(*self.front(features_BTF, lens_B))
         return hidden_BTD, lens_B
 
 
-def our_encoder(dropout: float) -> nn.Module:
+def our_encoder(shape: Shape, dropout: float) -> Conformer:
     """The Conformer that is measured."""
-    shape = Conformer.Config(
-        num_layers=LAYERS, dim=DIM, num_heads=HEADS, ff_dim=FF, kernel_size=KERNEL, dropout=dropout
+    config = Conformer.Config(
+        num_layers=shape.layers,
+        dim=shape.dim,
+        num_heads=shape.heads,
+        ff_dim=shape.ff,
+        kernel_size=shape.kernel,
+        front_channels=shape.channels,
+        dropout=dropout,
     )
-    return Conformer(shape, BINS)
+    return Conformer(config, BINS)
 
 
-def forward_flops(num_utterances: int, duration_s: int) -> float:
+def with_ctc(encoder: nn.Module, shape: Shape) -> AsrModel:
+    """The encoder under a CTC head."""
+    return AsrModel(encoder, {"ctc": CtcHead(CtcHead.Config(), shape.dim, shape.vocab)}, FeatureNorm(BINS))
+
+
+def forward_flops(shape: Shape, num_utterances: int, duration_s: int) -> float:
     """FLOPs of a forward pass, see FORMULA."""
-    frames = duration_s * 25
-    layer = 8 * DIM * FF + 14 * DIM**2 + 4 * frames * DIM + 2 * KERNEL * DIM
-    front = 18 * CHANNELS * BINS + 18 * CHANNELS**2 * BINS / 4 + CHANNELS * BINS / 2 * DIM
-    return num_utterances * frames * (LAYERS * layer + front + 2 * DIM * VOCAB)
+    frames, dim = duration_s * 25, shape.dim
+    layer = 8 * dim * shape.ff + 14 * dim**2 + 4 * frames * dim + 2 * shape.kernel * dim
+    channels = shape.channels
+    front = 18 * channels * BINS + 18 * channels**2 * BINS / 4 + channels * BINS / 2 * dim
+    return num_utterances * frames * (shape.layers * layer + front + 2 * dim * shape.vocab)
 
 
-def random_batch(num_utterances: int, duration_s: int) -> Batch:
+def random_batch(shape: Shape, num_utterances: int, duration_s: int) -> Batch:
     """Noise with three tokens per second."""
     frames, tokens = duration_s * 100, duration_s * 3
     return Batch(
         ids=[str(i) for i in range(num_utterances)],
         features_BTF=torch.randn(num_utterances, frames, BINS),
         lens_B=torch.full((num_utterances,), frames),
-        tokens_BU=torch.randint(1, VOCAB, (num_utterances, tokens)),
+        tokens_BU=torch.randint(1, shape.vocab, (num_utterances, tokens)),
         token_lens_B=torch.full((num_utterances,), tokens),
         labelled_B=torch.ones(num_utterances, dtype=torch.bool),
     )
@@ -85,8 +120,7 @@ class Trainer:
     """A model, its optimiser and the precision it runs in."""
 
     def __init__(self, encoder: nn.Module, bf16: bool, lr: float = 1e-3) -> None:
-        head = CtcHead(CtcHead.Config(), DIM, VOCAB)
-        self.model = AsrModel(encoder, {"ctc": head}, FeatureNorm(BINS))
+        self.model = with_ctc(encoder, SMALL)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr, fused=True)
         self.loss = CtcLoss(CtcLoss.Config())
         self.bf16 = bf16
@@ -103,17 +137,19 @@ class Trainer:
         return float(loss.detach())
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall-clock time of one call."""
+def seconds(work: Callable[[], object], device: str = "cpu") -> float:
+    """Wall-clock time of one call, until the device has done all of it."""
     start = time.perf_counter()
     work()
+    if device != "cpu":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
+def matrix_rate(dtype: torch.dtype, size: int = 2048, device: str = "cpu") -> float:
     """FLOP/s of a square matrix product, the best of several."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(8))
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
 
 
 def step_times(
@@ -143,10 +179,12 @@ def measure(num_threads: int, rounds: int, dropout: float) -> None:
     builders = {"ours": our_encoder, "torchaudio": TorchaudioEncoder}
     for num_utterances, duration_s in BATCHES:
         torch.manual_seed(0)
-        batch = random_batch(num_utterances, duration_s)
-        runs = {(n, p): Trainer(builders[n](dropout), p == "bf16") for n in builders for p in PRECISIONS}
+        batch = random_batch(SMALL, num_utterances, duration_s)
+        runs = {
+            (n, p): Trainer(builders[n](SMALL, dropout), p == "bf16") for n in builders for p in PRECISIONS
+        }
         times = step_times(runs, batch, rounds)
-        audio_s, flops = num_utterances * duration_s, 3 * forward_flops(num_utterances, duration_s)
+        audio_s, flops = num_utterances * duration_s, 3 * forward_flops(SMALL, num_utterances, duration_s)
         for (name, precision), took in times.items():
             ratios = [
                 statistics.median(b / a for a, b in zip(took, times["torchaudio", p], strict=True))
@@ -162,7 +200,7 @@ def measure(num_threads: int, rounds: int, dropout: float) -> None:
 
 def synthetic_batch(patterns_VF: Tensor, generator: torch.Generator) -> Batch:
     """8 utterances of 4 tokens, each token a spectral pattern of 8 frames under noise."""
-    batch = random_batch(num_utterances=8, duration_s=1)
+    batch = random_batch(SMALL, num_utterances=8, duration_s=1)
     batch.tokens_BU = torch.randint(1, len(patterns_VF), (8, 4), generator=generator)
     batch.token_lens_B = torch.full((8,), 4)
     clean = patterns_VF[batch.tokens_BU].repeat_interleave(8, dim=1)
@@ -174,7 +212,7 @@ def synthetic_batch(patterns_VF: Tensor, generator: torch.Generator) -> Batch:
 def learn(precision: str, seed: int, num_steps: int) -> list[float]:
     """Losses of a short training; the same seed gives the same weights and data in any precision."""
     torch.manual_seed(seed)
-    run = Trainer(our_encoder(0.0), precision == "bf16")
+    run = Trainer(our_encoder(SMALL, 0.0), precision == "bf16")
     generator = torch.Generator().manual_seed(seed)
     patterns_VF = torch.randn(9, BINS, generator=generator)
     losses = []

@@ -29,6 +29,7 @@ _LINE = re.compile(r"^(?P<text>.*?)\s*\((?P<id>[^()\s]+)\)$")
 class An4:
     """Corpus ``an4``."""
 
+    tiny_options: ClassVar[dict[str, int]] = {"num_dev_speakers": 1}
     contract_options: ClassVar[dict[str, int]] = {"num_dev_speakers": 2}
 
     class Config(Options):

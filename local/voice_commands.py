@@ -74,6 +74,11 @@ class VoiceCommands:
     """Corpus ``voice_commands``."""
 
     synthesised: ClassVar[bool] = True
+    tiny_options: ClassVar[dict[str, Any]] = {
+        "num_utterances": {"train": 40, "dev": 10, "test": 10},
+        "hours": {},
+        "num_speakers": {"train": 6, "dev": 2, "test": 2},
+    }
     contract_options: ClassVar[dict[str, Any]] = {
         "num_utterances": {"train": 6, "dev": 2, "test": 2},
         "num_speakers": {"train": 3, "dev": 1, "test": 1},

@@ -75,7 +75,9 @@ def _recipe_options(function: Any) -> Any:
     function = click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value, dotted key."
     )(function)
-    function = click.option("--profile", help="Merge in one of the recipe's profiles (tiny).")(function)
+    function = click.option(
+        "--profile", help="Merge in one of the recipe's profiles; every recipe has tiny."
+    )(function)
     return click.argument("recipe", default=".", metavar="[RECIPE]")(function)
 
 
@@ -120,21 +122,30 @@ def run(
 def check(recipe: str, profile: str | None, overrides: tuple[str, ...], trust_plugins: bool) -> None:
     """Find every mistake in a recipe, in its profiles too, without running anything."""
     loaded = _load(recipe, overrides, profile, trust_plugins)
+    from kdrecipe.recipe import tiny
     from kdrecipe.recipe.load import load_recipe
 
     problems: list[Problem] = []
-    for other in loaded.profiles if profile is None else ():
+    sound: list[str] = []
+    for other in dict.fromkeys([*loaded.profiles, tiny.NAME]) if profile is None else ():
         try:
             load_recipe(loaded.path, overrides=overrides, profile=other, trust_plugins=trust_plugins)
+            sound.append(other)
         except RecipeError as error:
-            problems += [Problem(f"profile {other}: {p.what}", p.where, p.remedy) for p in error.problems]
+            if other in loaded.profiles:
+                problems += [Problem(f"profile {other}: {p.what}", p.where, p.remedy) for p in error.problems]
+            else:  # the rule does not fit; that is no mistake of the recipe
+                click.echo(f"  {tiny.WHERE} does not work: {error.problems[0].what}")
+                click.echo(
+                    "  to make it work: profiles: {tiny: {...}}, which is put over what the rule gives"
+                )
     if problems:
         raise RecipeError(problems)
-    _summary(loaded)
+    _summary(loaded, sound)
 
 
-def _summary(recipe: Recipe) -> None:
-    from kdrecipe.stages.lm import missing_kenlm
+def _summary(recipe: Recipe, profiles: Sequence[str]) -> None:
+    from kdrecipe.stages.needed import missing
 
     teachers = recipe.teaching()
     for name in recipe.build_order():
@@ -143,31 +154,19 @@ def _summary(recipe: Recipe) -> None:
         seeds = " ".join(map(str, system.seeds))
         needs = f"from {', '.join(system.needs)}" if system.needs else ""
         click.echo(f"  {name:20s} {system.kind:10s} stage {stage}, seeds {seeds:10s} {needs}".rstrip())
-    lists = recipe.corpus.lists
-    text = recipe.lm.text if recipe.lm else None
-    locations = [
-        recipe.corpus.location,
-        *lists.values(),
-        text,
-        *(s.location for s in recipe.systems.values()),
-    ]
-    for location in locations:
-        try:
-            if location is not None:
-                location.path()
-        except RecipeError as error:
-            click.echo(f"  to run it: {error.problems[0].what} ({error.problems[0].where})")
-    for name, location in lists.items():
-        try:
-            path = recipe.corpus.list_path(name)
-        except RecipeError:  # an environment variable: already reported
-            continue
-        if not path.exists():
-            click.echo(f"  to run it: there is no {path} to list the subset {name!r} ({location.where})")
-    if missing := missing_kenlm(recipe):
-        click.echo(f"  to run it: {missing.problems[0].what}: {missing.problems[0].remedy}")
-    also = f", also with --profile {', '.join(recipe.profiles)}" if recipe.profiles else ""
-    click.echo(f"{recipe.name}: no mistakes found{also if recipe.profile is None else ''}")
+    click.echo(f"  tokens from {_transcripts(recipe.tokens.data)}")
+    if recipe.lm is not None and recipe.lm.text is None:
+        click.echo(f"  language model from {_transcripts(recipe.lm.data)}")
+    for problem in missing(recipe):
+        where = f" ({problem.where})" if problem.where else ""
+        remedy = f": {problem.remedy}" if problem.remedy else ""
+        click.echo(f"  to run it: {problem.what}{where}{remedy}")
+    also = f", also with --profile {', '.join(profiles)}" if profiles else ""
+    click.echo(f"{recipe.name}: no mistakes found{also}")
+
+
+def _transcripts(subset: str | None) -> str:
+    return f"the transcripts of {subset}" if subset else "all training transcripts"
 
 
 @cli.command()
@@ -199,6 +198,29 @@ def bench(model: Path, audio: tuple[Path, ...], trust_plugins: bool) -> None:
 
 
 @cli.command()
+@click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    help="Where runs go, a folder per recipe.  [default: its exp]",
+)
+@click.option("--render", is_flag=True, help="Only score and report what earlier runs left there.")
+@click.option("--dry-run", is_flag=True, help="Only print the commands.")
+def regenerate(recipes: tuple[str, ...], work: Path | None, render: bool, dry_run: bool) -> None:
+    """Make committed tables again: all, or those of RECIPE.
+
+    Each RESULTS.md names the command that made it; that command is run, and writes it anew.
+    """
+    from kdrecipe.cli import regenerate as command
+
+    named = [find_recipe(text).parent for text in recipes]
+    found = named or [recipe for folder in _recipe_folders()[:1] for recipe in command.with_results(folder)]
+    if not found:
+        raise RecipeError("there is no recipe with a RESULTS.md", remedy="call it where recipes/ lies")
+    command.regenerate(found, work=work, render=render, dry_run=dry_run)
+
+
+@cli.command()
 def stages() -> None:
     """Print the stage table, the same for every recipe."""
     for number, (verb, purpose) in enumerate(STAGES):
@@ -219,6 +241,12 @@ def _load(text: str, overrides: Sequence[str], profile: str | None, trust_plugin
     return load_recipe(path, overrides=overrides, profile=profile, trust_plugins=trust_plugins)
 
 
+def _recipe_folders() -> list[Path]:
+    """Folders ``recipes`` to look into: the working directory's, then this repository's."""
+    folders = (Path.cwd() / "recipes", Path(__file__).resolve().parents[2] / "recipes")
+    return [folder for folder in folders if folder.is_dir()]
+
+
 def find_recipe(text: str) -> Path:
     """The ``recipe.yaml`` that ``text`` means: a file, a directory, or ``corpus/name``.
 
@@ -230,7 +258,7 @@ def find_recipe(text: str) -> Path:
         return path
     if (path / "recipe.yaml").is_file():
         return path / "recipe.yaml"
-    folders = [Path.cwd() / "recipes", Path(__file__).resolve().parents[2] / "recipes"]
+    folders = _recipe_folders()
     for folder in folders:
         if (folder / text / "recipe.yaml").is_file():
             return folder / text / "recipe.yaml"

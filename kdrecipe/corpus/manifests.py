@@ -12,7 +12,8 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lhotse.supervision import SupervisionSet
 
 SAMPLE_RATE = 16000
+SAMPLE_SPEAKERS = 6
 RECORDINGS = "_recordings.jsonl.gz"
 _BEYOND_S = 0.01  # a transcript may end this much after its audio: rounding in hand-made manifests
 
@@ -46,6 +48,32 @@ class Summary:
     splits: dict[str, dict[str, float]] = field(default_factory=dict)
     left_out: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def sample(prepared: Prepared, max_utterances: int) -> Prepared:
+    """A corpus cut down to try a recipe out: the same utterances each time.
+
+    Args:
+        prepared: a corpus plugin's result; not changed.
+        max_utterances: of each split, dealt out evenly among at most :data:`SAMPLE_SPEAKERS` speakers.
+    """
+    from lhotse.audio import RecordingSet
+    from lhotse.supervision import SupervisionSet
+
+    splits: dict[str, tuple[RecordingSet, SupervisionSet]] = {}
+    for split, (recordings, supervisions) in prepared.splits.items():
+        by_speaker: dict[str, list[Any]] = {}
+        for sup in sorted(_items(supervisions), key=lambda sup: str(sup.id)):
+            by_speaker.setdefault(str(sup.speaker), []).append(sup)
+        speakers = sorted(by_speaker)
+        chosen = random.Random(0).sample(speakers, min(SAMPLE_SPEAKERS, len(speakers)))
+        dealt = itertools.zip_longest(*(by_speaker[speaker] for speaker in chosen))
+        sups = [sup for turn in dealt for sup in turn if sup is not None][:max_utterances]
+        wanted = {sup.recording_id for sup in sups}
+        recs = [recording for recording in _items(recordings) if recording.id in wanted]
+        splits[split] = (RecordingSet.from_recordings(recs), SupervisionSet.from_segments(sups))
+    note = f"a sample: at most {max_utterances} utterances of each split"
+    return replace(prepared, splits=splits, notes=[*prepared.notes, note])
 
 
 def validate_corpus(
@@ -126,6 +154,21 @@ def audio_path(recording: Any) -> str:
     """Where a recording's (:class:`lhotse.Recording`) audio is: its first source's file, else its id."""
     files = [source.source for source in recording.sources if source.type == "file"]
     return str(files[0]) if files else str(recording.id)
+
+
+def transcripts(manifest_dir: Path, split: str, ids: Collection[str] | None = None) -> list[str]:
+    """Texts of a split's utterances, each once whatever copies at other speeds there are of it.
+
+    Empty if there is no such split; ``ids``: only those of these utterances.
+    """
+    from lhotse.supervision import SupervisionSet
+
+    path = manifest_dir / f"{split}_supervisions.jsonl.gz"
+    if not path.exists():
+        return []
+    wanted = None if ids is None else set(ids)
+    sups = _items(SupervisionSet.from_file(path))
+    return [s.text for s in sups if s.text and s.text.strip() and (wanted is None or s.id in wanted)]
 
 
 def check_lengths(

@@ -13,14 +13,14 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lhotse.audio import RecordingSet
+from lhotse.augmentation import Speed
 from lhotse.cut import CutSet, MonoCut
 from lhotse.features.io import NumpyFilesWriter
 from lhotse.features.kaldi.extractors import Fbank, FbankConfig
@@ -36,7 +36,6 @@ SAMPLE_RATE = 16000
 FRAME_SHIFT_S = 0.01
 
 _SUPERVISIONS = "_supervisions.jsonl.gz"
-_COPY = re.compile(r"_sp[\d.]+$")  # end of the id of a copy at another speed
 
 
 def make_extractor(config: Mapping[str, Any]) -> Fbank:
@@ -238,9 +237,7 @@ def tuning_cuts(features_dir: Path) -> list[MonoCut]:
     Never test: what is looked at while a system is made says nothing new about it.
     """
     listed: Any = load_cuts(features_dir, "dev" if has_dev(features_dir) else "train")
-    cuts = {cut.id: cut for cut in listed}
-    originals = {i: _COPY.sub("", i) for i in cuts}
-    return [cut for i, cut in cuts.items() if originals[i] == i or originals[i] not in cuts]
+    return [cut for cut in listed if not _is_copy(cut)]
 
 
 def has_dev(features_dir: Path) -> bool:
@@ -248,10 +245,27 @@ def has_dev(features_dir: Path) -> bool:
     return (features_dir / "dev.jsonl.gz").exists()
 
 
-def load_norm(features_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (F,) float32 of the training features."""
-    with np.load(features_dir / "norm.npz") as stored:
-        return stored["mean"], stored["std"]
+def load_norm(features_dir: Path, ids: Collection[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (F,) float32 of the training features, at their own speed.
+
+    Args:
+        features_dir: what :func:`compute_features` wrote.
+        ids: only of these utterances; None: of all.
+
+    Raises:
+        DataError: there are no such utterances.
+    """
+    if ids is None:
+        with np.load(features_dir / "norm.npz") as stored:
+            return stored["mean"], stored["std"]
+    cuts: Any = load_cuts(features_dir, "train")
+    return feature_stats(cut for cut in cuts if cut.id in ids and not _is_copy(cut))
+
+
+def _is_copy(cut: MonoCut) -> bool:
+    """Whether it was made by :func:`perturb_speed`."""
+    transforms: Any = (cut.recording.transforms if cut.recording else None) or []
+    return any(isinstance(transform, Speed) for transform in transforms)
 
 
 def _split_names(manifest_dir: Path) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from kdrecipe.errors import KdrecipeError, TrainingError
 from kdrecipe.jobs.executors import Processes
+from kdrecipe.jobs.forecast import Forecast
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job, run_job, why_run
 
@@ -30,6 +31,7 @@ class Run:
         command: the command that runs one job in a separate process.
         num_jobs: processes side by side.
         force: run also what turns out to be up to date.
+        forecast: is told what is done, and tells what is left.
     """
 
     plan: Plan
@@ -39,6 +41,7 @@ class Run:
     command: Callable[[Job], Sequence[str]]
     num_jobs: int = 1
     force: bool = False
+    forecast: Forecast | None = None
     bar: Any = field(default=None, init=False)
     processes: Processes = field(init=False)
     failed: dict[str, int] = field(default_factory=dict, init=False)  # job -> exit status
@@ -93,6 +96,7 @@ class Run:
             queue.remove(job)
             if not self.force and why_run(job, self.plan.jobs) is None:
                 # What it needs was made again and came out the same.
+                self._note(job, None)
                 self._say(job, "up to date after all, skipped")
             elif here:
                 self._say(job, f"... ({self.reasons[job.name]})")
@@ -113,7 +117,13 @@ class Run:
                 self._done(job, seconds)
 
     def _done(self, job: Job, seconds: float) -> None:
-        self._say(job, f"done in {_duration(seconds)}")
+        self._note(job, seconds)
+        progress = f"; {self.forecast.progress}" if self.forecast else ""
+        self._say(job, f"done in {_duration(seconds)}{progress}")
+
+    def _note(self, job: Job, seconds: float | None) -> None:
+        if self.forecast:
+            self.forecast.done(job, seconds)
 
     def _say(self, job: Job, text: str) -> None:
         self._print(f"stage {job.stage} {self.verbs[job.stage]}: {job.name} {text}")

@@ -100,6 +100,12 @@ def _read_stamp(job: Job) -> dict[str, Any] | None:
     return stamp if isinstance(stamp, dict) and keys <= stamp.keys() else None
 
 
+def seconds_of(job: Job) -> float | None:
+    """What the job took when it last ran to its end; None if that is not known."""
+    seconds = (_read_stamp(job) or {}).get("seconds")
+    return float(seconds) if isinstance(seconds, int | float) else None
+
+
 def _plain(value: Any) -> Any:
     import json
 

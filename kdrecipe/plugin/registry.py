@@ -32,7 +32,7 @@ KINDS: Mapping[str, str] = {
 RESERVED: Mapping[str, frozenset[str]] = {
     "architectures": frozenset({"name", "heads"}),
     "losses": frozenset({"name", "weight", "teacher"}),
-    "corpora": frozenset({"name", "root", "on_error", "subsets"}),
+    "corpora": frozenset({"name", "root", "on_error", "max_utterances", "subsets"}),
 }
 """Keys that stand beside a plugin's options in the recipe, so that no option may bear them."""
 
@@ -197,6 +197,12 @@ def _check_class(kind: str, name: str, cls: Any, source: Source) -> None:
             f"{KINDS[kind]} {name!r} has no nested Config",
             where=str(source),
             remedy="class Config(kdrecipe.interfaces.Options): ... with its options, or with none",
+        )
+    if other := set(getattr(cls, "tiny_options", {})) - set(config.model_fields):
+        raise PluginError(
+            f"{KINDS[kind]} {name!r}: tiny_options names {', '.join(sorted(other))}, which is no option",
+            where=str(source),
+            remedy=f"its options: {', '.join(config.model_fields) or 'none'}",
         )
     if kind == "exporters" and not isinstance(getattr(cls, "runtime", None), Runtime | None):
         raise PluginError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from kdrecipe.errors import KdrecipeError, PluginError, Problem, RecipeError
 from kdrecipe.plugin.carried import CONSENT, read_description, refusal, verified
 from kdrecipe.plugin.loader import Plugins, load_plugins
 from kdrecipe.plugin.registry import did_you_mean
+from kdrecipe.recipe import tiny
 from kdrecipe.recipe.bundles import check_features
-from kdrecipe.recipe.checks import Checker, FitChecker, check_lm
+from kdrecipe.recipe.checks import Checker, FitChecker, check_lm, learnt_from
 from kdrecipe.recipe.parsing import TOP_KEYS, Parser
 from kdrecipe.recipe.sections import (
     Claim,
@@ -71,6 +72,7 @@ class Recipe:
         document: the YAML with profile and overrides applied; ``document.where(key_path)``.
         plugins: what is loaded for it.
         plugin_files: its own plugin files, and those of imported bundles that the user trusts.
+        profiles: those that it writes itself; ``tiny`` is there without.
         profile: the profile that was merged in, if any.
         overrides: ``key=value`` texts that were applied.
         trust_plugins: whether the code of imported bundles may run.
@@ -114,6 +116,11 @@ class Recipe:
             last = len(parts) - 1 - parts[::-1].index("recipes")
             return "/".join(parts[last + 1 :])
         return self.dir.name
+
+    @property
+    def as_it_stands(self) -> bool:
+        """Whether neither a profile nor ``--set`` changed anything in it."""
+        return self.profile is None and not self.overrides
 
     @property
     def command(self) -> str:
@@ -186,7 +193,8 @@ def load_recipe(
         path: ``recipe.yaml`` or its directory.
         overrides: ``key=value`` with a dotted key (list items by number) and a YAML value, applied
             after the profile.
-        profile: one of the recipe's ``profiles``, merged in first.
+        profile: one of the recipe's ``profiles``, merged in first; ``tiny``, which every recipe has,
+            shrinks it before that.
         plugins: use these instead of loading what is installed and what the recipe names.
         trust_plugins: load the plugin files of imported bundles, too. Without it, a bundle with plugin
             files that the recipe does not name itself is refused.
@@ -195,8 +203,8 @@ def load_recipe(
         RecipeError: all that is wrong, each with file and line.
     """
     path = Path(path)
-    document = load_yaml(path / "recipe.yaml" if path.is_dir() else path)
-    document, problems = _apply(document, profile, overrides)
+    written = load_yaml(path / "recipe.yaml" if path.is_dir() else path)
+    document, problems = _apply(written.copy(), profile, overrides)
     files, file_problems = _plugin_files(document)
     carried, carried_problems = _carried_files(document, files, trust_plugins)
     files += carried
@@ -207,6 +215,8 @@ def load_recipe(
         except PluginError as error:
             problems += error.problems
             plugins = load_plugins()
+    if profile == tiny.NAME:
+        document, _ = _apply(tiny.shrink(written, plugins.registry), profile, overrides)
     parser = Parser(document, plugins.registry)
     parser.problems += problems
     parser.top_keys()
@@ -219,7 +229,10 @@ def load_recipe(
     exports = parser.exports(systems)
     checker = Checker(parser, systems, corpus, decode, exports)
     checker.check()
-    check_lm(parser, lm, corpus, decode)
+    check_lm(parser, lm, decode)
+    tokens = tokens.model_copy(update={"data": learnt_from(parser, "tokens", tokens.data, systems, corpus)})
+    if lm is not None and lm.text is None:
+        lm = replace(lm, data=learnt_from(parser, "lm", lm.data, systems, corpus))
     check_features(parser, systems, features)
     if not parser.problems:
         FitChecker(checker, features, tokens).check()
@@ -259,11 +272,11 @@ def _apply(
     where = document.where(("profiles",))
     if not isinstance(profiles, dict) or not all(isinstance(p, dict) for p in profiles.values()):
         problems.append(Problem("profiles: must be a mapping of mappings: {tiny: {...}}", where))
-    elif profile is not None and profile not in profiles:
-        remedy = did_you_mean(profile, profiles)
+    elif profile not in (None, tiny.NAME, *profiles):
+        remedy = did_you_mean(str(profile), {*profiles, tiny.NAME})
         problems.append(Problem(f"unknown profile {profile!r}", f"--profile {profile}", remedy))
-    elif profile is not None:
-        document = document.merged(("profiles", profile))
+    elif profile in profiles:
+        document = document.merged(("profiles", str(profile)))
     for override in overrides:
         try:
             _override(document, override)

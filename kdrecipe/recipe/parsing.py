@@ -17,6 +17,7 @@ from pydantic import Field
 from kdrecipe.interfaces import Options
 from kdrecipe.plugin.registry import did_you_mean
 from kdrecipe.recipe.sections import (
+    ALL,
     Claim,
     Corpus,
     Decode,
@@ -116,6 +117,7 @@ class CorpusSection(Options):
 
     root: str | None = None
     on_error: Literal["stop", "skip"] = "stop"
+    max_utterances: int | None = Field(default=None, ge=1)
     subsets: dict[str, dict[str, Any]] = {}
 
 
@@ -175,6 +177,10 @@ class Parser(Validator):
         lists: dict[str, Location] = {}
         for name, rule in (section.subsets if section else {}).items():
             self._check_name(name, (*path, "subsets", name))
+            if name == ALL:
+                self.problem(
+                    (*path, "subsets", name), "this name means the whole training split", "rename it"
+                )
             subset = self.validate(Subset, rule, (*path, "subsets", name))
             subsets[name] = subset.rule() if subset else {}
             if subset and subset.listed_in:
@@ -183,7 +189,9 @@ class Parser(Validator):
             return None
         named = named or Named("")  # the subsets are still of use to the checks
         location = self._location(section.root, (*path, "root")) if section.root else None
-        return Corpus(named.name, named.options, section.on_error, subsets, location, lists)
+        return Corpus(
+            named.name, named.options, section.on_error, subsets, location, lists, section.max_utterances
+        )
 
     def lm(self) -> Lm | None:
         """``lm``; None if it is absent."""

@@ -72,6 +72,7 @@ class Corpus:
         subsets: named parts of the training split: name -> rule, see ``kdrecipe.corpus.subsets``.
         location: directory of the raw corpus, if the plugin does not make it.
         lists: of the subsets whose utterances are listed somewhere: name -> where.
+        max_utterances: of each split, of a few of its speakers; None: all.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Corpus:
     subsets: dict[str, dict[str, Any]] = field(default_factory=dict)
     location: Location | None = None
     lists: dict[str, Location] = field(default_factory=dict)
+    max_utterances: int | None = None
 
     @property
     def root(self) -> Path | None:
@@ -159,10 +161,13 @@ class Tokens(Options):
     Args:
         name: ``bpe``, ``unigram`` or ``char``.
         vocab_size: number of tokens, the three special ones included; optional for ``char``.
+        data: subset whose transcripts they are learnt from, or ``all``; null: see :func:`shared_labels`.
+            In a checked recipe, null is the whole training split.
     """
 
     name: Literal["bpe", "unigram", "char"]
     vocab_size: int | None = Field(default=None, ge=5, le=65536)
+    data: str | None = None
 
     @model_validator(mode="after")
     def _size(self) -> Tokens:
@@ -178,7 +183,8 @@ class Lm:
     Args:
         order: n over tokens.
         word_order: n over words.
-        data: subset whose transcripts they are estimated from; None: all of the training split.
+        data: subset whose transcripts they are estimated from, or ``all``; None: see
+            :func:`shared_labels`. In a checked recipe, None is the whole training split.
         text: a text file to estimate them from instead, a sentence per line.
     """
 
@@ -186,6 +192,10 @@ class Lm:
     word_order: int
     data: str | None = None
     text: Location | None = None
+
+
+ALL = "all"
+"""In place of a subset's name: the whole training split, whatever systems must do without."""
 
 
 def uses_lm(options: Mapping[str, Any]) -> bool:
@@ -420,3 +430,31 @@ def depth_first(systems: Mapping[str, System]) -> tuple[list[str], list[list[str
     for name in systems:
         visit(name, [])
     return order, circles
+
+
+def shared_labels(systems: Mapping[str, System]) -> tuple[str, ...]:
+    """Subsets that trained and distilled systems have labels of; empty: all have the whole split.
+
+    One name is the part whose transcripts all systems may see: tokens and language models, which
+    all systems share, are learnt from it unless the recipe says otherwise. With several names
+    there is no such part that the recipe names.
+    """
+    names = (s.data for s in systems.values() if s.kind in ("trained", "distilled"))
+    return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+def beyond_labels(
+    systems: Mapping[str, System], data: str | None, subsets: Mapping[str, set[str]]
+) -> list[str]:
+    """Systems whose labels do not cover what tokens or a language model were learnt from.
+
+    Args:
+        systems: of the recipe.
+        data: the subset that was learnt from; None: the whole training split.
+        subsets: name -> utterances.
+    """
+    return [
+        name
+        for name, system in systems.items()
+        if system.data is not None and (data is None or not subsets[data] <= subsets[system.data])
+    ]

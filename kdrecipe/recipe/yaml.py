@@ -66,9 +66,13 @@ class Document:
             path = path[:-1]
         return self.lines.get(path, shown(self.path))
 
+    def copy(self) -> Document:
+        """A copy that may be changed."""
+        return Document(self.path, copy.deepcopy(self.data), dict(self.lines))
+
     def merged(self, path: KeyPath) -> Document:
         """A copy with the mapping at ``path`` merged into the top: mappings deeply, others replaced."""
-        result = Document(self.path, copy.deepcopy(self.data), dict(self.lines))
+        result = self.copy()
         overlay: Any = self.data
         for key in path:
             overlay = overlay[key]

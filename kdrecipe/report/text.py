@@ -37,6 +37,7 @@ PARITY_IS = (
     "corpus without dev: of train) over all speakers:"
 )
 MAX_REASONS = 20  # for leaving out utterances that are listed one by one
+_BRIEF = ("WER", "95 %", "MB", "RTF")  # how the columns begin that a run ends with
 _PARITY = {
     "max_log_prob_diff": "largest log-prob difference",
     "token_error": "tokens differing %",
@@ -110,6 +111,15 @@ def _search(system: System) -> list[str]:
     if found["runs_in"] == "torch":
         return [found["label"], "torch"]
     return [found["label"], f"{found['runs_in']} {found['name']}, {found['variant']}"]
+
+
+def brief(results: Mapping[str, Any]) -> str:
+    """The table of the main split for a terminal: error rate, size and speed of each system."""
+    table = main_table(results, next(iter(split_names(results)), ""))
+    kept = [i for i, name in enumerate(table.headers) if name == "system" or name.startswith(_BRIEF)]
+    rows = [[row[i] for i in kept] for row in table.rows]
+    numeric = frozenset(new for new, old in enumerate(kept) if old in table.numeric)
+    return _markdown_table(Table([table.headers[i] for i in kept], rows, numeric))
 
 
 def search_table(results: Mapping[str, Any], split: str, *, timed: bool) -> Table:
@@ -215,6 +225,9 @@ def _made_section(results: Mapping[str, Any]) -> Section:
     recipe = results["recipe"]
     keys = ("path", "profile", "git", "date", "seeds", "machine", "versions")
     lines = [f"{key}: {', '.join(_flat(recipe[key]))}" for key in keys if recipe.get(key)]
+    known = [seconds for seconds in results["seconds"].values() if seconds is not None]
+    if known:
+        lines.append(f"time: {duration(sum(known))} of jobs, one after the other")
     runtimes: dict[str, list[str]] = {}
     for system in results["systems"]:
         if system["runtime"]:

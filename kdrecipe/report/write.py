@@ -59,8 +59,8 @@ def write_report(
             :func:`kdrecipe.score.scoring.score` returned: fills ``splits`` of each system,
             ``comparisons``, ``method``), ``comparisons``, ``searches`` (what
             :func:`kdrecipe.score.searches.score_searches` returned, with ``rtf``, ``decoder`` and
-            ``options`` of each), ``sections`` (``{title, markdown}``) and ``claims`` (fields of
-            :class:`kdrecipe.recipe.sections.Claim`).
+            ``options`` of each), ``seconds`` (job -> what it took), ``sections``
+            (``{title, markdown}``) and ``claims`` (fields of :class:`kdrecipe.recipe.sections.Claim`).
         hyps: system -> seed -> split -> hypotheses file, for the page to listen to.
         logs: system -> seed -> the training's ``log.jsonl``.
         out_dir: created if need be.
@@ -108,6 +108,7 @@ def assemble(data: Mapping[str, Any]) -> dict[str, Any]:
             for split, facts in by_split.items()
         },
         "claims": [],
+        "seconds": dict(data.get("seconds") or {}),
         "sections": [dict(section) for section in data.get("sections") or []],
     }
     names = [system["name"] for system in results["systems"]]

@@ -7,17 +7,16 @@ well they predict the development split's text.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import read_json, sha256_file, write_json
-from kdrecipe.errors import DataError, MissingExtra, RecipeError
+from kdrecipe.errors import DataError, RecipeError
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Lm, Recipe
-from kdrecipe.recipe.sections import uses_lm
 from kdrecipe.stages.layout import Layout
+from kdrecipe.stages.needed import missing_kenlm
 
 if TYPE_CHECKING:
     from kdrecipe.data.tokens import Tokenizer
@@ -44,30 +43,20 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     plan.add(Job(2, "lm", layout.lm, inputs, lambda out: run(recipe, layout, out), needs))
 
 
-def missing_kenlm(recipe: Recipe) -> MissingExtra | None:
-    """What to report if some search uses the language model and KenLM is not installed."""
-    from kdrecipe.data.ngram import INSTALL_KENLM
-
-    users = [label for label, decoder in recipe.decode.decoders.items() if uses_lm(decoder.options)]
-    if not users or find_spec("kenlm") is not None:
-        return None
-    where = recipe.document.where(("decode", "decoders", users[0], "lm_weight"))
-    return MissingExtra("kenlm", f"{where}: decode.decoders.{users[0]}", INSTALL_KENLM)
-
-
 def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     """Estimate both models and write them.
 
     Raises:
         DataError: there is no text.
     """
+    from kdrecipe.corpus.manifests import transcripts
     from kdrecipe.data.ngram import estimate
     from kdrecipe.data.tokens import Tokenizer
 
     assert recipe.lm is not None
     tokenizer = Tokenizer.load(layout.tokens)
     texts = training_texts(recipe.lm, layout)
-    dev_texts = transcripts(layout, "dev")
+    dev_texts = transcripts(layout.manifests, "dev")
     pieces = [_pieces(text, tokenizer) for text in texts]
     tokens = estimate(pieces, recipe.lm.order, vocabulary=tokenizer.pieces[3:])
     tokens.write_arpa(out / "tokens.arpa")
@@ -105,6 +94,8 @@ def training_texts(lm: Lm, layout: Layout) -> list[str]:
     Raises:
         DataError: the file is not UTF-8, or there is no text.
     """
+    from kdrecipe.corpus.manifests import transcripts
+
     if lm.text is not None:
         path = _text_file(lm)
         try:
@@ -113,25 +104,11 @@ def training_texts(lm: Lm, layout: Layout) -> list[str]:
             raise DataError(f"not UTF-8 ({error.reason})", where=str(path), remedy="convert it") from None
         texts, where = [line for line in lines if line.strip()], str(path)
     else:
-        ids = set(read_json(layout.features / "subsets.json")[lm.data]) if lm.data else None
-        texts, where = transcripts(layout, "train", ids), "the train split's transcripts"
+        ids = read_json(layout.features / "subsets.json")[lm.data] if lm.data else None
+        texts, where = transcripts(layout.manifests, "train", ids), "the train split's transcripts"
     if not texts:
         raise DataError("no text to estimate a language model from", where=where)
     return texts
-
-
-def transcripts(layout: Layout, split: str, ids: set[str] | None = None) -> list[str]:
-    """Texts of a split's utterances, each once whatever copies at other speeds there are of it.
-
-    Empty if there is no such split; ``ids``: only these utterances.
-    """
-    from lhotse.supervision import SupervisionSet
-
-    path = layout.manifests / f"{split}_supervisions.jsonl.gz"
-    if not path.exists():
-        return []
-    supervisions = SupervisionSet.from_file(path)
-    return [s.text for s in supervisions if s.text and s.text.strip() and (ids is None or s.id in ids)]
 
 
 def _pieces(text: str, tokenizer: Tokenizer) -> list[str]:

@@ -21,6 +21,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
         "corpus": corpus.name,
         "options": corpus.options,
         "on_error": corpus.on_error,
+        "max_utterances": corpus.max_utterances,
         "plugin": recipe.plugins.registry.fingerprint("corpora", corpus.name),
         "root": str(root.resolve()) if root else None,  # the manifests name audio by absolute path
         "raw": raw_digest(root) if root and root.is_dir() else None,
@@ -54,7 +55,7 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
         DataError: the corpus or a list of a subset's utterances is absent, or the corpus has
             mistakes and ``corpus.on_error`` is ``stop``.
     """
-    from kdrecipe.corpus.manifests import audio_digests, finish, validate_corpus
+    from kdrecipe.corpus.manifests import audio_digests, finish, sample, validate_corpus
 
     corpus = recipe.corpus
     if root is not None and not root.is_dir():
@@ -73,6 +74,8 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
             )
     cls = recipe.plugins.registry.get("corpora", corpus.name)
     prepared = cls(cls.Config.model_validate(corpus.options)).prepare(root, out)
+    if corpus.max_utterances is not None:
+        prepared = sample(prepared, corpus.max_utterances)
     prepared.problems += validate_corpus(prepared)
     summary = finish(prepared, out, corpus.on_error)
     # The manifests may come out as they were while the audio did not: whoever reads them must know.

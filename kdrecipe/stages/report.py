@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import PROVENANCE, read_json
 from kdrecipe.jobs.plan import Plan
-from kdrecipe.jobs.stamps import Job
+from kdrecipe.jobs.stamps import Job, seconds_of
 from kdrecipe.plugin.source_code import core_hash
 from kdrecipe.recipe.load import Recipe, System
+from kdrecipe.recipe.sections import beyond_labels
+from kdrecipe.recipe.suitable import measured_exporter
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.score import hypotheses, search_facts
 
 if TYPE_CHECKING:
     import numpy as np
 
-SECTIONS_PRINTED = 3  # title, reading, table of systems, and claims if any; the rest is in the file
+SECTIONS_PRINTED = 2  # title and reading, and claims if any; the table comes at the run's end
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
@@ -28,32 +31,76 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     needs = ("score", *each, *(f"{verb}/{e}" for verb in ("export", "decode") for e in each))
     claims = [claim.model_dump(mode="json") for claim in recipe.claims]
     inputs = {"systems": list(recipe.systems), "profile": recipe.profile, "claims": claims}
-    plan.add(Job(10, "report", layout.report, inputs, lambda out: run(recipe, layout, out), needs))
+    before = tuple(plan.jobs.values())
+    plan.add(Job(10, "report", layout.report, inputs, lambda out: run(recipe, layout, out, before), needs))
 
 
-def run(recipe: Recipe, layout: Layout, out: Path) -> None:
-    """Write the report; the recipe as it stands, run in its own directory, also renews its tables."""
+def run(recipe: Recipe, layout: Layout, out: Path, before: Sequence[Job]) -> None:
+    """Write the report; that of the recipe as it stands also renews the recipe's own tables.
+
+    ``before``: all other jobs, which the results say the seconds of.
+    """
     from kdrecipe.report.write import write_report
 
     scores = read_json(layout.scores / "scores.json")
     data = {
         "recipe": _facts(recipe, layout),
-        "corpus_summary": _corpus_summary(layout),
+        "corpus_summary": _corpus_summary(recipe, layout),
         "systems": [_row(system, recipe, layout, scores) for system in recipe.systems.values()],
         "scores": scores,
         "searches": _searches(scores["searches"], search_facts(recipe, layout)),
         "claims": [claim.model_dump(mode="json") for claim in recipe.claims],
+        "seconds": {job.name: seconds_of(job) for job in before},
     }
     found = recipe.plugins.pm.hook.report_sections(recipe=recipe, results=data)
     data["sections"] = [{"title": title, "markdown": text} for part in found for title, text in part or ()]
     write_report(data, hypotheses(recipe, layout), _logs(recipe, layout), out, audio=_audio(layout))
-    published = layout.root == (recipe.dir / "exp").resolve()
-    if published and recipe.profile is None and not recipe.overrides:
+    if recipe.as_it_stands:
         for name in ("RESULTS.md", "results.json"):
             shutil.copyfile(out / name, recipe.dir / name)
     shown = (out / "RESULTS.md").read_text(encoding="utf-8").split("\n## ")
     shown = shown[: SECTIONS_PRINTED + bool(recipe.claims)]
     print("\n## ".join(shown).rstrip(), flush=True)
+
+
+def closing(recipe: Recipe, layout: Layout) -> str:
+    """What a run ends with: the table in short, where the report is, and how to use the best student."""
+    from kdrecipe.report.text import brief
+
+    results = read_json(layout.report / "results.json")
+    model = _shown(_to_try(recipe, layout, results))
+    command = "kdrecipe" if shutil.which("kdrecipe") else f"{_shown(Path(sys.executable))} -m kdrecipe.cli"
+    return (
+        f"{brief(results)}\n\nreport: {_shown(layout.report / 'report.html')}"
+        f"\nrecognise a recording of your own: {command} transcribe {model} your.wav"
+    )
+
+
+def _to_try(recipe: Recipe, layout: Layout, results: Mapping[str, Any]) -> Path:
+    """The export of the best student; of the best other system if no student has one; or else a bundle."""
+
+    def rank(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
+        scores: Mapping[str, Any] = next(iter(row["splits"].values()), {})
+        wer = (scores.get("wer") or {}).get("mean")
+        is_student = row["kind"] in ("distilled", "compressed")
+        return not is_student, wer is None, wer or 0.0
+
+    rows = sorted(results["systems"], key=rank)
+    for row in rows:
+        exports = layout.export(row["name"], row["seeds"][0])
+        heads = recipe.heads_of(row["name"])
+        named = measured_exporter(heads, recipe.export, recipe.plugins.registry) if heads else None
+        if named is not None and (exports / named.name).is_dir():
+            return exports / named.name
+    return layout.system(rows[0]["name"], rows[0]["seeds"][0])
+
+
+def _shown(path: Path) -> str:
+    """``path`` as short as it can be said from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
 
 
 def _searches(
@@ -67,16 +114,31 @@ def _searches(
     return rows
 
 
-def _corpus_summary(layout: Layout) -> dict[str, Any]:
+def _corpus_summary(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     """What stage 0 wrote, and what stage 2 left out besides."""
     from kdrecipe.corpus.problems import KINDS
 
     summary: dict[str, Any] = read_json(layout.manifests / "summary.json")
     reason = KINDS["too_short"].singular
+    notes = summary["notes"] + [*_learnt_from(recipe, layout)]
     too_short = [
         {"id": cut, "where": "", "reason": reason} for cut in read_json(layout.tokens / "left_out.json")
     ]
-    return {**summary, "left_out": summary["left_out"] + too_short}
+    return {**summary, "left_out": summary["left_out"] + too_short, "notes": notes}
+
+
+def _learnt_from(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """Whose transcripts tokens and language model come from, and whose labels that exceeds."""
+    subsets = {name: set(ids) for name, ids in read_json(layout.features / "subsets.json").items()}
+    sources = {"the tokens": recipe.tokens.data}
+    if recipe.lm is not None and recipe.lm.text is None:
+        sources["the language model"] = recipe.lm.data
+    for what, data in sources.items():
+        note = f"{what} are" if what.endswith("s") else f"{what} is"
+        note += " learnt from " + (f"the transcripts of {data}" if data else "all training transcripts")
+        if more := beyond_labels(recipe.systems, data, subsets):
+            note += f", more than the labels of {', '.join(more)}"
+        yield note
 
 
 def _facts(recipe: Recipe, layout: Layout) -> dict[str, Any]:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdrecipe.jobs.executors import die_with_parent, num_gpus, set_threads
+from kdrecipe.jobs.forecast import Forecast
 from kdrecipe.jobs.run import Run
 from kdrecipe.jobs.stamps import Job, locked, run_job
 from kdrecipe.stages import STAGES
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.plan import build_plan
+from kdrecipe.stages.report import closing
+from kdrecipe.stages.timing import outlook, seconds_before
 
 if TYPE_CHECKING:
     from kdrecipe.recipe.load import Recipe
@@ -70,9 +73,12 @@ def run_recipe(
         def command(job: Job) -> list[str]:
             return [*program, *_job_arguments(recipe, layout, job)]
 
-        Run(plan, selected, reasons, verbs, command, number, force).run()
+        forecast = Forecast([j for j in selected if j.name in reasons], seconds_before(recipe, plan), number)
+        if forecast.jobs:
+            print(outlook(forecast), flush=True)
+        Run(plan, selected, reasons, verbs, command, number, force, forecast).run()
     if last == len(STAGES) - 1:
-        print(f"report: {_shown(layout.report / 'report.html')}")
+        print(f"\n{closing(recipe, layout)}", flush=True)
 
 
 def default_work(recipe: Recipe) -> Path:
@@ -108,11 +114,3 @@ def _num_jobs(jobs: int | None) -> int:
     if jobs is not None:
         return max(1, jobs)
     return num_gpus() or min(os.cpu_count() or 1, MAX_JOBS)
-
-
-def _shown(path: Path) -> str:
-    """``path`` as short as it can be said from here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

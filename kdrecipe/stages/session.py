@@ -67,6 +67,12 @@ class Session:
         cuts, labelled, _ = training_data(self.layout, [self.system])
         return cuts, labelled
 
+    @cached_property
+    def heard(self) -> set[str] | None:
+        """Utterances that it trains on, with labels or without; None: the whole training split."""
+        cuts: Any = self._data[0]  # Lhotse's annotations do not let it be iterated
+        return None if self.system.data is None else {cut.id for cut in cuts}
+
     def batches(self, training: Training) -> CutBatches:
         """The training data; where only a part is labelled, both parts, the labels withheld."""
         cuts, labelled = self._data

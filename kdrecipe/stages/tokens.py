@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kdrecipe.artifacts import write_json
-from kdrecipe.interfaces import Architecture
+from kdrecipe.artifacts import read_json, write_json
+from kdrecipe.interfaces import UNK_ID, Architecture
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe
@@ -21,23 +21,26 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
         "on_error": recipe.corpus.on_error,
         "subsampling": sorted({encoder.subsampling for encoder in encoders(recipe)}),
     }
-    plan.add(Job(2, "tokens", layout.tokens, inputs, lambda out: run(recipe, layout, out), ("features",)))
+    needs = ("prepare", "features")
+    plan.add(Job(2, "tokens", layout.tokens, inputs, lambda out: run(recipe, layout, out), needs))
 
 
 def run(recipe: Recipe, layout: Layout, out: Path) -> None:
-    """Train tokens on the training split's text, then hold every training cut's length against it.
+    """Learn tokens from the recipe's transcripts, then hold every training cut's length against them.
 
     Raises:
         DataError: utterances too short for their text, and ``corpus.on_error`` is ``stop``.
     """
-    from kdrecipe.corpus.manifests import check_lengths
+    from kdrecipe.corpus.manifests import check_lengths, transcripts
     from kdrecipe.corpus.problems import settle
     from kdrecipe.data.features import load_cuts
     from kdrecipe.data.tokens import Tokenizer
 
     cuts: Any = load_cuts(layout.features, "train")  # Lhotse's annotations do not let it be iterated
-    texts = sorted({s.text for c in cuts for s in c.supervisions if s.text})
-    tokenizer = Tokenizer.train(texts, recipe.tokens.name, recipe.tokens.vocab_size, out)
+    subset = recipe.tokens.data
+    ids = read_json(layout.features / "subsets.json")[subset] if subset else None
+    texts = transcripts(layout.manifests, "train", ids)
+    tokenizer = Tokenizer.train(sorted(set(texts)), recipe.tokens.name, recipe.tokens.vocab_size, out)
     built = encoders(recipe)
 
     def fewest(num_frames: int) -> int:
@@ -48,7 +51,10 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     out_ids = settle(problems, recipe.corpus.on_error)
     write_json(out / "left_out.json", sorted(out_ids))
     left_out = f"; {len(out_ids)} cuts are too short for their text and left out" if out_ids else ""
-    print(f"  {len(tokenizer)} tokens{left_out}", flush=True)
+    print(f"  {len(tokenizer)} tokens, from {len(texts)} transcripts{left_out}", flush=True)
+    unknown = sum(UNK_ID in tokenizer.encode(text) for text in transcripts(layout.manifests, "train"))
+    if unknown:
+        print(f"  {unknown} training transcripts have characters that no token stands for", flush=True)
 
 
 def encoders(recipe: Recipe) -> list[Architecture]:

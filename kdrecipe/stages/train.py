@@ -80,9 +80,9 @@ def _needs(plan: Plan, recipe: Recipe, system: System, seed: int) -> tuple[str, 
 
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
     """Train one system with one seed and write its bundle; ``out/train`` keeps log and checkpoints."""
-    import numpy as np
     import torch
 
+    from kdrecipe.data.features import load_norm
     from kdrecipe.model.asr import FeatureNorm, build_model
     from kdrecipe.model.bundle import Bundle, provenance
     from kdrecipe.stages.session import Session
@@ -96,8 +96,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         vocab_size=len(session.tokens),
         registry=recipe.plugins.registry,
     )
-    stats = np.load(layout.features / "norm.npz")
-    model.norm = FeatureNorm.from_stats(torch.from_numpy(stats["mean"]), torch.from_numpy(stats["std"]))
+    model.norm = FeatureNorm.from_stats(*map(torch.from_numpy, load_norm(layout.features, session.heard)))
     if system.init_from:
         place = layout.system(system.init_from, recipe.seed_of(system.init_from, seed))
         parent = Bundle.load(place, recipe.plugins.registry)

@@ -187,11 +187,11 @@ def check_minimum_at_teacher(case: LossCase) -> None:
     if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
         raise CheckSkipped("it has its own weights between student and teacher")
     equal = cast(case.example(noise=0.0), torch.float64)
-    student = _leaves(equal.out)
+    student = leaves(equal.out)
     result = call(loss, Example(student, equal.targets, equal.batch))
     least = float(result.total.detach())
     scale = max(1.0, float(result.count))
-    grads = torch.autograd.grad(result.total, _floats(student), allow_unused=True)
+    grads = torch.autograd.grad(result.total, floats(student), allow_unused=True)
     steepest = max((float(g.abs().max()) for g in grads if g is not None), default=0.0)
     require(steepest < 1e-5, f"its gradient there is {steepest:.3g}, not 0")
     rng = torch.Generator().manual_seed(5)
@@ -207,12 +207,13 @@ def _noise(x: Tensor, rng: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=rng, dtype=x.dtype)
 
 
-def _leaves(out: ModelOutput) -> ModelOutput:
+def leaves(out: ModelOutput) -> ModelOutput:
     """A copy whose floating-point tensors take gradients."""
     return out.map(lambda x: x.detach().clone().requires_grad_(True) if x.is_floating_point() else x)
 
 
-def _floats(out: ModelOutput) -> list[Tensor]:
+def floats(out: ModelOutput) -> list[Tensor]:
+    """Its floating-point tensors, in a fixed order."""
     found: list[Tensor] = []
 
     def note(x: Tensor) -> Tensor:
@@ -231,7 +232,7 @@ def check_no_gradient_into_targets(case: LossCase) -> None:
     targets = example.targets.map(
         lambda x: x.detach().clone().requires_grad_(True) if x.is_floating_point() else x
     )
-    student = _leaves(example.out)
+    student = leaves(example.out)
     call(loss, Example(student, targets, example.batch)).total.backward()  # type: ignore[no-untyped-call]
     for key, item in targets.items.items():
         for name, value in vars(item).items():
@@ -245,15 +246,15 @@ def check_gradcheck(case: LossCase) -> None:
     if isinstance(loss, nn.Module):
         loss = loss.double()
     example = cast(case.example(lens=(4, 3)), torch.float64)
-    student = _leaves(example.out)
+    student = leaves(example.out)
 
-    def total(*floats: Tensor) -> Tensor:
-        given = iter(floats)
+    def total(*values: Tensor) -> Tensor:
+        given = iter(values)
         out = student.map(lambda x: next(given) if x.is_floating_point() else x)
         return call(loss, Example(out, example.targets, example.batch)).total
 
     try:
-        gradcheck(total, tuple(_floats(student)), atol=1e-5, rtol=1e-3)
+        gradcheck(total, tuple(floats(student)), atol=1e-5, rtol=1e-3)
     except GradcheckError as error:
         raise CheckFailed(f"gradient and finite differences disagree: {str(error).strip()[:200]}") from error
 
@@ -266,14 +267,14 @@ def check_bf16(case: LossCase) -> None:
     exact = call(
         exact_loss.double() if isinstance(exact_loss, nn.Module) else exact_loss, cast(example, torch.float64)
     )
-    student = _leaves(rounded)
+    student = leaves(rounded)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = call(case.build(), replace(example, out=student))
     result.total.backward()  # type: ignore[no-untyped-call]
     want, got = _values(exact)[0], _values(result)[0]
     close = abs(got - want) <= RELATIVE_BF16 * abs(want)
     require(close, f"total is {got:.6g} in bf16, {want:.6g} in float64: compute in float32 (full_precision)")
-    finite = all(bool(x.grad.isfinite().all()) for x in _floats(student) if x.grad is not None)
+    finite = all(bool(x.grad.isfinite().all()) for x in floats(student) if x.grad is not None)
     require(finite, "its gradient is not finite in bf16")
 
 
@@ -309,14 +310,14 @@ def check_empty_selection(case: LossCase) -> None:
         nothing = example.map(lambda x: x[:0])  # without words, too, there is the end of the sentence
     else:
         nothing = example.map(lambda x: x if x.dim() != 1 else torch.zeros_like(x))
-    student = _leaves(nothing.out)
+    student = leaves(nothing.out)
     result = call(loss, Example(student, nothing.targets, nothing.batch))
     total, count = _values(result)
     require(total == 0, f"total is {total}, not 0")
     require(count == 0, f"count is {count:g}, not 0")
     if result.total.requires_grad:
         result.total.backward()  # type: ignore[no-untyped-call]
-        still = all(bool((x.grad == 0).all()) for x in _floats(student) if x.grad is not None)
+        still = all(bool((x.grad == 0).all()) for x in floats(student) if x.grad is not None)
         require(still, "its gradient is not 0")
 
 

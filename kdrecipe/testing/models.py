@@ -255,7 +255,7 @@ def _random_lattice(
         tokens_BU=batch.tokens_BU,
         lens_B=lens_B,
         token_lens_B=batch.token_lens_B,
-        join=lambda a, b: torch.tanh(a + b) @ weight_JV.to(a.dtype),
+        join=lambda a, b: torch.tanh(a + b) @ weight_JV.to(a),
     )
 
 

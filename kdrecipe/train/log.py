@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdrecipe.artifacts import disk_errors, write_atomic
 from kdrecipe.interfaces import LossOutput
+from kdrecipe.report.reading import duration
 
 _LINE_EVERY_S = 10.0  # without a terminal: often enough to see that it runs
 
@@ -122,7 +123,8 @@ class Progress:
         self.label = f"{label}: " if label else ""
         self.num_steps = num_steps
         self.enabled = enabled
-        self._said_at = time.monotonic()
+        self._said_at = self._began_at = time.monotonic()
+        self._done = done
         self._bar: Any = None
         if enabled and sys.stderr.isatty():
             from tqdm import tqdm
@@ -135,7 +137,13 @@ class Progress:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(facts, refresh=False)
         else:
-            self.note(f"step {step}/{self.num_steps} {facts}")
+            self.note(f"step {step}/{self.num_steps}{self._left(step)} {facts}")
+
+    def _left(self, step: int) -> str:
+        """``, about 3 min left``, by the steps so far; the bar on a terminal tells it by itself."""
+        done, left = step - self._done, self.num_steps - step
+        seconds = (time.monotonic() - self._began_at) * left / done if done > 0 else 0.0
+        return f", about {duration(seconds)} left" if seconds >= 1 else ""
 
     def note(self, text: str) -> None:
         """A separate line, unless there was one a moment ago."""

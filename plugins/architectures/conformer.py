@@ -80,6 +80,12 @@ class Conformer(nn.Module):
     """
 
     Config: ClassVar[type[Options]] = ConformerOptions
+    tiny_options: ClassVar[dict[str, int | None]] = {
+        "num_layers": 1,
+        "dim": 16,
+        "num_heads": 2,
+        "ff_dim": None,
+    }
     contract_options: ClassVar[dict[str, int]] = {
         "num_layers": 2,
         "dim": 16,

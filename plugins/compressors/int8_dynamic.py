@@ -121,7 +121,9 @@ class Int8Dynamic:
         self._replace(
             model,
             self._linears(model),
-            lambda linear: Int8Linear(linear.in_features, linear.out_features, linear.bias is not None),
+            lambda linear: Int8Linear(linear.in_features, linear.out_features, linear.bias is not None).to(
+                linear.weight.device
+            ),
         )
         return model
 

@@ -6,7 +6,7 @@ s_t = s (1 - (1 - t / T)^3), reached after ``ramp`` of the fine-tuning. What is 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,6 +22,8 @@ PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 class MagnitudePrune:
     """Zeros in the weights of linear and convolution layers; biases and norms are left alone."""
+
+    tiny_options: ClassVar[dict[str, int]] = {"epochs": 1}
 
     class Config(Options):
         """Options.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -53,6 +53,10 @@ class AttentionBeam:
     """
 
     head = "attention"
+    tiny_options: ClassVar[dict[str, float]] = {
+        "beam": 2,
+        "max_len_ratio": 0.1,
+    }  # untrained, a search would not end by itself
 
     class Config(Options):
         """Options.

@@ -15,7 +15,7 @@ import heapq
 from collections.abc import Iterator
 from math import exp, inf, log1p
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ class CtcPrefixBeam:
     """
 
     head = "ctc"
+    tiny_options: ClassVar[dict[str, int]] = {"beam": 2}
 
     class Config(Options):
         """Options.

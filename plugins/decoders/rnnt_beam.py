@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import exp, inf, log1p
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -47,6 +47,7 @@ class RnntBeam:
     """
 
     head = "rnnt"
+    tiny_options: ClassVar[dict[str, int]] = {"beam": 2}
 
     class Config(Options):
         """Options.

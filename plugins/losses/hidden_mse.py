@@ -43,6 +43,8 @@ class HiddenMse(nn.Module):
         "layers": {"encoder.0": "encoder.1", "encoder.2": "encoder.5"}
     }
 
+    tiny_options: ClassVar[Mapping[str, Any]] = {"layers": {"encoder.0": "encoder.0"}}
+
     class Config(Options):
         """Options of ``hidden_mse``.
 

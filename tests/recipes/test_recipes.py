@@ -69,14 +69,9 @@ def corpus_for(recipe: Path, root: Path) -> tuple[dict[str, Path], tuple[str, ..
     if kind == "an4":
         make_corpus(root, num_speakers=6, utterances_per_speaker=5, layout="an4")
         return {"AN4_ROOT": root}, ()
-    if kind == "mini_librispeech":
+    if kind in ("mini_librispeech", "librispeech"):
         make_corpus(root, num_speakers=6, utterances_per_speaker=5, layout="librispeech")
-        return {"CORPUS_ROOT": root}, ("--set", "tokens.vocab_size=40")  # so few words have no more
-    if kind == "librispeech":
-        make_corpus(root, num_speakers=6, utterances_per_speaker=5, layout="librispeech")
-        # Half a minute of speech, in several steps.
-        steps = ("--set", "training.batch_duration_s=5")
-        return {"LIBRISPEECH_ROOT": root}, ("--set", "tokens.vocab_size=40", *steps)
+        return {"CORPUS_ROOT": root, "LIBRISPEECH_ROOT": root}, ()
     if kind == "voice_commands":
         if importlib.util.find_spec("espeakng_loader") is None:
             pytest.skip("espeakng_loader is not installed: pip install 'kdrecipe[espeak]'")

@@ -29,7 +29,10 @@ def work(tmp_path_factory) -> Path:
     done = kdrecipe("run", recipe, "--work", directory / "work", "--jobs", "1", CORPUS_ROOT=corpus)
     assert done.status == 0, done.said
     assert "## Claims beside what was measured" in done.out
-    assert "## Systems on test" in done.out
+    first, *_, closing = done.out.split("\n\n")
+    assert first.startswith("10 jobs to run (prepare 1, features 1, tokens 1, distill 1, export 1, decode 1")
+    assert "how long they take is not known: training will tell" in first
+    assert closing.splitlines()[0] == f"report: {directory / 'work' / 'report' / 'report.html'}"
     return directory / "work"
 
 

@@ -17,6 +17,7 @@ from kdrecipe.data.features import (
     SAMPLE_RATE,
     compute_features,
     extract,
+    feature_stats,
     load_cuts,
     load_norm,
     perturb_speed,
@@ -71,6 +72,16 @@ def test_statistics_are_of_the_unperturbed_training_cuts(features):
     mean, std = load_norm(features)
     np.testing.assert_allclose(mean, frames.mean(0), rtol=1e-4)
     np.testing.assert_allclose(std, frames.std(0), rtol=1e-3)
+
+
+def test_statistics_of_a_part_are_of_that_part_only(features):
+    ids = {c.id for c in load_cuts(features, "train")}
+    part = set(sorted(ids)[: len(ids) // 2])
+    cuts = [c for c in load_cuts(features, "train") if c.id in part and "_sp" not in c.id]
+    mean, _ = load_norm(features, part)
+    np.testing.assert_array_equal(mean, feature_stats(cuts)[0])
+    assert not np.allclose(mean, load_norm(features)[0])
+    np.testing.assert_allclose(load_norm(features, ids)[1], load_norm(features)[1])
 
 
 def test_two_processes_give_what_one_gives(corpus, features, tmp_path):

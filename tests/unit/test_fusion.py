@@ -16,6 +16,7 @@ from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import KdrecipeError, MissingExtra, RecipeError
 from kdrecipe.recipe.load import load_recipe
 from kdrecipe.stages import lm as stage
+from kdrecipe.stages import needed
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.run import build_plan
 from kdrecipe_plugins.decoders.ctc_prefix_beam import CtcPrefixBeam, prefix_beam_search
@@ -252,7 +253,7 @@ def test_the_model_is_loaded_for_the_recipe_s_tokens_only(load, layout):
 
 
 def test_the_job_and_its_inputs(load, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "find_spec", lambda name: name)
+    monkeypatch.setattr(needed, "find_spec", lambda name: name)
     (tmp_path / "lm.txt").write_text("one\n", encoding="utf-8")
     plan = partial(build_plan, layout=Layout(tmp_path / "exp"))
     job = plan(load("lm: {name: ngram, text: lm.txt}\n")).jobs["lm"]
@@ -302,7 +303,7 @@ def test_a_variable_that_is_not_set_stops_the_run_not_the_check(load, tmp_path, 
 
 
 def test_kenlm_is_asked_for_before_any_work(load, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "find_spec", lambda name: None)
+    monkeypatch.setattr(needed, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"recipe.yaml:7.*kenlm.*\n.*pip install kenlm"):
         build_plan(load(), Layout(tmp_path / "exp"))
     build_plan(load(recipe=RECIPE.replace("0.3", "0.0")), Layout(tmp_path / "exp"))

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from kdrecipe.data import memory
 from kdrecipe.data.memory import Kept, MemoryBudget, available_bytes, machine_budget, num_processes
 from kdrecipe.errors import KdrecipeError
+from kdrecipe.jobs.executors import Processes
 
 
 def test_what_does_not_fit_is_not_kept():
@@ -63,6 +65,16 @@ def test_a_process_has_its_share():
     env = {**os.environ, "KDRECIPE_CACHE_GB": "6", "KDRECIPE_PROCESSES": "8"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert int(done.stdout) == 750_000_000
+
+
+def test_jobs_side_by_side_are_told_what_they_share():
+    said = []
+    processes = Processes(4, lambda name, line: said.append(line), cache_bytes=8 * 10**9)
+    code = "from kdrecipe.data.memory import process_budget; print(process_budget().left)"
+    processes.start("job", [sys.executable, "-c", code])
+    while not processes.finished():
+        time.sleep(0.05)
+    assert said == ["2000000000"]
 
 
 def test_the_limit_of_a_container_counts(tmp_path):

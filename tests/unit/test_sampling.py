@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,8 +116,8 @@ def test_without_dev_they_are_calibrated_on_what_the_system_may_see(without_dev:
     train = ids_of(without_dev, "train")
     speaker = min(train.values())
     few = [i for i, s in train.items() if s == speaker]
+    (without_dev.features / "subsets.json").write_text(json.dumps({"few": few}))
     limited = session(without_dev, "few")
-    limited.__dict__["subsets"] = {"few": few}
     assert {i for batch in limited.calibration(100) for i in batch.ids} == set(few)
     everyone = [i for batch in session(without_dev).calibration(1) for i in batch.ids]
     assert {train[i] for i in everyone} == set(train.values())

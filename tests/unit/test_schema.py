@@ -13,6 +13,7 @@ from kdrecipe.errors import RecipeError
 from kdrecipe.interfaces import Options, Runtime, TargetSpec
 from kdrecipe.plugin.loader import Plugins
 from kdrecipe.recipe.load import load_recipe
+from kdrecipe.recipe.sections import beyond_labels
 
 EXAMPLE = """\
 corpus: {name: an4, root: "${KDRECIPE_TEST_ROOT}", subsets: {few: {speakers: 11}, rest: {except: few}}}
@@ -362,6 +363,43 @@ def test_name_and_command(load, tmp_path):
     assert load_recipe(folder, plugins=recipe.plugins).name == "toy/first"
 
 
+# ---------------------------------------------------------------- what tokens and language models may see
+
+
+def test_tokens_are_learnt_from_what_every_system_has_labels_of(load):
+    recipe = load(change(base(), "lm", {"name": "ngram"}))
+    assert (recipe.tokens.data, recipe.lm.data) == ("few", "few")
+    everything = base()
+    for path in ("plain.train.data", "kd.distill.data", "kd.distill.unlabelled"):
+        change(everything, f"systems.{path}", None)
+    assert load(everything).tokens.data is None
+
+
+@pytest.mark.parametrize(("data", "expected"), [("all", None), ("rest", "rest")])
+def test_a_recipe_may_say_what_they_are_learnt_from(load, data, expected):
+    recipe = load(change(change(base(), "tokens.data", data), "lm", {"data": data}))
+    assert (recipe.tokens.data, recipe.lm.data) == (expected, expected)
+
+
+def test_labels_of_different_subsets_need_a_word_from_the_recipe(load):
+    data = change(base(), "systems.plain.train.data", "rest")
+    [found] = problems(load, data)
+    assert "systems have labels of different subsets (rest, few), and all share the tokens" in found
+    assert "data: all" in found
+    assert len(problems(load, change(copy.deepcopy(data), "lm", {"name": "ngram"}))) == 2
+    assert load(change(data, "tokens.data", "few")).tokens.data == "few"
+    [absent] = problems(load, change(data, "lm", {"text": "lm.txt"}))
+    assert "there is no file" in absent
+
+
+def test_whose_labels_do_not_cover_what_was_learnt_from(load):
+    systems = load(base()).systems
+    subsets = {"few": {"a"}, "rest": {"b", "c"}}
+    assert beyond_labels(systems, None, subsets) == ["plain", "kd"]
+    assert beyond_labels(systems, "rest", subsets) == ["plain", "kd"]
+    assert beyond_labels(systems, "few", subsets) == []
+
+
 # ---------------------------------------------------------------- profiles and overrides
 
 
@@ -427,6 +465,8 @@ MISTAKES = [
     ("corpus.name", "toi", "unknown corpus 'toi'", "did you mean 'toy'?"),
     ("corpus.name", 3, "name is 3, it must be text", "known: toy"),
     ("corpus.rot", "/x", "corpus.rot: unknown key", "did you mean 'root'?"),
+    ("corpus.subsets.all", {"speakers": 1}, "means the whole training split", "rename it"),
+    ("tokens.data", "fw", "unknown subset 'fw'", "did you mean 'few'?"),
     ("corpus.on_error", "ignore", "should be 'stop' or 'skip'", ""),
     ("corpus.subsets.few", {"speakers": 0}, "corpus.subsets.few.speakers: is 0", ""),
     ("corpus.subsets.few", {"speakers": 1, "hours": 1}, "exactly one rule", ""),

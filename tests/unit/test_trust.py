@@ -47,7 +47,7 @@ tokens: {name: char}
 seeds: [1]
 systems:
   big: {pretrained: {bundle: bundle}}
-  kd: {distill: {teachers: [big], losses: [{name: kl}],
+  kd: {distill: {teachers: [big], losses: [{name: hidden_mse, layers: {encoder.0: encoder.0}}],
        model: {name: conformer, num_layers: 1, dim: 16, heads: {ctc: {}}}}}
 export: [{name: onnx_ctc}]
 """

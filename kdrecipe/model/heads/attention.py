@@ -169,6 +169,12 @@ class AttentionHead(nn.Module):
     """
 
     Config: ClassVar[type[Options]] = AttentionHeadOptions
+    tiny_options: ClassVar[dict[str, int | None]] = {
+        "num_layers": 1,
+        "dim": None,
+        "num_heads": 2,
+        "ff_dim": None,
+    }
     target_kinds: ClassVar[tuple[TargetKind, ...]] = ("token_logits",)
 
     def __init__(self, config: AttentionHeadOptions, input_dim: int, vocab_size: int) -> None:

@@ -182,6 +182,7 @@ class RnntHead(nn.Module):
     """
 
     Config: ClassVar[type[Options]] = RnntHeadOptions
+    tiny_options: ClassVar[dict[str, int]] = {"predictor_dim": 16, "joiner_dim": 16}
     target_kinds: ClassVar[tuple[TargetKind, ...]] = ("rnnt_lattice",)
 
     def __init__(self, config: RnntHeadOptions, input_dim: int, vocab_size: int) -> None:

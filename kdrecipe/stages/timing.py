@@ -1,0 +1,54 @@
+"""What jobs took before: from their stamps, or from the recipe's committed table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrecipe.artifacts import read_json
+from kdrecipe.errors import KdrecipeError
+from kdrecipe.jobs.forecast import Forecast
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import seconds_of
+from kdrecipe.stages import STAGES
+
+if TYPE_CHECKING:
+    from kdrecipe.recipe.load import Recipe
+
+
+def seconds_before(recipe: Recipe, plan: Plan) -> dict[str, float]:
+    """Seconds by job, of those that ran before: here, or where the committed table was made.
+
+    A profile or ``--set`` changes what jobs take, so the table counts only for the recipe as it stands.
+    """
+    stamped = {name: seconds_of(job) for name, job in plan.jobs.items()}
+    here = {name: seconds for name, seconds in stamped.items() if seconds is not None}
+    return {**published(recipe.dir / "results.json"), **here} if recipe.as_it_stands else here
+
+
+def published(path: Path) -> dict[str, float]:
+    """Seconds by job, as a ``results.json`` has them; empty if there is none that can be read."""
+    try:
+        results: Any = read_json(path)
+        trained = {
+            f"{row['name']}/seed{seed}": run["seconds"]
+            for row in results["systems"]
+            for seed, run in zip(row["seeds"], (row["train"] or {}).get("by_seed", ()), strict=False)
+        }
+        return {**trained, **results.get("seconds", {})}
+    except (KdrecipeError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def outlook(forecast: Forecast) -> str:
+    """What a run begins with: how many jobs of which stages, and how long they take if that is known."""
+    count = Counter(job.stage for job in forecast.jobs)
+    stages = ", ".join(f"{STAGES[stage][0]} {number}" for stage, number in sorted(count.items()))
+    jobs = f"{len(forecast.jobs)} job{'s' if len(forecast.jobs) != 1 else ''} to run ({stages})"
+    time = forecast.text()
+    if not time:
+        trains = {"teacher", "distill"} & {STAGES[stage][0] for stage in count}
+        later = ": training will tell what it has left" if trains else ""
+        return f"{jobs}; how long they take is not known{later}"
+    return f"{jobs}: {time}, by what such jobs took before"
