@@ -48,7 +48,7 @@ class Location:
 
     Args:
         text: may hold ``${NAME}`` and ``~``.
-        where: its place in the recipe.
+        where: file and line in the recipe.
         base: directory that relative paths count from.
     """
 
@@ -70,7 +70,7 @@ class Corpus:
         options: its options.
         on_error: whether faulty utterances stop the work or are left out and listed.
         subsets: named parts of the training split: name -> rule, see ``kdrecipe.corpus.subsets``.
-        location: where the raw corpus lies, if it is not made by the plugin.
+        location: directory of the raw corpus, if the plugin does not make it.
         lists: of the subsets whose utterances are listed somewhere: name -> where.
         max_utterances: of each split, of a few of its speakers; None: all.
     """
@@ -140,7 +140,7 @@ class Features(Options):
     Args:
         name: ``fbank``.
         num_mel_bins: F.
-        speed_perturb: speeds at which training utterances are seen, as copies of their own; the
+        speed_perturb: speeds at which training utterances are seen, as separate copies; the
             speed 1.0 is always among them.
     """
 
@@ -377,7 +377,7 @@ class System:
         teachers: systems it learns from.
         parent: system it is compressed from.
         init_from: system with the same encoder, whose weights it starts with: those of the encoder and
-            of the heads that both have; other heads start anew.
+            of the heads that both have; other heads start from random weights.
         terms: its objective.
         steps: compressors, in order.
         location: of a pretrained bundle.
