@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -111,15 +111,6 @@ SECTIONS: Mapping[str, type[Options]] = {
 }
 
 
-class CorpusSection(Options):
-    """``corpus`` without the plugin's options."""
-
-    root: str | None = None
-    on_error: Literal["stop", "skip"] = "stop"
-    max_utterances: int | None = Field(default=None, ge=1)
-    subsets: dict[str, dict[str, Any]] = {}
-
-
 class TermSection(Options):
     """A loss without the plugin's options."""
 
@@ -148,10 +139,10 @@ class Parser(Validator):
         data, path = self.document.data.get("corpus"), ("corpus",)
         if data is None:
             return None
-        core = tuple(CorpusSection.model_fields)
+        core = tuple(f.alias or key for key, f in Corpus.model_fields.items() if not f.exclude)
         named = self.named("corpora", data, path, beside=core)
         own = {k: v for k, v in data.items() if k in core} if isinstance(data, dict) else {}
-        section = self.validate(CorpusSection, own, path)
+        section = self.validate(Corpus, own, path)
         subsets: dict[str, dict[str, Any]] = {}
         lists: dict[str, Location] = {}
         for name, rule in (section.subsets if section else {}).items():
@@ -167,10 +158,14 @@ class Parser(Validator):
         if section is None:
             return None
         named = named or Named("")  # the subsets are still of use to the checks
-        location = self._location(section.root, (*path, "root")) if section.root else None
-        return Corpus(
-            named.name, named.options, section.on_error, subsets, location, lists, section.max_utterances
-        )
+        checked = {
+            "location": self._place(section.location, (*path, "root")),
+            "subsets": subsets,
+            "name": named.name,
+            "options": named.options,
+            "lists": lists,
+        }
+        return section.model_copy(update=checked)
 
     def lm(self) -> Lm | None:
         """``lm``; None if it is absent."""

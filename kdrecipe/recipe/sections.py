@@ -73,27 +73,26 @@ Plugin = Annotated[Named, SkipValidation]
 Place = Annotated[Location | None, PlainValidator(_text_or_nothing)]
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """``corpus``.
+class Corpus(Options):
+    """``corpus``. The fields that are excluded are no keys of it: the parser fills them in.
 
     Args:
+        location: ``root``, where the raw corpus lies, if it is not made by the plugin.
+        on_error: whether faulty utterances stop the work or are left out and listed.
+        max_utterances: of each split, of a few of its speakers; None: all.
+        subsets: named parts of the training split: name -> rule, see ``kdrecipe.corpus.subsets``.
         name: the corpus plugin.
         options: its options.
-        on_error: whether faulty utterances stop the work or are left out and listed.
-        subsets: named parts of the training split: name -> rule, see ``kdrecipe.corpus.subsets``.
-        location: where the raw corpus lies, if it is not made by the plugin.
         lists: of the subsets whose utterances are listed somewhere: name -> where.
-        max_utterances: of each split, of a few of its speakers; None: all.
     """
 
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
+    location: Place = Field(default=None, alias="root")
     on_error: Literal["stop", "skip"] = "stop"
-    subsets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    location: Location | None = None
-    lists: dict[str, Location] = field(default_factory=dict)
-    max_utterances: int | None = None
+    max_utterances: int | None = Field(default=None, ge=1)
+    subsets: dict[str, dict[str, Any]] = {}
+    name: str = Field(default="", exclude=True)
+    options: dict[str, Any] = Field(default={}, exclude=True)
+    lists: dict[str, SkipValidation[Location]] = Field(default={}, exclude=True)
 
     @property
     def root(self) -> Path | None:

@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from kdrecipe.plugin.registry import Registry
-from kdrecipe.recipe.parsing import KINDS, CorpusSection
-from kdrecipe.recipe.sections import Lm, Parity, Training
+from kdrecipe.recipe.parsing import KINDS
+from kdrecipe.recipe.sections import Corpus, Lm, Parity, Training
 from kdrecipe.recipe.yaml import Document, KeyPath
 
 NAME = "tiny"
@@ -23,7 +23,7 @@ WHERE = f"--profile {NAME}"
 
 _TRAINING = {"epochs": 2, "batch_duration_s": 20.0, "accumulate": 1}
 _SECTIONS: Mapping[str, tuple[type[BaseModel] | None, Mapping[str, Any]]] = {
-    "corpus": (CorpusSection, {"max_utterances": 48}),
+    "corpus": (Corpus, {"max_utterances": 48}),
     "features": (None, {"speed_perturb": [1.0]}),
     "lm": (Lm, {"order": 3, "word_order": 2}),
     "training": (Training, _TRAINING),
