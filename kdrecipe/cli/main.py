@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        print("kdrecipe: interrupted; the same command goes on from here", file=sys.stderr)
+        print("kdrecipe: interrupted; the same command resumes from here", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has stopped (| head); keep Python from complaining at exit.

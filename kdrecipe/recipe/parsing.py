@@ -1,7 +1,7 @@
 """From a YAML document to the sections of a recipe, collecting everything that is wrong.
 
 Each problem gets the line it is about. A part that is wrong is left out and the rest is still
-looked at, so that all mistakes are told at once.
+looked at, so that all mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ class Parser(Validator):
     def _distinct(self, section: Any, path: KeyPath) -> tuple[int, ...] | None:
         seeds: tuple[int, ...] | None = getattr(section, "seeds", None)
         if seeds and len(set(seeds)) < len(seeds):
-            self.problem(path, f"the same seed twice: {list(seeds)}", "each seed makes a model of its own")
+            self.problem(path, f"the same seed twice: {list(seeds)}", "each seed makes its own model")
         return seeds
 
     # ------------------------------------------------------------ systems

@@ -50,7 +50,7 @@ class Location:
 
     Args:
         text: may hold ``${NAME}`` and ``~``.
-        where: its place in the recipe.
+        where: file and line in the recipe.
         base: directory that relative paths count from.
     """
 
@@ -77,7 +77,7 @@ class Corpus(Options):
     """``corpus``. The fields that are excluded are no keys of it: the parser fills them in.
 
     Args:
-        location: ``root``, where the raw corpus lies, if it is not made by the plugin.
+        location: ``root``, the directory of the raw corpus, if the plugin does not make it.
         on_error: whether faulty utterances stop the work or are left out and listed.
         max_utterances: of each split, of a few of its speakers; None: all.
         subsets: named parts of the training split: name -> rule, see ``kdrecipe.corpus.subsets``.
@@ -151,7 +151,7 @@ class Features(Options):
     Args:
         name: ``fbank``.
         num_mel_bins: F.
-        speed_perturb: speeds at which training utterances are seen, as copies of their own; the
+        speed_perturb: speeds at which training utterances are seen, as separate copies; the
             speed 1.0 is always among them.
     """
 
@@ -393,7 +393,7 @@ class System:
         teachers: systems it learns from.
         parent: system it is compressed from.
         init_from: system with the same encoder, whose weights it starts with: those of the encoder and
-            of the heads that both have; other heads start anew.
+            of the heads that both have; other heads start from random weights.
         terms: its objective.
         steps: compressors, in order.
         location: of a pretrained bundle.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +25,14 @@ from kdrecipe.recipe.yaml import load_yaml, parse_value
 from kdrecipe.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*/*/README.md")])
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "recipes").glob("*/*/README.md"),
+    ]
+)
 ANATOMY = ROOT / "docs" / "recipe-anatomy.md"
 # Written by stage 10; a link to one is sound wherever there is a recipe that makes it.
 GENERATED = ("RESULTS.md", "results.json")
@@ -92,8 +101,14 @@ def test_the_folder_tree_of_the_readme_is_there():
             assert (room / name).exists() or (room / f"{name}.py").exists(), f"{room.name}/{name}"
     tracked = {"run.sh", "recipes", "kdrecipe", "plugins", "local", "benchmarks", "docs", "tests"}
     assert named == tracked
-    there = {p.parent.relative_to(ROOT / "recipes").as_posix() for p in ROOT.glob("recipes/*/*/recipe.yaml")}
-    assert there == set(re.findall(r"^  (\w+/\w+) ", tree, re.MULTILINE))
+
+
+def test_the_generated_blocks_are_those_of_the_recipes_and_their_results():
+    """The headline's figures and the table of recipes; the remedy is in the message."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "fill_readme.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------- commands
