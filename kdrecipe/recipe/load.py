@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +231,7 @@ def load_recipe(
     check_lm(parser, lm, decode)
     tokens = tokens.model_copy(update={"data": learnt_from(parser, "tokens", tokens.data, systems, corpus)})
     if lm is not None and lm.text is None:
-        lm = replace(lm, data=learnt_from(parser, "lm", lm.data, systems, corpus))
+        lm = lm.model_copy(update={"data": learnt_from(parser, "lm", lm.data, systems, corpus)})
     check_features(parser, systems, features)
     if not parser.problems:
         FitChecker(checker, features, tokens).check()
