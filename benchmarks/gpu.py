@@ -37,7 +37,7 @@ from train_speed import (
     with_ctc,
 )
 
-from kdrecipe.interfaces import Batch, LossSetup
+from kdrecipe.interfaces import SAMPLE_RATE, Batch, LossSetup
 from kdrecipe.model.asr import AsrModel, model_info
 from kdrecipe.model.heads.ctc import CtcLoss, CtcLossOptions
 from kdrecipe.recipe.sections import Training
@@ -50,7 +50,6 @@ from kdrecipe.train.step import Stepper
 from kdrecipe_plugins.losses.kl import KlLoss
 
 DROPOUT = 0.1
-SAMPLE_RATE = 16000
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ keeps its traceback.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -98,3 +99,18 @@ def format_problems(problems: Sequence[Problem]) -> str:
     if len(problems) > MAX_SHOWN:
         lines.append(f"... and {len(problems) - MAX_SHOWN} more")
     return "\n".join(lines)
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Of the ``known`` words the one that ``word`` was most likely meant to be, if any is close."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A remedy for an unknown ``word``: the closest known one, or all of them."""
+    known = sorted(set(known))
+    close = closest(word, known)
+    if close is not None:
+        return f"did you mean {close!r}?"
+    return f"known: {', '.join(known)}" if known else "there are none"

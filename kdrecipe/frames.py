@@ -1,4 +1,4 @@
-"""Small tools for losses over frames: valid frames, precision, top-k posteriors.
+"""Tools for what goes by frames: valid frames, precision, top-k posteriors, the best CTC path.
 
 Shapes, in names: B utterances, T frames (padded), N valid frames of a batch in a row, V vocabulary,
 K kept classes, D width.
@@ -7,10 +7,11 @@ K kept classes, D width.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdrecipe.errors import DataError
-from kdrecipe.interfaces import Posteriors
+from kdrecipe.interfaces import BLANK_ID, Posteriors
 
 MIN_LOG_PROB = -1e4
 """Stands for log 0 in a teacher's posteriors.
@@ -22,7 +23,7 @@ float16 holds it.
 
 def frame_mask(lens_B: Tensor, num_frames: int) -> Tensor:
     """Bool (B, num_frames): True on the first ``lens_B`` frames of each utterance."""
-    return torch.arange(num_frames, device=lens_B.device) < lens_B[:, None]
+    return torch.arange(num_frames, device=lens_B.device) < lens_B.unsqueeze(1)
 
 
 def valid_frames(values_BT: Tensor, lens_B: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def valid_frames(values_BT: Tensor, lens_B: Tensor) -> Tensor:
 
 
 def full_precision(values: Tensor) -> Tensor:
-    """float32 of bf16 and fp16 tensors, others unchanged: sums over frames need it."""
+    """float32 of bf16 and fp16 tensors, others unchanged: sums and recursions over frames need it."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
@@ -120,3 +121,21 @@ def frame_log_probs(logits_BTV: Tensor, lens_B: Tensor, teacher: Posteriors) -> 
         log_p_NK = torch.cat([log_p_NK, tail_N[:, None]], dim=-1)
     log_p_NK = log_p_NK.detach().to(logits_NV.dtype).clamp(min=MIN_LOG_PROB)
     return log_p_NK, bucket_log_probs(logits_NV, indices_NK)
+
+
+def ctc_greedy(scores_BTV: Tensor, lens_B: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+    """Greedy search of CTC: the best label of each frame, repeats merged, blanks removed.
+
+    Args:
+        scores_BTV: logits or log-posteriors; padding may hold anything.
+        lens_B: valid frames.
+
+    Returns:
+        Tokens of each utterance, and the frame at which each of them begins.
+    """
+    best_BT = scores_BTV.argmax(-1)
+    previous_BT = F.pad(best_BT[:, :-1], (1, 0), value=BLANK_ID)
+    starts_BT = (best_BT != BLANK_ID) & (best_BT != previous_BT) & frame_mask(lens_B, best_BT.shape[1])
+    frames = [row_T.nonzero().flatten().tolist() for row_T in starts_BT]
+    tokens = [row_T[at].tolist() for row_T, at in zip(best_BT, frames, strict=True)]
+    return tokens, frames

@@ -27,6 +27,9 @@ BLANK_ID = 0
 SOS_EOS_ID = 1
 UNK_ID = 2
 
+SAMPLE_RATE = 16000
+"""Hz, of all audio that models hear."""
+
 
 class Options(BaseModel):
     """Base of every plugin's nested ``Config``: unknown keys are errors, values do not change."""

@@ -9,11 +9,6 @@ from torch import Tensor, nn
 MASKED = -3e4  # finite, also in fp16: an utterance without frames must give no NaN
 
 
-def valid_mask(lens_B: Tensor, num_frames: int) -> Tensor:
-    """(B, T) bool, True on each utterance's valid frames."""
-    return torch.arange(num_frames, device=lens_B.device) < lens_B.unsqueeze(1)
-
-
 def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to attention's scores: 0 where ``mask`` (bool) is True, else very little."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, MASKED)

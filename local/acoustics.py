@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-SAMPLE_RATE = 16000
+from kdrecipe.interfaces import SAMPLE_RATE
 
 
 def resample(samples_S: np.ndarray, ratio_up: int, ratio_down: int) -> np.ndarray:

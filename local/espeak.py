@@ -104,17 +104,18 @@ def _serve(request: dict[str, Any], out: BinaryIO) -> None:
     library = ctypes.CDLL(request["library"])
     samples = bytearray()
 
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
     def collect(wave: int | None, count: int, _events: int | None) -> int:
         if wave and count > 0:
             samples.extend(ctypes.string_at(wave, 2 * count))
         return 0
 
+    # held by name as long as the library may call it
+    callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)(collect)
     rate = library.espeak_Initialize(_SYNCHRONOUS, 0, request["data"].encode(), 0)
     if rate != SAMPLE_RATE:
         raise SystemExit(f"espeak_Initialize gave {rate}, expected a rate of {SAMPLE_RATE}")
     library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # of its breath noise; else it is the time of day
-    library.espeak_SetSynthCallback(collect)
+    library.espeak_SetSynthCallback(callback)
     voice = request["voice"]
     if library.espeak_SetVoiceByName(voice["name"].encode()):
         raise SystemExit(f"no voice {voice['name']!r}")

@@ -10,10 +10,10 @@ from typing import Any
 
 from kdrecipe import hookimpl
 from kdrecipe.corpus.gather import read_lines
-from kdrecipe.corpus.manifests import SAMPLE_RATE, overlap_notes
+from kdrecipe.corpus.manifests import overlap_notes
 from kdrecipe.corpus.problems import DataProblem
 from kdrecipe.errors import DataError, Problem
-from kdrecipe.interfaces import Options, Prepared
+from kdrecipe.interfaces import SAMPLE_RATE, Options, Prepared
 
 
 class Manifests:

@@ -24,9 +24,10 @@ from kdrecipe import hookimpl
 from kdrecipe.corpus.gather import Utterance, gather
 from kdrecipe.corpus.manifests import overlap_notes
 from kdrecipe.errors import DataError
-from kdrecipe.interfaces import Options, Prepared
-from kdrecipe_local.command_grammar import sentences
-from kdrecipe_local.espeak import Voice, synthesise
+from kdrecipe.interfaces import SAMPLE_RATE, Options, Prepared
+
+from .command_grammar import sentences
+from .espeak import Voice, synthesise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -212,8 +213,6 @@ class VoiceCommands:
         import numpy as np
         import soundfile
 
-        from kdrecipe_local.acoustics import SAMPLE_RATE
-
         name = f"{speaker.split}{speaker.index:03d}-{speaker.variant.lower()}"
         utterances = []
         for number, spoken in enumerate(synthesise(speaker.voice, [said for _, said in texts], limit_s)):
@@ -231,11 +230,11 @@ class VoiceCommands:
         """Clean speech at 22.05 kHz to int16 at 16 kHz in a room, with noise, at some level."""
         import numpy as np
 
-        from kdrecipe_local import acoustics
+        from . import acoustics
 
         config = self.config
         speech = acoustics.resample(spoken_S / 32768, _UP, speaker.down)
-        speech = np.concatenate([np.zeros(round(_LEAD_S * acoustics.SAMPLE_RATE)), speech])
+        speech = np.concatenate([np.zeros(round(_LEAD_S * SAMPLE_RATE)), speech])
         if rng.uniform() < config.reverb:
             response = acoustics.room(rng, rng.uniform(*config.rt60_s), rng.uniform(0, 10))
             speech = acoustics.convolve(speech, response)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdrecipe.corpus.audio import SAMPLE_RATE, Utterance, read_audio, resample
+from kdrecipe.corpus.audio import Utterance, read_audio, resample
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import Exporter, Runtime
+from kdrecipe.interfaces import SAMPLE_RATE, Exporter, Runtime
 from kdrecipe.recipe.sections import Named
 from kdrecipe.recipe.suitable import measured_exporter
 

@@ -12,8 +12,7 @@ import click
 
 from kdrecipe import __version__
 from kdrecipe.cli.plugins import new, plugins
-from kdrecipe.errors import KdrecipeError, ParityError, Problem, RecipeError, TrainingError
-from kdrecipe.plugin.registry import did_you_mean
+from kdrecipe.errors import KdrecipeError, ParityError, Problem, RecipeError, TrainingError, did_you_mean
 from kdrecipe.stages import STAGES
 
 if TYPE_CHECKING:

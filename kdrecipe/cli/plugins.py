@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import click
 
 from kdrecipe.cli.scaffold import TEMPLATES, write_plugin
-from kdrecipe.errors import PluginError
-from kdrecipe.plugin.registry import KINDS, did_you_mean
+from kdrecipe.errors import PluginError, did_you_mean
+from kdrecipe.plugin.registry import KINDS
 
 if TYPE_CHECKING:
     from kdrecipe.plugin.loader import Plugins

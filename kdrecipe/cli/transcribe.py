@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from kdrecipe.corpus.audio import SAMPLE_RATE, read_audio, resample
+from kdrecipe.corpus.audio import read_audio, resample
 from kdrecipe.errors import DataError, KdrecipeError, Problem
-from kdrecipe.interfaces import Hypothesis, Options
+from kdrecipe.interfaces import Hypothesis
+from kdrecipe.recipe.sections import Named
 
 WORD_START = "\u2581"  # SentencePiece's mark on a piece that begins a word
 
@@ -109,40 +110,19 @@ class BundleRunner:
 
     def __init__(self, path: Path, decoder: str | None = None, *, trust_plugins: bool = False) -> None:
         from kdrecipe.model.bundle import Bundle
+        from kdrecipe.model.decoders import build_decoder
 
         self.bundle = Bundle.load(path, trust_plugins=trust_plugins)
         self.pieces: list[str] = self.bundle.tokens.pieces
-        self._decoder = self._build(decoder)
-
-    def _build(self, name: str | None) -> Any:
-        heads = list(self.bundle.meta["model"]["heads"])
-        cls = self.bundle.registry.get("decoders", name or f"{heads[0]}_greedy")
-        if cls.head not in heads:
-            fitting = [
-                n
-                for n in self.bundle.registry.names("decoders")
-                if self.bundle.registry.get("decoders", n).head in heads
-            ]
-            raise KdrecipeError(
-                f"{name!r} searches the head {cls.head!r}, the model has {', '.join(heads)}",
-                where=str(self.bundle.path),
-                remedy=f"give one of {', '.join(fitting)}",
-            )
-        config: Options = cls.Config()
-        lm = (None,) if "lm_weight" in cls.Config.model_fields else ()
-        return cls(config, self.bundle.tokens, self.bundle.head_shift_s(cls.head), *lm)
+        first = next(iter(self.bundle.meta["model"]["heads"]))
+        self._decoder = build_decoder(self.bundle, Named(decoder or f"{first}_greedy"))
 
     def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
         """Recognise one utterance of any sampling rate."""
-        import torch
+        from kdrecipe.measure.search import recognise
 
-        from kdrecipe.data.features import extract
-
-        features_TF = extract(resample(samples_S, sample_rate), SAMPLE_RATE, self.bundle.meta["features"])
-        with torch.no_grad():
-            out = self.bundle.model(torch.from_numpy(features_TF)[None], torch.tensor([len(features_TF)]))
-        result: Hypothesis = self._decoder.decode(self.bundle.model, out)[0]
-        return result
+        samples_S, features = resample(samples_S, sample_rate), self.bundle.meta["features"]
+        return recognise(self.bundle.model, self._decoder, features, samples_S)
 
 
 def show(name: str, hypothesis: Hypothesis, pieces: Sequence[str]) -> str:

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdrecipe.errors import DataError
+from kdrecipe.interfaces import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
-
-SAMPLE_RATE = 16000
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Any
 from kdrecipe.artifacts import fingerprint, sha256_file, write_jsonl_gz
 from kdrecipe.corpus.gather import reason
 from kdrecipe.corpus.problems import NAMES_SHOWN, DataProblem, OnError, as_left_out, settle
-from kdrecipe.interfaces import Prepared, TokenTable
+from kdrecipe.interfaces import SAMPLE_RATE, Prepared, TokenTable
 
 if TYPE_CHECKING:
     from lhotse.audio import RecordingSet
     from lhotse.cut import CutSet
     from lhotse.supervision import SupervisionSet
 
-SAMPLE_RATE = 16000
 SAMPLE_SPEAKERS = 6
 RECORDINGS = "_recordings.jsonl.gz"
 _BEYOND_S = 0.01  # a transcript may end this much after its audio: rounding in hand-made manifests

@@ -31,8 +31,8 @@ from kdrecipe.artifacts import disk_errors, replacing, write_json, write_jsonl_g
 from kdrecipe.corpus.manifests import RECORDINGS
 from kdrecipe.corpus.subsets import choose_subsets
 from kdrecipe.errors import DataError, Problem, RecipeError
+from kdrecipe.interfaces import SAMPLE_RATE
 
-SAMPLE_RATE = 16000
 FRAME_SHIFT_S = 0.01
 
 _SUPERVISIONS = "_supervisions.jsonl.gz"

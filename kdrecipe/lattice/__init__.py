@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from kdrecipe.frames import MIN_LOG_PROB, frame_mask, full_precision
 from kdrecipe.interfaces import BLANK_ID, Lattice, LatticePosteriors
 from kdrecipe.lattice.paths import lattice_log_likelihood, lattice_pass
-from kdrecipe.lattice.recompute import recomputed
 
 LM_SCALE = 0.25
 AM_SCALE = 0.0
@@ -243,12 +243,8 @@ def join_at(lattice: Lattice, ranges_BTR: Tensor, *, at_once: bool = False) -> C
         size = max(1, (2**18 if rows_N.device.type == "cpu" else 2**26) // width)
     blocks = zip(*(torch.split(x, size) for x in arguments), strict=True)
     predictor_XJ = lattice.predictor_BPJ.flatten(0, 1)
-    if at_once:
-        parts = [_join_block(lattice.join, predictor_XJ, *block) for block in blocks]
-    else:
-        parts = [
-            recomputed(_join_block, rows_N.device, lattice.join, predictor_XJ, *block) for block in blocks
-        ]
+    join = _join_block if at_once else _join_again
+    parts = [join(lattice.join, predictor_XJ, *block) for block in blocks]
     return Cells(torch.cat(parts), rows_N, frames_N, positions_NR, positions_NR <= token_lens_N1)
 
 
@@ -265,6 +261,15 @@ def _join_block(
     with torch.autocast(encoder_NJ.device.type, enabled=False):  # a lattice may choose a lower precision
         logits_NRV = join(full_precision(encoder_NJ)[:, None], full_precision(predictor_NRJ))
     return three_way(logits_NRV, next_NR, has_next_NR)
+
+
+def _join_again(*block: Any) -> Tensor:
+    """:func:`_join_block`, run again in the backward pass: nothing is kept but its arguments."""
+    if not torch.is_grad_enabled():
+        return _join_block(*block)
+    # a joiner draws no random numbers, so their state need not be set back
+    joined: Tensor = checkpoint(_join_block, *block, use_reentrant=False, preserve_rng_state=False)
+    return joined
 
 
 def cells_log_likelihood(lattice: Lattice, cells: Cells) -> Tensor:

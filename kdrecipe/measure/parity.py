@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from kdrecipe.corpus.audio import SAMPLE_RATE, Utterance
+from kdrecipe.corpus.audio import Utterance
 from kdrecipe.data.features import extract
 from kdrecipe.errors import ParityError, Problem
-from kdrecipe.interfaces import BundleLike, Exporter, Runner, float_copy
+from kdrecipe.interfaces import SAMPLE_RATE, BundleLike, Exporter, Runner, float_copy
 from kdrecipe.measure.edits import Edits, edits
 from kdrecipe.measure.reference import STEPS, Reference, reference
 from kdrecipe.recipe.sections import Parity

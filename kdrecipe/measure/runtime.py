@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from kdrecipe.corpus.audio import SAMPLE_RATE, Utterance
+from kdrecipe.corpus.audio import Utterance
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import Exporter, Runtime
+from kdrecipe.interfaces import SAMPLE_RATE, Exporter, Runtime
 from kdrecipe.recipe.suitable import RuntimeOptions, default_search
 
 NUM_WARM_UP = 3  # utterances recognised before the clock counts: memory is laid out in the first ones

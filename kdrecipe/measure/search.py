@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kdrecipe.corpus.audio import SAMPLE_RATE, Utterance
+from kdrecipe.corpus.audio import Utterance
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import Decoder
+from kdrecipe.interfaces import SAMPLE_RATE, Decoder, Hypothesis
 from kdrecipe.measure.runtime import NUM_WARM_UP
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
 
 
@@ -37,23 +38,26 @@ def search_rtf(
         raise KdrecipeError("there is no utterance to measure a search on")
     with _one_thread():
         for utterance in utterances[:NUM_WARM_UP]:
-            _recognise(model, decoder, features, utterance)
+            recognise(model, decoder, features, utterance.samples_S)
         start = time.perf_counter()
         for utterance in utterances:
-            _recognise(model, decoder, features, utterance)
+            recognise(model, decoder, features, utterance.samples_S)
         seconds = time.perf_counter() - start
     return seconds / sum(u.duration_s for u in utterances)
 
 
-def _recognise(model: nn.Module, decoder: Decoder, features: Mapping[str, Any], utterance: Utterance) -> None:
+def recognise(
+    model: nn.Module, decoder: Decoder, features: Mapping[str, Any], samples_S: np.ndarray
+) -> Hypothesis:
+    """One utterance of 16 kHz samples in [-1, 1]; the other arguments as for :func:`search_rtf`."""
     import torch
 
     from kdrecipe.data.features import extract
 
-    features_TF = extract(utterance.samples_S, SAMPLE_RATE, features)
+    features_TF = extract(samples_S, SAMPLE_RATE, features)
     with torch.no_grad():
         out = model(torch.from_numpy(features_TF)[None], torch.tensor([len(features_TF)]))
-        decoder.decode(model, out)
+        return decoder.decode(model, out)[0]
 
 
 @contextmanager

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from kdrecipe.errors import PluginError, RecipeError
+from kdrecipe.errors import PluginError, RecipeError, did_you_mean
 
 
 @contextmanager
@@ -30,9 +29,8 @@ def capture(declared: dict[str, tuple[nn.Module, int]], names: Sequence[str]) ->
     with ExitStack() as hooks:
         for name in names:
             if name not in declared:
-                close = difflib.get_close_matches(name, declared, 1)
-                remedy = f"did you mean {close[0]!r}?" if close else f"declared: {', '.join(declared)}"
-                raise RecipeError(f"the encoder declares no tap {name!r}", remedy=remedy)
+                what = f"the encoder declares no tap {name!r}"
+                raise RecipeError(what, remedy=did_you_mean(name, declared))
             module, dim = declared[name]
             hook = module.register_forward_hook(_keeper(kept, name, dim))
             hooks.callback(hook.remove)

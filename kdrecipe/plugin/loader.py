@@ -25,9 +25,9 @@ import click
 import pluggy
 
 import kdrecipe
-from kdrecipe.errors import KdrecipeError, PluginError, Problem
+from kdrecipe.errors import KdrecipeError, PluginError, Problem, did_you_mean
 from kdrecipe.plugin import hookspecs
-from kdrecipe.plugin.registry import KINDS, Registry, Source, did_you_mean
+from kdrecipe.plugin.registry import KINDS, Registry, Source
 
 GROUP = "kdrecipe"
 BUILT_IN = ("kdrecipe.model.heads.ctc", "kdrecipe.model.heads.attention", "kdrecipe.model.heads.rnnt")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from kdrecipe.errors import PluginError, Problem
+from kdrecipe.errors import PluginError, Problem, did_you_mean
 from kdrecipe.interfaces import Options, Runtime
 from kdrecipe.plugin.source_code import plugin_hash
 
@@ -35,15 +34,6 @@ RESERVED: Mapping[str, frozenset[str]] = {
     "corpora": frozenset({"name", "root", "on_error", "max_utterances", "subsets"}),
 }
 """Keys that stand beside a plugin's options in the recipe, so that no option may bear them."""
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A remedy for an unknown ``word``: the closest known one, or all of them."""
-    known = sorted(set(known))
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(known)}" if known else "there are none"
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kdrecipe.errors import KdrecipeError, PluginError, Problem
+from kdrecipe.errors import KdrecipeError, PluginError, Problem, did_you_mean
 from kdrecipe.interfaces import VOCABULARY_KINDS, LossSetup, ModelInfo, TargetSpec, tap_shifts_s
 from kdrecipe.plugin.loader import reason
-from kdrecipe.plugin.registry import Registry, did_you_mean
+from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.bundles import other_tokens
 from kdrecipe.recipe.parsing import SECTION_OF, Parser
 from kdrecipe.recipe.sections import (

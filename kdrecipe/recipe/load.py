@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kdrecipe.artifacts import sha256_file
-from kdrecipe.errors import KdrecipeError, PluginError, Problem, RecipeError
+from kdrecipe.errors import KdrecipeError, PluginError, Problem, RecipeError, did_you_mean
 from kdrecipe.plugin.carried import CONSENT, read_description, refusal, verified
 from kdrecipe.plugin.loader import Plugins, load_plugins
-from kdrecipe.plugin.registry import did_you_mean
 from kdrecipe.recipe import tiny
 from kdrecipe.recipe.bundles import check_features
 from kdrecipe.recipe.checks import Checker, FitChecker, check_lm, learnt_from

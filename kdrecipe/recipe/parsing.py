@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from kdrecipe.errors import did_you_mean
 from kdrecipe.interfaces import Options
-from kdrecipe.plugin.registry import did_you_mean
 from kdrecipe.recipe.sections import (
     ALL,
     Claim,

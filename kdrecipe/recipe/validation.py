@@ -11,8 +11,8 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from kdrecipe.errors import Problem
-from kdrecipe.plugin.registry import Registry, did_you_mean
+from kdrecipe.errors import Problem, did_you_mean
+from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.sections import Named
 from kdrecipe.recipe.yaml import Document, KeyPath
 

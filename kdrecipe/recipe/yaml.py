@@ -8,7 +8,6 @@ booleans, dates stay text, and tags (``!!python/...``) are refused: a recipe is 
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from kdrecipe.errors import Problem, RecipeError
+from kdrecipe.errors import Problem, RecipeError, closest
 
 KeyPath = tuple[str | int, ...]
 """Keys and list indices from the top: ``("systems", "kd", "distill", "losses", 0)``."""
@@ -333,8 +332,8 @@ def _slot(node: Any, path: KeyPath, depth: int, where: str) -> Any:
         raise RecipeError(f"{parent} is {node!r}, it has no {key!r} in it", where=where)
     if not re.fullmatch(r"[0-9]+", str(key)) or int(key) >= len(node):
         named = [str(x["name"]) for x in node if isinstance(x, dict) and "name" in x]
-        close = difflib.get_close_matches(str(key), named, n=1)
-        hint = f"; {close[0]!r} is number {named.index(close[0])}" if close else ""
+        close = closest(str(key), named)
+        hint = f"; {close!r} is number {named.index(close)}" if close else ""
         have = f"it has {len(node)} item(s), counted from 0{hint}"
         raise RecipeError(f"{parent} is a list: {key!r} is no item of it", where=where, remedy=have)
     return int(key)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,25 @@ class Listening:
     max_audio_mb: float = 8.0
 
 
+@dataclass(frozen=True)
+class Word:
+    """A word of a hypothesis, ``now``, in place of the reference's, ``was``; empty: none there."""
+
+    edit: str  # equal, insert, delete or substitute
+    was: str
+    now: str
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a system said, held against the reference."""
+
+    system: str
+    text: str
+    words: list[Word]
+    errors: int
+
+
 @dataclass
 class Card:
     """One utterance: ``differences`` maps the number of a pair to (differing words, outcome)."""
@@ -52,15 +71,27 @@ class Card:
     id: str
     differences: dict[int, tuple[int, str]] = field(default_factory=dict)
     audio: str = ""  # a data: address; empty: none
+    reference: str = ""
+    said: list[Said] = field(default_factory=list)
+
+    @property
+    def words(self) -> str:
+        """All that a search of the page can find it by."""
+        return " ".join([self.id, self.reference, *(said.text for said in self.said)]).lower()
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What the page shows: ``pairs`` of (teacher or parent, student), cards, texts."""
+    """What the page shows: ``pairs`` of (teacher or parent, student), cards, splits."""
 
     pairs: list[tuple[str, str]]
     cards: list[Card]
-    texts: Texts
+    splits: list[str]
+
+    @property
+    def num_silent(self) -> int:
+        """Cards without audio."""
+        return sum(not card.audio for card in self.cards)
 
 
 def select(
@@ -99,7 +130,11 @@ def select(
     ordered = sorted(
         cards.values(), key=lambda c: (-max(d for d, _ in c.differences.values()), c.split, c.id)
     )
-    return Selection(pairs, ordered, texts)
+    for card in ordered:
+        spoken_here = {name: by_id[card.id] for name, by_id in texts[card.split].items() if card.id in by_id}
+        card.reference = next(iter(spoken_here.values()))[0]
+        card.said = [_said(name, card.reference, hyp) for name, (_, hyp) in spoken_here.items()]
+    return Selection(pairs, ordered, list(texts))
 
 
 def _most_different(
@@ -147,86 +182,21 @@ def encode(samples: np.ndarray, sampling_rate: int) -> str:
     return ""
 
 
-# ---------------------------------------------------------------- HTML
+# ---------------------------------------------------------------- against the reference
 
 
-def aligned(reference: str, hypothesis: str) -> tuple[str, int]:
-    """The hypothesis as HTML, its edits against the reference marked; and their number."""
+def aligned(reference: str, hypothesis: str) -> tuple[list[Word], int]:
+    """The hypothesis word by word with its edits against the reference, and their number."""
     words = jiwer.process_words(reference, hypothesis)
     ref, hyp = words.references[0], words.hypotheses[0]
-    pieces = []
+    found = []
     for chunk in words.alignments[0]:
         was = ref[chunk.ref_start_idx : chunk.ref_end_idx]
         now = hyp[chunk.hyp_start_idx : chunk.hyp_end_idx]
-        if chunk.type == "equal":
-            pieces += [escape(word) for word in now]
-        elif chunk.type == "insert":
-            pieces += [f"<ins>{escape(word)}</ins>" for word in now]
-        elif chunk.type == "delete":
-            pieces += [f"<del>{escape(word)}</del>" for word in was]
-        else:
-            pieces += [
-                f'<span class="sub" title="instead of {escape(w)}">{escape(n)}'
-                f'<span class="unseen"> (instead of {escape(w)})</span></span>'
-                for w, n in zip(was, now, strict=True)
-            ]
-    return " ".join(pieces), int(words.substitutions + words.insertions + words.deletions)
+        found += [Word(chunk.type, *pair) for pair in itertools.zip_longest(was, now, fillvalue="")]
+    return found, int(words.substitutions + words.insertions + words.deletions)
 
 
-def section(selection: Selection) -> str:
-    """The explorer: controls, then one card per utterance."""
-    if not selection.cards:
-        why = (
-            "No utterance on which they differ."
-            if selection.pairs
-            else "No system here was made from another."
-        )
-        return f"<p>{why}</p>"
-    pairs = "".join(
-        f'<option value="{i}" data-teacher="{escape(teacher)}" data-student="{escape(student)}">'
-        f"{escape(student)} and {escape(teacher)}</option>"
-        for i, (teacher, student) in enumerate(selection.pairs)
-    )
-    splits = "".join(f"<option>{escape(split)}</option>" for split in selection.texts)
-    silent = sum(not card.audio for card in selection.cards)
-    sound = f" {silent} of them have no audio in this page." if silent else ""
-    return f"""
-<p>The {len(selection.cards)} utterances on which a system and the one it was made from differ in most words,
-spoken for by the first seed of each.{sound} Against the reference: <span class="sub">substituted</span>,
-<ins>inserted</ins>, <del>deleted</del>.</p>
-<form id="filters" role="search" aria-label="Utterances">
-<label>Pair <select id="pair"><option value="">every pair, all systems</option>{pairs}</select></label>
-<label>Outcome <select id="outcome"><option value="">any</option><option value="worse">student worse</option>
-<option value="better">student better</option><option value="even">as many errors</option></select></label>
-<label>Split <select id="split"><option value="">all</option>{splits}</select></label>
-<label class="grow">Search <input id="find" type="search" placeholder="a word or an id"></label>
-<output id="shown" aria-live="polite">{len(selection.cards)} utterances</output>
-</form>
-<div id="cards">{"".join(_card(card, selection) for card in selection.cards)}</div>"""
-
-
-def _card(card: Card, selection: Selection) -> str:
-    said = selection.texts[card.split]
-    reference = next(by_id[card.id][0] for by_id in said.values() if card.id in by_id)
-    rows = []
-    for system, by_id in said.items():
-        if card.id in by_id:
-            html, errors = aligned(reference, by_id[card.id][1])
-            mark = "correct" if not errors else f"{errors} error{'s' if errors > 1 else ''}"
-            rows.append(
-                f'<tr data-system="{escape(system)}"><th scope="row">{escape(system)}</th>'
-                f'<td>{html or "<i>nothing</i>"}</td><td class="count">{mark}</td></tr>'
-            )
-    pairs = " ".join(
-        f"{i}:{differing}:{outcome}" for i, (differing, outcome) in sorted(card.differences.items())
-    )
-    sound = f'<audio controls preload="none" src="{card.audio}"></audio>' if card.audio else ""
-    words = " ".join(
-        [card.id, reference, *(by_id[card.id][1] for by_id in said.values() if card.id in by_id)]
-    )
-    return f"""<article class="card" data-split="{escape(card.split)}" data-pairs="{pairs}"
-data-words="{escape(words.lower())}">
-<header><h3>{escape(card.id)}</h3><span>{escape(card.split)}</span>{sound}</header>
-<table><tr class="ref"><th scope="row">reference</th><td>{escape(reference)}</td><td></td></tr>
-{"".join(rows)}</table></article>
-"""
+def _said(system: str, reference: str, hypothesis: str) -> Said:
+    words, errors = aligned(reference, hypothesis)
+    return Said(system, hypothesis, words, errors)

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import write_atomic, write_json
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import Decoder, LanguageModel, TokenTable
+from kdrecipe.interfaces import Decoder, LanguageModel
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
-from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.load import Named, Recipe, System
 from kdrecipe.recipe.sections import uses_lm
 from kdrecipe.recipe.suitable import (
@@ -108,17 +107,12 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     """
     from kdrecipe.data.features import load_cuts
     from kdrecipe.model.bundle import Bundle
+    from kdrecipe.model.decoders import build_decoder
 
-    registry = recipe.plugins.registry
-    bundle = Bundle.load(layout.system(system.name, seed), registry)
+    bundle = Bundle.load(layout.system(system.name, seed), recipe.plugins.registry)
     found = _searches(recipe, bundle)
     lm = _language_model(found, layout, bundle)
-    decoders = {
-        label: build_decoder(
-            registry, d, bundle.tokens, bundle.head_shift_s(registry.get("decoders", d.name).head), lm
-        )
-        for label, d in found.items()
-    }
+    decoders = {label: build_decoder(bundle, named, lm) for label, named in found.items()}
     cuts = {split: list(load_cuts(layout.features, split)) for split in recipe.decode.splits}
     said = {split: decode_cuts(bundle, decoders, cuts[split]) for split in cuts}
     for split, by_label in said.items():
@@ -185,21 +179,6 @@ def _language_model(found: Mapping[str, Named], layout: Layout, bundle: Bundle) 
     from kdrecipe.data.ngram import load_lm
 
     return load_lm(layout.lm, bundle.tokens, bundle.tokens.pieces)
-
-
-def build_decoder(
-    registry: Registry,
-    named: Named,
-    tokens: TokenTable,
-    frame_shift_s: float,
-    lm: LanguageModel | None = None,
-) -> Decoder:
-    """The decoder that ``named`` describes; ``lm`` is for those whose ``lm_weight`` is above 0."""
-    cls = registry.get("decoders", named.name)
-    config = cls.Config.model_validate(named.options)
-    more = (lm if uses_lm(named.options) else None,) if "lm_weight" in cls.Config.model_fields else ()
-    decoder: Decoder = cls(config, tokens, frame_shift_s, *more)
-    return decoder
 
 
 def decode_cuts(

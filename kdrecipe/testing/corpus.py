@@ -15,7 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-SAMPLE_RATE = 16000
+from kdrecipe.interfaces import SAMPLE_RATE
+
 WORDS = "RED BLUE GREEN TEA SUN DOG CAT BIRD TREE STAR MOON RAIN SNOW WIND FIRE LAKE"
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

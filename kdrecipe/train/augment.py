@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kdrecipe.frames import frame_mask
+
 if TYPE_CHECKING:
     from kdrecipe.recipe.sections import SpecAugment
 
@@ -36,7 +38,7 @@ def spec_augment(
     bins_B1 = torch.full((size, 1), float(num_bins), dtype=torch.float64)
     band_B1 = bins_B1.clamp(max=options.freq_width)
     band_BF = _masks(bins_B1, band_B1, options.num_freq_masks, num_bins, generator)
-    valid_BT = torch.arange(num_frames) < lens_B1
+    valid_BT = frame_mask(lens_B.cpu(), num_frames)
     masked_BTF = (time_BT.unsqueeze(2) | band_BF.unsqueeze(1)) & valid_BT.unsqueeze(2)
     return torch.where(masked_BTF.to(features_BTF.device), fill_F.to(features_BTF), features_BTF)
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from kdrecipe.artifacts import replacing
 from kdrecipe.errors import TrainingError
+from kdrecipe.frames import full_precision
 from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Targets
 from kdrecipe.train.augment import spec_augment
 from kdrecipe.train.distribution import Workers
@@ -257,7 +258,7 @@ class Stepper:
                 batch=replace(repeated, features_BTF=features_BTF),
             )
         # Losses compute in float32: sums over frames lose too much in 8 or 11 bits.
-        out = replace(out.map(_full_precision), num_views=self.objective.num_views)
+        out = replace(out.map(full_precision), num_views=self.objective.num_views)
         return self.objective.evaluate(out, micro.targets, micro.batch), out
 
     def _augmented(self, batch: Batch, number: int) -> Tensor:
@@ -339,10 +340,6 @@ def memory_errors(batches: Sequence[Batch], options: Training) -> Iterator[None]
 
 def _detached(output: LossOutput) -> LossOutput:
     return replace(output, total=output.total.detach())
-
-
-def _full_precision(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def along_with(batch: Batch, targets: Mapping[str, Targets]) -> Batch:

@@ -9,9 +9,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
+from kdrecipe.frames import frame_mask
 from kdrecipe.interfaces import Options
-from kdrecipe.layers import Dropout, FeedForward, valid_mask
-from kdrecipe_plugins.architectures.layers import ConvFront, ConvModule, RotaryPositions, SelfAttention
+from kdrecipe.layers import Dropout, FeedForward
+
+from .layers import ConvFront, ConvModule, RotaryPositions, SelfAttention
 
 
 class ConformerOptions(Options):
@@ -64,7 +66,8 @@ class ConformerLayer(nn.Module):
         x = x + self.dropout(self.attention(self.norm_attention(x), mask_BT, positions))
         x = x + self.dropout(self.conv(x, mask_BT))
         x = x.add(self.dropout(self.ff2(x)), alpha=0.5)
-        return self.norm(x)
+        y_BTD: Tensor = self.norm(x)
+        return y_BTD
 
 
 class Conformer(nn.Module):
@@ -104,7 +107,7 @@ class Conformer(nn.Module):
     def forward(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, F) normalised features to (B, ceil(T/4), D) and its lengths; padding is arbitrary."""
         x, lens_B = self.front(features_BTF, lens_B)
-        mask_BT, positions = valid_mask(lens_B, x.shape[1]), self.positions(x)
+        mask_BT, positions = frame_mask(lens_B, x.shape[1]), self.positions(x)
         for layer in self.layers:
             x = layer(x, mask_BT, positions)
         return x, lens_B

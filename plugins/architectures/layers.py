@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdrecipe.layers import Dropout, attend, attention_bias, valid_mask
+from kdrecipe.frames import frame_mask
+from kdrecipe.layers import Dropout, attend, attention_bias
 
 
 class ConvFront(nn.Module):
@@ -42,7 +43,7 @@ class ConvFront(nn.Module):
 
     def forward(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, F) normalised features to (B, ceil(T/4), D) and the lengths that go with it."""
-        padding_BT = ~valid_mask(lens_B, features_BTF.shape[1])
+        padding_BT = ~frame_mask(lens_B, features_BTF.shape[1])
         x = features_BTF.masked_fill(padding_BT.unsqueeze(2), 0.0)
         # 6 zeros after the end: 2 for the first convolution's window, 2 * 2 for the second's
         x = F.pad(x, (0, 0, 0, 6)).unsqueeze(1).contiguous(memory_format=torch.channels_last)
@@ -59,6 +60,8 @@ class RotaryPositions(nn.Module):
         dim: D, of all heads together.
         num_heads: H.
     """
+
+    frequencies_D: Tensor
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -98,7 +101,8 @@ class SelfAttention(nn.Module):
         qk = turned.unflatten(-1, (2, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5).flatten(4)
         v = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         y = attend(qk[0], qk[1], v, attention_bias(mask_BT, v.dtype)[:, None, None, :])
-        return self.out(y.transpose(1, 2).flatten(2))
+        y_BTD: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return y_BTD
 
 
 class ConvModule(nn.Module):
@@ -124,4 +128,5 @@ class ConvModule(nn.Module):
         x = x.masked_fill(~mask_BT.unsqueeze(2), 0.0)
         # as a 2-d convolution over (T, 1), whose channels-last layout is (B, T, D) itself
         x = self.depthwise(x.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
-        return self.out(F.silu(self.norm(x)))
+        y_BTD: Tensor = self.out(F.silu(self.norm(x)))
+        return y_BTD

@@ -9,9 +9,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
+from kdrecipe.frames import frame_mask
 from kdrecipe.interfaces import Options
-from kdrecipe.layers import Dropout, FeedForward, valid_mask
-from kdrecipe_plugins.architectures.layers import ConvFront, RotaryPositions, SelfAttention
+from kdrecipe.layers import Dropout, FeedForward
+
+from .layers import ConvFront, RotaryPositions, SelfAttention
 
 
 class TransformerOptions(Options):
@@ -53,7 +55,8 @@ class TransformerLayer(nn.Module):
     def forward(self, x_BTD: Tensor, mask_BT: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         x = x_BTD + self.dropout(self.attention(self.norm_attention(x_BTD), mask_BT, positions))
-        return x + self.dropout(self.ff(x))
+        y_BTD: Tensor = x + self.dropout(self.ff(x))
+        return y_BTD
 
 
 class Transformer(nn.Module):
@@ -93,7 +96,7 @@ class Transformer(nn.Module):
     def forward(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, F) normalised features to (B, ceil(T/4), D) and its lengths; padding is arbitrary."""
         x, lens_B = self.front(features_BTF, lens_B)
-        mask_BT, positions = valid_mask(lens_B, x.shape[1]), self.positions(x)
+        mask_BT, positions = frame_mask(lens_B, x.shape[1]), self.positions(x)
         for layer in self.layers:
             x = layer(x, mask_BT, positions)
         return self.norm(x), lens_B

@@ -7,6 +7,9 @@ padding or on the other utterances of a batch. The product runs in integers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -140,19 +143,19 @@ class Int8Dynamic:
         ]
 
     @staticmethod
-    def _replace(model: nn.Module, names: list[str], change) -> None:
+    def _replace(model: nn.Module, names: list[str], change: Callable[[Any], nn.Module]) -> None:
         for name in names:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, change(model.get_submodule(name)))
 
 
 @hookimpl
-def register_compressors(register):
+def register_compressors(register: Callable[[str, type], None]) -> None:
     register("int8_dynamic", Int8Dynamic)
 
 
 @hookimpl
-def check_recipe(recipe):
+def check_recipe(recipe: Any) -> list[Problem]:
     """Int8 weights can't be trained or pruned any more: it has to be the last step."""
     return [
         Problem(

@@ -6,6 +6,7 @@ s_t = s (1 - (1 - t / T)^3), reached after ``ramp`` of the fine-tuning. What is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -62,7 +63,7 @@ class MagnitudePrune:
                 remedy="compress a float system, and put magnitude_prune before int8_dynamic",
             )
         for layer in layers:
-            layer.register_buffer(MASK, torch.ones_like(layer.weight, dtype=torch.bool))
+            layer.register_buffer(MASK, torch.ones_like(_weight(layer), dtype=torch.bool))
         return model
 
     @torch.no_grad()
@@ -73,7 +74,7 @@ class MagnitudePrune:
         if step % self.config.every == 0 or step in (ramp_steps, num_steps):
             self._choose(layers, self.sparsity_at(min(1.0, step / ramp_steps)))
         for layer in layers:
-            layer.weight.mul_(_mask(layer))
+            _weight(layer).mul_(_mask(layer))
 
     @torch.no_grad()
     def finish(self, model: nn.Module) -> nn.Module:
@@ -84,13 +85,13 @@ class MagnitudePrune:
         """
         layers = self._layers(model)
         for layer in layers:
-            layer.weight.mul_(_mask(layer))
+            _weight(layer).mul_(_mask(layer))
         self._choose(layers, self.config.sparsity)
         for layer in layers:
-            layer.weight.mul_(_mask(layer))
+            _weight(layer).mul_(_mask(layer))
             delattr(layer, MASK)
-        zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
-        prunable = sum(layer.weight.numel() for layer in layers)
+        zeros = sum(int((_weight(layer) == 0).sum()) for layer in layers)
+        prunable = sum(_weight(layer).numel() for layer in layers)
         params = sum(p.numel() for p in model.parameters())
         self._report = {"sparsity": zeros / prunable, "nonzero_share": (params - zeros) / params}
         return model
@@ -117,13 +118,17 @@ class MagnitudePrune:
 
     def _choose(self, layers: list[nn.Module], sparsity: float) -> None:
         """Set the masks; weights pruned before are zero, hence the smallest, hence pruned again."""
-        magnitudes = [layer.weight.abs().flatten() for layer in layers]
+        magnitudes = [_weight(layer).abs().flatten() for layer in layers]
         if self.config.scope == "global":
-            keep = _largest(torch.cat(magnitudes), sparsity).split([m.numel() for m in magnitudes])
+            keep = torch.split(_largest(torch.cat(magnitudes), sparsity), [m.numel() for m in magnitudes])
         else:
             keep = tuple(_largest(m, sparsity) for m in magnitudes)
         for layer, kept in zip(layers, keep, strict=True):
-            _mask(layer).copy_(kept.view_as(layer.weight))
+            _mask(layer).copy_(kept.view_as(_weight(layer)))
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    return layer.get_parameter("weight")
 
 
 def _mask(layer: nn.Module) -> Tensor:
@@ -139,5 +144,5 @@ def _largest(magnitudes_N: Tensor, sparsity: float) -> Tensor:
 
 
 @hookimpl
-def register_compressors(register):
+def register_compressors(register: Callable[[str, type], None]) -> None:
     register("magnitude_prune", MagnitudePrune)

@@ -12,6 +12,7 @@ K hypotheses, C candidates for the next token, T frames, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from typing import Any, ClassVar
@@ -32,9 +33,10 @@ from kdrecipe.interfaces import (
     Options,
     TokenTable,
 )
-from kdrecipe_plugins.decoders.ctc_prefix_beam import align
-from kdrecipe_plugins.decoders.ctc_prefix_scores import CtcPrefixes, CtcPrefixScorer
-from kdrecipe_plugins.decoders.fusion import Fusion
+
+from .ctc_prefix_beam import align
+from .ctc_prefix_scores import CtcPrefixes, CtcPrefixScorer
+from .fusion import Fusion
 
 CANDIDATES_PER_BEAM = 2  # tokens that CTC and language model score per hypothesis, in beams
 
@@ -95,7 +97,7 @@ class AttentionBeam:
         Raises:
             RecipeError: ``ctc_weight`` is above 0 and the model has no head ``ctc``.
         """
-        head: Any = model.heads[self.head]
+        head: Any = model.get_submodule(f"heads.{self.head}")
         ctc_BTV = self._ctc_log_probs(model, out)
         results = []
         for row, length in enumerate(out.lens_B.tolist()):
@@ -247,5 +249,5 @@ def _float64(x: Tensor) -> np.ndarray:
 
 
 @hookimpl
-def register_decoders(register):
+def register_decoders(register: Callable[[str, type], None]) -> None:
     register("attention_beam", AttentionBeam)

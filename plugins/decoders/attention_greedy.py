@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class AttentionGreedy:
     @torch.no_grad()
     def decode(self, model: nn.Module, out: ModelOutput) -> list[Hypothesis]:
         """One hypothesis per utterance; its score is the log-probability of its tokens."""
-        head: Any = model.heads[self.head]
+        head: Any = model.get_submodule(f"heads.{self.head}")
         rows, scores_B = head.best_path(out.hidden_BTD, out.lens_B)
         return [
             Hypothesis(self.tokens.decode(row), row, score=score)
@@ -38,5 +39,5 @@ class AttentionGreedy:
 
 
 @hookimpl
-def register_decoders(register):
+def register_decoders(register: Callable[[str, type], None]) -> None:
     register("attention_greedy", AttentionGreedy)

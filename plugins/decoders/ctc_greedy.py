@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from kdrecipe import hookimpl
-from kdrecipe.interfaces import BLANK_ID, Hypothesis, ModelOutput, Options, TokenTable
+from kdrecipe.frames import ctc_greedy, frame_mask
+from kdrecipe.interfaces import Hypothesis, ModelOutput, Options, TokenTable
 
 
 class CtcGreedy:
@@ -25,21 +28,16 @@ class CtcGreedy:
     @torch.no_grad()
     def decode(self, model: nn.Module, out: ModelOutput) -> list[Hypothesis]:
         """One hypothesis per utterance; its score is the log-probability of the best path."""
-        log_probs_BT, ids_BT = out.logits[self.head].float().log_softmax(-1).max(-1)
-        previous_BT = torch.nn.functional.pad(ids_BT[:, :-1], (1, 0), value=BLANK_ID)
-        frames_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        valid_BT = frames_T < out.lens_B.to(ids_BT.device)[:, None]
-        starts_BT = valid_BT & (ids_BT != BLANK_ID) & (ids_BT != previous_BT)
-        scores_B = (log_probs_BT * valid_BT).sum(-1).tolist()
-        hypotheses = []
-        for ids_T, starts_T, score in zip(ids_BT, starts_BT, scores_B, strict=True):
-            frames = starts_T.nonzero().flatten()
-            ids = ids_T[frames].tolist()
-            times_s = [frame * self.frame_shift_s for frame in frames.tolist()]
-            hypotheses.append(Hypothesis(self.tokens.decode(ids), ids, times_s, score))
-        return hypotheses
+        log_probs_BTV = out.logits[self.head].float().log_softmax(-1)
+        rows, frames = ctc_greedy(log_probs_BTV, out.lens_B)
+        best_BT = log_probs_BTV.max(-1).values
+        scores_B = (best_BT * frame_mask(out.lens_B, best_BT.shape[1])).sum(-1)
+        return [
+            Hypothesis(self.tokens.decode(row), row, [frame * self.frame_shift_s for frame in at], score)
+            for row, at, score in zip(rows, frames, scores_B.tolist(), strict=True)
+        ]
 
 
 @hookimpl
-def register_decoders(register):
+def register_decoders(register: Callable[[str, type], None]) -> None:
     register("ctc_greedy", CtcGreedy)

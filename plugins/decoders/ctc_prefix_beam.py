@@ -12,7 +12,7 @@ the same sum without the end.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import exp, inf, log1p
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -24,7 +24,8 @@ from torch import nn
 
 from kdrecipe import hookimpl
 from kdrecipe.interfaces import BLANK_ID, Hypothesis, LanguageModel, ModelOutput, Options, TokenTable
-from kdrecipe_plugins.decoders.fusion import Fusion
+
+from .fusion import Fusion
 
 Prefix = tuple[int, ...]
 
@@ -121,7 +122,7 @@ class _Node:
     def advance(self) -> None:
         """One frame later."""
         self.blank, self.token = self.next_blank, self.next_token
-        self.score = _log_add(self.blank, self.token) + self.bonus
+        self.score = log_add(self.blank, self.token) + self.bonus
 
     def prefix(self) -> Prefix:
         """Its tokens."""
@@ -151,17 +152,17 @@ def prefix_beam_search(
     for frame, (tried, blank) in enumerate(_pruned_frames(log_probs_TV, num_tokens_per_frame)):
         reached: list[_Node] = []
         for node in kept:
-            total = _log_add(node.blank, node.token)
+            total = log_add(node.blank, node.token)
             node.reach(frame, reached)
             node.next_blank = total + blank
             for token, log_prob in tried:
                 longer = node.child(token, fusion)
                 longer.reach(frame, reached)
                 if token == node.last:  # without a blank between them the two are one
-                    node.next_token = _log_add(node.next_token, node.token + log_prob)
-                    longer.next_token = _log_add(longer.next_token, node.blank + log_prob)
+                    node.next_token = log_add(node.next_token, node.token + log_prob)
+                    longer.next_token = log_add(longer.next_token, node.blank + log_prob)
                 else:
-                    longer.next_token = _log_add(longer.next_token, total + log_prob)
+                    longer.next_token = log_add(longer.next_token, total + log_prob)
         for node in reached:
             node.advance()
         kept = heapq.nlargest(beam, reached, key=attrgetter("score"))
@@ -217,7 +218,7 @@ def align(log_probs_TV: np.ndarray, ids: Prefix) -> list[int]:
     return starts
 
 
-def _log_add(a: float, b: float) -> float:
+def log_add(a: float, b: float) -> float:
     """log(exp(a) + exp(b)); numpy's is ten times slower on two floats."""
     if a < b:
         a, b = b, a
@@ -225,5 +226,5 @@ def _log_add(a: float, b: float) -> float:
 
 
 @hookimpl
-def register_decoders(register):
+def register_decoders(register: Callable[[str, type], None]) -> None:
     register("ctc_prefix_beam", CtcPrefixBeam)

@@ -53,7 +53,8 @@ class CtcPrefixScorer:
 
     def whole(self, prefixes: CtcPrefixes) -> np.ndarray:
         """(K,) log-probability that the text is the prefix and no more."""
-        return np.logaddexp(prefixes.token_KT[:, -1], prefixes.blank_KT[:, -1])
+        whole_K: np.ndarray = np.logaddexp(prefixes.token_KT[:, -1], prefixes.blank_KT[:, -1])
+        return whole_K
 
     def longer(self, prefixes: CtcPrefixes, tokens_KC: np.ndarray) -> np.ndarray:
         """(K, C) log-probability that the text begins with the prefix and then the token."""
@@ -61,7 +62,8 @@ class CtcPrefixScorer:
         scores_KCT = before_KCT + self.log_probs_VT[tokens_KC]
         most_KC1 = scores_KCT.max(-1, keepdims=True).clip(min=-1e30)
         with np.errstate(divide="ignore"):  # log(0) where there are too few frames
-            return np.log(np.exp(scores_KCT - most_KC1).sum(-1)) + most_KC1[..., 0]
+            log_sums_KC: np.ndarray = np.log(np.exp(scores_KCT - most_KC1).sum(-1)) + most_KC1[..., 0]
+        return log_sums_KC
 
     def extend(self, prefixes: CtcPrefixes, rows_N: np.ndarray, tokens_N: np.ndarray) -> CtcPrefixes:
         """N new prefixes: the ``rows_N``-th ones, each with a token more."""

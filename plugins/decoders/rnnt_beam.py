@@ -10,8 +10,8 @@ K hypotheses, T frames, V vocabulary, J width of the joiner.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import exp, inf, log1p
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +28,9 @@ from kdrecipe.interfaces import (
     Options,
     TokenTable,
 )
-from kdrecipe_plugins.decoders.fusion import Fusion
+
+from .ctc_prefix_beam import log_add
+from .fusion import Fusion
 
 FUSED_PER_BEAM = 2  # candidates per frame that fusion scores, in beams
 
@@ -73,7 +75,7 @@ class RnntBeam:
     @torch.no_grad()
     def decode(self, model: nn.Module, out: ModelOutput) -> list[Hypothesis]:
         """One hypothesis per utterance, with its score (not per token); a token starts at its frame."""
-        head: Any = model.heads[self.head]
+        head: Any = model.get_submodule(f"heads.{self.head}")
         encoder_BTJ = head.encode(out.hidden_BTD)
         results = []
         for encoder_TJ, length in zip(encoder_BTJ, out.lens_B.tolist(), strict=True):
@@ -124,7 +126,7 @@ class RnntBeam:
             if same is None:
                 merged[path.text] = path, parent, token
             else:  # the times stay those of the better one
-                same[0].score = _log_add(same[0].score, path.score)
+                same[0].score = log_add(same[0].score, path.score)
         kept = list(merged.values())
         if len(kept) > self.config.beam:
             kept = sorted(kept, key=lambda item: -item[0].score)[: self.config.beam]
@@ -146,13 +148,6 @@ class _Path:
     lm: Any = field(default=None, repr=False)
 
 
-def _log_add(a: float, b: float) -> float:
-    """log(exp(a) + exp(b))."""
-    if a < b:
-        a, b = b, a
-    return a if b == -inf else a + log1p(exp(b - a))
-
-
 @hookimpl
-def register_decoders(register):
+def register_decoders(register: Callable[[str, type], None]) -> None:
     register("rnnt_beam", RnntBeam)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class RnntGreedy:
     @torch.no_grad()
     def decode(self, model: nn.Module, out: ModelOutput) -> list[Hypothesis]:
         """One hypothesis per utterance; its score is the log-probability of the best path."""
-        head: Any = model.heads[self.head]
+        head: Any = model.get_submodule(f"heads.{self.head}")
         rows, frames, scores_B = head.best_path(out.hidden_BTD, out.lens_B)
         return [
             Hypothesis(self.tokens.decode(row), row, [frame * self.frame_shift_s for frame in at], score)
@@ -36,5 +37,5 @@ class RnntGreedy:
 
 
 @hookimpl
-def register_decoders(register):
+def register_decoders(register: Callable[[str, type], None]) -> None:
     register("rnnt_greedy", RnntGreedy)

@@ -24,6 +24,7 @@ import sys
 import wave
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import kaldi_native_fbank as knf
 import numpy as np
@@ -116,8 +117,8 @@ class Recogniser:
         directory = Path(directory)
         if variant is None:
             variant = "int8" if (directory / FILES["int8"]["encoder"]).is_file() else "fp32"
-        files = (directory / name for name in FILES[variant].values())
-        return cls(*files, directory / TOKENS, num_threads=num_threads)
+        files = {part: directory / name for part, name in FILES[variant].items()}
+        return cls(files["encoder"], files["decoder"], directory / TOKENS, num_threads=num_threads)
 
     def recognise(
         self,
@@ -153,7 +154,7 @@ class Recogniser:
     def encode(self, features_NTF: np.ndarray, lens_N: np.ndarray) -> Encoded:
         """What the decoder reads of each utterance; features past their lengths do not matter."""
         inputs = {"x": features_NTF.astype(np.float32), "x_lens": lens_N.astype(np.int64)}
-        keys, values, out_lens_N, *ctc = self.encoder.run(None, inputs)
+        keys, values, out_lens_N, *ctc = _run(self.encoder, inputs)
         return Encoded(keys, values, out_lens_N, ctc[0] if ctc else None)
 
     def start(self, num_rows: int) -> State:
@@ -175,7 +176,7 @@ class Recogniser:
             "cross_values": encoded.values,
             "cross_lens": encoded.lens_N,
         }
-        log_probs_NV, keys, values = self.decoder.run(None, inputs)
+        log_probs_NV, keys, values = _run(self.decoder, inputs)
         return log_probs_NV, State(keys, values)
 
     def greedy(self, encoded: Encoded) -> list[int]:
@@ -327,14 +328,16 @@ class PrefixScorer:
 
     def whole(self, prefixes: Prefixes) -> np.ndarray:
         """(K,) log-probability that the text is the prefix and no more."""
-        return np.logaddexp(prefixes.token_KT[:, -1], prefixes.blank_KT[:, -1])
+        whole_K: np.ndarray = np.logaddexp(prefixes.token_KT[:, -1], prefixes.blank_KT[:, -1])
+        return whole_K
 
     def longer(self, prefixes: Prefixes, tokens_KC: np.ndarray) -> np.ndarray:
         """(K, C) log-probability that the text begins with the prefix and then the token."""
         scores_KCT = self._before(prefixes, tokens_KC) + self.log_probs_VT[tokens_KC]
         most_KC1 = scores_KCT.max(-1, keepdims=True).clip(min=-1e30)
         with np.errstate(divide="ignore"):  # log(0) where there are too few frames
-            return np.log(np.exp(scores_KCT - most_KC1).sum(-1)) + most_KC1[..., 0]
+            log_sums_KC: np.ndarray = np.log(np.exp(scores_KCT - most_KC1).sum(-1)) + most_KC1[..., 0]
+        return log_sums_KC
 
     def extend(self, prefixes: Prefixes, rows_N: np.ndarray, tokens_N: np.ndarray) -> Prefixes:
         """N new prefixes: the ``rows_N``-th ones, each with a token more."""
@@ -372,7 +375,7 @@ def fbank(samples_S: np.ndarray, num_bins: int) -> np.ndarray:
     options.mel_opts.num_bins = num_bins
     options.mel_opts.low_freq = 20.0
     options.mel_opts.high_freq = -400.0
-    computer = knf.OnlineFbank(options)
+    computer: Any = knf.OnlineFbank(options)  # takes arrays; its types speak of sequences only
     computer.accept_waveform(SAMPLE_RATE, np.ascontiguousarray(samples_S, dtype=np.float32))
     computer.input_finished()
     frames = [computer.get_frame(i) for i in range(computer.num_frames_ready)]
@@ -392,7 +395,7 @@ def resample(samples_S: np.ndarray, sample_rate: int) -> np.ndarray:
     kernels = np.sinc(times) * np.cos(times * math.pi / zeros / 2) ** 2 * cutoff / old
     padded = np.pad(samples_S.astype(np.float32), (width, width + old))
     windows = np.lib.stride_tricks.sliding_window_view(padded, kernels.shape[1])[::old]
-    resampled = (windows @ kernels.T.astype(np.float32)).reshape(-1)
+    resampled: np.ndarray = (windows @ kernels.T.astype(np.float32)).reshape(-1)
     return resampled[: math.ceil(new * len(samples_S) / old)]
 
 
@@ -435,6 +438,10 @@ def _session(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its own types, one for every kind of damage
         raise RecogniserError(f"{path}: onnxruntime can't load the model: {error}") from error
+
+
+def _run(session: onnxruntime.InferenceSession, inputs: dict[str, Any]) -> list[np.ndarray]:
+    return [np.asarray(output) for output in session.run(None, inputs)]
 
 
 def _read_pieces(path: Path) -> list[str]:

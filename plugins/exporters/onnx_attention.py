@@ -21,10 +21,11 @@ of the tokens before them; what the encoder gave, for each hypothesis or (N = 1)
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +33,12 @@ from torch import Tensor, nn
 
 from kdrecipe import hookimpl
 from kdrecipe.errors import KdrecipeError
+from kdrecipe.frames import frame_mask
 from kdrecipe.interfaces import BundleLike, Hypothesis, Runner, Runtime, RuntimeSearch, float_copy
-from kdrecipe.layers import attention_bias, valid_mask
-from kdrecipe_plugins.exporters import attention_runtime, onnx_files
-from kdrecipe_plugins.exporters.shared import Encode, check_head, existing
+from kdrecipe.layers import attention_bias
+
+from . import attention_runtime, onnx_files
+from .shared import Encode, check_head, existing
 
 PROGRAM = "recognise.py"
 KEYS = ("", "N", "", "T_out", "")
@@ -133,8 +136,8 @@ class Encoder(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.encode = Encode(model)
-        self.attention = model.heads["attention"]
-        self.ctc = dict(model.heads.items()).get("ctc")
+        self.attention: Any = model.get_submodule("heads.attention")
+        self.ctc = dict(model.get_submodule("heads").named_children()).get("ctc")
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, ...]:
         hidden_NTD, lens_N = self.encode(x, x_lens)
@@ -150,7 +153,7 @@ class Decoder(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.attention = model.heads["attention"]
+        self.attention: Any = model.get_submodule("heads.attention")
 
     def forward(
         self,
@@ -161,7 +164,7 @@ class Decoder(nn.Module):
         cross_values: Tensor,
         cross_lens: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        bias_NT = attention_bias(valid_mask(cross_lens, cross_keys.shape[3]), cross_keys.dtype)
+        bias_NT = attention_bias(frame_mask(cross_lens, cross_keys.shape[3]), cross_keys.dtype)
         memory = _layers(cross_keys, cross_values, bias_N11T=bias_NT[:, None, None, :])
         log_probs_NV, state = self.attention.step(tokens, _layers(self_keys, self_values), memory)
         return log_probs_NV, torch.stack(state.keys), torch.stack(state.values)
@@ -174,7 +177,7 @@ def _layers(keys: Tensor, values: Tensor, **more: Tensor) -> SimpleNamespace:
 
 def _encoder(model: nn.Module, batch: tuple[Tensor, Tensor], about: dict[str, str]) -> onnx_files.Part:
     outputs = {"cross_keys": KEYS, "cross_values": KEYS, "cross_lens": ("N",)}
-    if "ctc" in model.heads:
+    if "ctc" in dict(model.get_submodule("heads").named_children()):
         outputs["ctc_log_probs"] = ("N", "T_out", "")
     return onnx_files.Part(
         "encoder", Encoder(model), batch, {"x": ("N", "T", ""), "x_lens": ("N",)}, outputs, about
@@ -182,7 +185,7 @@ def _encoder(model: nn.Module, batch: tuple[Tensor, Tensor], about: dict[str, st
 
 
 def _decoder(model: nn.Module, about: dict[str, str]) -> onnx_files.Part:
-    head = model.heads["attention"]
+    head: Any = model.get_submodule("heads.attention")
     num_layers, num_rows, num_frames, num_tokens = len(head.layers), 2, 13, 5
     num_heads = head.layers[0].num_heads
     past = torch.zeros(num_layers, num_rows, num_heads, num_tokens, head.dim // num_heads)
@@ -210,5 +213,5 @@ def _decoder(model: nn.Module, about: dict[str, str]) -> onnx_files.Part:
 
 
 @hookimpl
-def register_exporters(register):
+def register_exporters(register: Callable[[str, type], None]) -> None:
     register("onnx_attention", OnnxAttention)

@@ -12,7 +12,7 @@ Inputs: ``x`` (N, T, F) float32 log-mel features, not normalised, and ``x_lens``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ import onnxruntime
 from kdrecipe import hookimpl
 from kdrecipe.data.tokens import read_pieces
 from kdrecipe.interfaces import BundleLike, Hypothesis, Runner, Runtime, RuntimeSearch, float_copy
-from kdrecipe_plugins.exporters import onnx_files, sherpa
-from kdrecipe_plugins.exporters.shared import (
+
+from . import onnx_files, sherpa
+from .shared import (
     CtcLogProbs,
     best_path,
     check_head,
@@ -102,7 +103,7 @@ class OnnxRunner:
     def log_probs(self, features_BTF: np.ndarray, lens_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B, T, V) log-posteriors and (B,) lengths."""
         inputs = {"x": features_BTF.astype(np.float32), "x_lens": lens_B.astype(np.int64)}
-        log_probs_BTV, out_lens_B = self._session.run(None, inputs)
+        log_probs_BTV, out_lens_B = onnx_files.run(self._session, inputs)
         return log_probs_BTV, out_lens_B
 
     def log_probs_along(
@@ -142,5 +143,5 @@ class OnnxRunner:
 
 
 @hookimpl
-def register_exporters(register):
+def register_exporters(register: Callable[[str, type], None]) -> None:
     register("onnx_ctc", OnnxCtc)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import BundleLike, Options
-from kdrecipe_plugins.exporters.onnx_graph import quantise, slim
+
+from .onnx_graph import quantise, slim
 
 OPSET = 17  # the first with LayerNormalization; any onnxruntime since 2022 reads it
 EXAMPLE_LENS = [77, 50]  # feature frames of the batch that is traced
@@ -102,7 +104,7 @@ def write(
 def _traced(part: Part) -> onnx.ModelProto:
     """Trace with torch's older exporter: the newer one needs a package more, and its graphs of the
     same model differ from one torch version to the next."""
-    buffer = io.BytesIO()
+    buffer: Any = io.BytesIO()  # the older exporter takes one; torch's types know the newer one
     module = part.module.eval()
     axes = {**part.inputs, **part.outputs}
     # Warnings are about the exporter's age and about traced Python numbers, and the parity gate
@@ -143,7 +145,7 @@ def metadata(bundle: BundleLike, model_type: str, **more: Any) -> dict[str, str]
         "model_type": model_type,
         "version": "1",
         "model_author": "kdrecipe",
-        "comment": f"{kind} {'+'.join(bundle.model.heads)}, system {bundle.name}",
+        "comment": f"{kind} {'+'.join(bundle.meta['model']['heads'])}, system {bundle.name}",
         "vocab_size": str(len(bundle.tokens)),
         **{key: str(value) for key, value in more.items()},
     }
@@ -163,3 +165,8 @@ def session(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its own types, one for every kind of damage
         raise KdrecipeError(f"onnxruntime can't load the model: {error}", where=str(path)) from error
+
+
+def run(session: onnxruntime.InferenceSession, inputs: dict[str, Any]) -> list[np.ndarray]:
+    """The outputs of a model, all of them arrays."""
+    return [np.asarray(output) for output in session.run(None, inputs)]

@@ -218,7 +218,7 @@ def _drop_unused_initialisers(graph: GraphProto) -> None:
 
 def _shorten_names(graph: GraphProto) -> None:
     """Call every tensor but the graph's inputs and outputs by a short number."""
-    names = {"": "", **{v.name: v.name for v in itertools.chain(graph.input, graph.output)}}
+    names: dict[str, str] = {"": "", **{v.name: v.name for v in itertools.chain(graph.input, graph.output)}}
     counter = itertools.count()
 
     def short(name: str) -> str:

@@ -19,7 +19,7 @@ int64, the last C tokens (-1 and 0 before the first), to ``decoder_out`` (N, J).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,8 +43,9 @@ from kdrecipe.interfaces import (
     RuntimeSearch,
     float_copy,
 )
-from kdrecipe_plugins.exporters import onnx_files, sherpa
-from kdrecipe_plugins.exporters.shared import Encode, check_head, existing, valid_rows
+
+from . import onnx_files, sherpa
+from .shared import Encode, check_head, existing, valid_rows
 
 PARTS = ("encoder", "decoder", "joiner")
 LSTM = "sherpa-onnx's transducers have a predictor without state, this one is an LSTM"
@@ -78,7 +79,7 @@ class OnnxTransducer:
         check_head(bundle, self.head, "onnx_transducer")
         sherpa.check_frame_shift(bundle, "onnx_transducer")
         model = float_copy(bundle.model)
-        context_size = getattr(model.heads[self.head].predictor, "context_size", None)
+        context_size = getattr(model.get_submodule("heads.rnnt.predictor"), "context_size", None)
         if context_size is None:
             raise KdrecipeError(LSTM, where=bundle.name, remedy="train the system with predictor: stateless")
         batch = onnx_files.example_batch(int(bundle.meta["features"]["num_mel_bins"]))
@@ -144,7 +145,7 @@ class OnnxTransducerRunner:
 
     def _encode(self, features_BTF: np.ndarray, lens_B: np.ndarray) -> list[np.ndarray]:
         inputs = {"x": features_BTF.astype(np.float32), "x_lens": lens_B.astype(np.int64)}
-        return valid_rows(*self._sessions["encoder"].run(None, inputs))
+        return valid_rows(*onnx_files.run(self._sessions["encoder"], inputs))
 
     def _walk(self, encoder_TJ: np.ndarray, path: Sequence[int] | None) -> tuple[list[int], np.ndarray]:
         """Labels and (T, V) log-posteriors, frame by frame along ``path``; None: along the best labels."""
@@ -154,7 +155,7 @@ class OnnxTransducerRunner:
         rows = []
         for frame, encoder_J in enumerate(encoder_TJ):
             inputs = {"encoder_out": encoder_J[None], "decoder_out": side_NJ}
-            (logit_NV,) = self._sessions["joiner"].run(None, inputs)
+            (logit_NV,) = onnx_files.run(self._sessions["joiner"], inputs)
             rows.append(_log_softmax(logit_NV[0]))
             if path is not None:
                 label = int(path[frame]) if frame < len(path) else BLANK_ID
@@ -167,7 +168,8 @@ class OnnxTransducerRunner:
         return labels, np.stack(rows) if rows else np.zeros((0, 0))
 
     def _predict(self, context: list[int]) -> np.ndarray:
-        (side_NJ,) = self._sessions["decoder"].run(None, {"y": np.array([context], dtype=np.int64)})
+        inputs = {"y": np.array([context], dtype=np.int64)}
+        (side_NJ,) = onnx_files.run(self._sessions["decoder"], inputs)
         return side_NJ
 
     @cached_property
@@ -181,7 +183,9 @@ class OnnxTransducerRunner:
         # sherpa-onnx ends the process when a file is damaged; onnxruntime says what is wrong
         num_bins = self._sessions["encoder"].get_inputs()[0].shape[2]
         return sherpa_onnx.OfflineRecognizer.from_transducer(
-            **{part: str(path) for part, path in self.files.items()},
+            encoder=str(self.files["encoder"]),
+            decoder=str(self.files["decoder"]),
+            joiner=str(self.files["joiner"]),
             tokens=str(self.tokens),
             num_threads=self.num_threads,
             feature_dim=num_bins,
@@ -195,8 +199,9 @@ class OnnxTransducerRunner:
 
 
 def _log_softmax(logit_V: np.ndarray) -> np.ndarray:
-    shifted_V = logit_V - logit_V.max()
-    return shifted_V - np.log(np.exp(shifted_V).sum())
+    shifted_V: np.ndarray = logit_V - logit_V.max()
+    log_probs_V: np.ndarray = shifted_V - np.log(np.exp(shifted_V).sum())
+    return log_probs_V
 
 
 class Encoder(nn.Module):
@@ -205,7 +210,7 @@ class Encoder(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.encode = Encode(model)
-        self.proj = model.heads["rnnt"].encoder_proj
+        self.proj = model.get_submodule("heads.rnnt.encoder_proj")
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         hidden_NTD, lens_N = self.encode(x, x_lens)
@@ -217,8 +222,8 @@ class Predictor(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.predictor = model.heads["rnnt"].predictor
-        self.proj = model.heads["rnnt"].predictor_proj
+        self.predictor: Any = model.get_submodule("heads.rnnt.predictor")
+        self.proj = model.get_submodule("heads.rnnt.predictor_proj")
 
     def forward(self, y: Tensor) -> tuple[Tensor]:
         return (self.proj(self.predictor.output(SimpleNamespace(parts=(y,)))),)
@@ -229,7 +234,7 @@ class Joiner(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.output = model.heads["rnnt"].output
+        self.output = model.get_submodule("heads.rnnt.output")
 
     def forward(self, encoder_out: Tensor, decoder_out: Tensor) -> tuple[Tensor]:
         return (self.output(torch.tanh(encoder_out + decoder_out)),)
@@ -238,7 +243,8 @@ class Joiner(nn.Module):
 def _parts(
     model: nn.Module, bundle: BundleLike, context_size: int, batch: tuple[Tensor, Tensor]
 ) -> list[onnx_files.Part]:
-    joiner_dim = model.heads["rnnt"].encoder_proj.out_features
+    encoder_proj: Any = model.get_submodule("heads.rnnt.encoder_proj")
+    joiner_dim = encoder_proj.out_features
     sides = torch.zeros(2, joiner_dim), torch.zeros(2, joiner_dim)
     # sherpa-onnx reads the predictor's sizes here, and finds the kind of model by its type if none is named
     about = onnx_files.metadata(
@@ -273,5 +279,5 @@ def _parts(
 
 
 @hookimpl
-def register_exporters(register):
+def register_exporters(register: Callable[[str, type], None]) -> None:
     register("onnx_transducer", OnnxTransducer)

@@ -64,7 +64,7 @@ def attention() -> Started:
     """onnxruntime, with the program beside an attention model's files."""
     import onnxruntime
 
-    from kdrecipe_plugins.exporters import attention_runtime
+    from . import attention_runtime
 
     def load(spec: dict[str, Any]) -> Recognise:
         paths = {part: Path(path) for part, path in {**spec["files"], "tokens": spec["tokens"]}.items()}

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import BLANK_ID, BundleLike
+from kdrecipe.frames import ctc_greedy
+from kdrecipe.interfaces import BundleLike
 
 WORD_START = "\u2581"  # SentencePiece's mark on a piece that begins a word
 
@@ -20,11 +22,12 @@ class Encode(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.norm = model.norm
-        self.encoder = model.encoder
+        self.norm = model.get_submodule("norm")
+        self.encoder = model.get_submodule("encoder")
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
-        return self.encoder(self.norm(x), x_lens)
+        hidden_NTD, lens_N = self.encoder(self.norm(x), x_lens)
+        return hidden_NTD, lens_N
 
 
 class CtcLogProbs(nn.Module):
@@ -36,7 +39,7 @@ class CtcLogProbs(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.encode = Encode(model)
-        self.head = model.heads["ctc"]
+        self.head = model.get_submodule("heads.ctc")
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         hidden_NTD, lens_N = self.encode(x, x_lens)
@@ -70,12 +73,10 @@ def join_pieces(pieces: Iterable[str]) -> str:
     return "".join(pieces).replace(WORD_START, " ").strip()
 
 
-def best_path(log_probs_TV: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """Tokens of the best CTC path and the frame where each begins."""
-    best_T = log_probs_TV.argmax(-1)
-    previous_T = np.concatenate([[BLANK_ID], best_T[:-1]])
-    frames = np.flatnonzero((best_T != BLANK_ID) & (best_T != previous_T))
-    return best_T[frames].tolist(), frames
+def best_path(log_probs_TV: np.ndarray) -> tuple[list[int], list[int]]:
+    """CTC's greedy search on one utterance: tokens, and the frame at which each begins."""
+    tokens, frames = ctc_greedy(torch.from_numpy(log_probs_TV[None]), torch.tensor([len(log_probs_TV)]))
+    return tokens[0], frames[0]
 
 
 def valid_rows(batch: np.ndarray, lens_B: np.ndarray) -> list[np.ndarray]:

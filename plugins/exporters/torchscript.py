@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from kdrecipe import hookimpl
-from kdrecipe.corpus.audio import SAMPLE_RATE, resample
+from kdrecipe.corpus.audio import resample
 from kdrecipe.data.features import extract
 from kdrecipe.data.tokens import read_pieces
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import BundleLike, Hypothesis, Options, Runner, float_copy
-from kdrecipe_plugins.exporters.shared import (
+from kdrecipe.interfaces import SAMPLE_RATE, BundleLike, Hypothesis, Options, Runner, float_copy
+
+from .shared import (
     CtcLogProbs,
     best_path,
     check_head,
@@ -111,7 +112,7 @@ class TorchScriptRunner:
         features_TF = extract(resample(samples_S, sample_rate), SAMPLE_RATE, self._notes["features"])
         log_probs_TV = self._log_probs_of_one(features_TF)
         tokens, frames = best_path(log_probs_TV)
-        times_s = (frames * self._notes["frame_shift_s"]).tolist()
+        times_s = [frame * self._notes["frame_shift_s"] for frame in frames]
         text = join_pieces(self._pieces[i] for i in tokens)
         return Hypothesis(text, tokens, times_s, float(log_probs_TV.max(-1).sum()))
 
@@ -123,9 +124,12 @@ def _trace(model: nn.Module, num_bins: int) -> torch.jit.ScriptModule:
     example = torch.zeros(2, 77, num_bins), torch.tensor([77, 50])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # TorchScript's age; what matters the parity gate finds
-        return torch.jit.trace(CtcLogProbs(model).eval(), example, check_trace=False)
+        traced: torch.jit.ScriptModule = torch.jit.trace(
+            CtcLogProbs(model).eval(), example, check_trace=False
+        )
+    return traced
 
 
 @hookimpl
-def register_exporters(register):
+def register_exporters(register: Callable[[str, type], None]) -> None:
     register("torchscript", TorchScript)

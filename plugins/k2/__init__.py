@@ -11,9 +11,10 @@ from typing import Any
 
 from kdrecipe import hookimpl
 from kdrecipe.errors import KdrecipeError, Problem
-from kdrecipe_plugins.k2.hlg import INSTEAD_OF_HLG, K2Hlg
-from kdrecipe_plugins.k2.package import import_k2
-from kdrecipe_plugins.k2.rnnt import INSTEAD_OF_RNNT, K2Rnnt
+
+from .hlg import INSTEAD_OF_HLG, K2Hlg
+from .package import import_k2
+from .rnnt import INSTEAD_OF_RNNT, K2Rnnt
 
 
 @hookimpl

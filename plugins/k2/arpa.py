@@ -115,8 +115,8 @@ def grammar_arcs(
 
     def arcs() -> Iterator[Arc]:
         for words, ngram in kept.items():
-            *history, word = words
-            source = states[tuple(history)]
+            word = words[-1]
+            source = states[words[:-1]]
             if word == EOS:
                 yield Arc(source, final, -1, weight * ngram.log_prob)
             elif word != BOS:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import TokenTable
-from kdrecipe_plugins.k2.arpa import Arc, grammar_arcs, read_arpa, unescape, vocabulary
-from kdrecipe_plugins.k2.lexicon import disambiguate, lexicon_arcs, spell
+
+from .arpa import Arc, grammar_arcs, read_arpa, unescape, vocabulary
+from .lexicon import disambiguate, lexicon_arcs, spell
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from torch import nn
 
 from kdrecipe.errors import RecipeError
 from kdrecipe.interfaces import Hypothesis, LanguageModel, ModelOutput, Options, TokenTable
-from kdrecipe_plugins.k2.graph import Graph, compile_hlg, ctc_topology, word_ids
-from kdrecipe_plugins.k2.package import import_k2
+
+from .graph import Graph, compile_hlg, ctc_topology, word_ids
+from .package import import_k2
 
 INSTEAD_OF_HLG = "{name: ctc_prefix_beam}"
 

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from kdrecipe.interfaces import BLANK_ID, UNK_ID, TokenTable
-from kdrecipe_plugins.k2.arpa import Arc, unescape
+
+from .arpa import Arc, unescape
 
 Spelling = tuple[int, ...]
 

@@ -25,7 +25,8 @@ from kdrecipe.interfaces import (
     TargetSpec,
 )
 from kdrecipe.lattice import AM_SCALE, LM_SCALE, MIN_RANGE
-from kdrecipe_plugins.k2.package import import_k2
+
+from .package import import_k2
 
 INSTEAD_OF_RNNT = "{name: rnnt}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
-from kdrecipe.errors import RecipeError
+from kdrecipe.errors import RecipeError, did_you_mean
 from kdrecipe.frames import check_aligned, full_precision, valid_frames
 from kdrecipe.interfaces import (
     Batch,
@@ -96,12 +95,8 @@ class HiddenMse(nn.Module):
 def _width(taps: Mapping[str, int], tap: str, role: str) -> int:
     """D of a declared tap."""
     if tap not in taps:
-        near = difflib.get_close_matches(tap, taps, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise RecipeError(
-            f"hidden_mse: the {role} declares no tap {tap!r}",
-            remedy=f"{hint}its taps are {', '.join(taps) or 'none'}",
-        )
+        what = f"hidden_mse: the {role} declares no tap {tap!r}"
+        raise RecipeError(what, remedy=did_you_mean(tap, taps))
     return taps[tap]
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import jiwer
 
 from kdrecipe import hookimpl
-from kdrecipe_plugins.metrics.wer import TextOptions, count_edits
+
+from .wer import TextOptions, count_edits
 
 
 class Cer:

@@ -14,7 +14,6 @@ from lhotse.supervision import SupervisionSegment, SupervisionSet
 from kdrecipe.corpus.subsets import choose_subsets, read_ids
 from kdrecipe.data.features import (
     FRAME_SHIFT_S,
-    SAMPLE_RATE,
     compute_features,
     extract,
     feature_stats,
@@ -24,6 +23,7 @@ from kdrecipe.data.features import (
     read_cuts,
 )
 from kdrecipe.errors import DataError, KdrecipeError, RecipeError
+from kdrecipe.interfaces import SAMPLE_RATE
 from kdrecipe.testing.corpus import make_corpus, speak
 
 CONFIG = {"name": "fbank", "num_mel_bins": 40, "speed_perturb": [0.9, 1.0, 1.1]}

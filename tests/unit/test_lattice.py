@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +26,6 @@ from kdrecipe.lattice import (
     three_way,
 )
 from kdrecipe.lattice.paths import lattice_log_likelihood, lattice_pass
-from kdrecipe.lattice.recompute import recomputed
 
 B, T, U, V, J = 4, 7, 3, 6, 5
 
@@ -307,23 +307,20 @@ def test_blocks_are_the_whole():
         torch.testing.assert_close(*(getattr(lattice, name).grad for lattice in lattices))
 
 
-def test_recomputed_gives_the_same_gradients_and_reaches_parameters():
-    linear = torch.nn.Linear(3, 4)
-    x = torch.randn(5, 3, requires_grad=True)
-    device = torch.device("cpu")
+def test_blocks_joined_again_reach_the_joiners_parameters():
+    """As all at once, and the graph can be walked twice."""
+    linear = torch.nn.Linear(J, V, dtype=torch.float64)
     grads = []
-    for function in (lambda y: linear(y).tanh(), lambda y: recomputed(lambda z: linear(z).tanh(), device, y)):
-        total = function(x).square().sum()
+    for at_once in (False, True):
+        lattice = replace(make_lattice(grad=True), join=lambda x, y: linear(torch.tanh(x + y)))
+        cells = join_at(lattice, torch.arange(2).expand(B, T, 2), at_once=at_once)
+        total = cells.log_probs_NR3[..., 1:].square().sum()
         total.backward(retain_graph=True)
-        total.backward()  # the graph can be walked again
-        grads.append((x.grad.clone(), linear.weight.grad.clone()))
-        x.grad = linear.weight.grad = None
-    for want, got in zip(*grads, strict=True):
-        torch.testing.assert_close(got, want)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = recomputed(linear, device, x)
-    y.float().sum().backward()  # the second run is under autocast too
-    assert x.grad.dtype == torch.float32
+        total.backward()
+        grads.append((lattice.encoder_BTJ.grad, linear.weight.grad))
+        linear.weight.grad = None
+    for again, whole in zip(*grads, strict=True):
+        torch.testing.assert_close(again, whole)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -460,12 +460,25 @@ def test_page_escapes_what_people_said(made: tuple[Path, Any]) -> None:
     assert EVIL not in text
     assert "<script>alert" not in text
     assert _Page(text).tags.count("script") == 1
-    marked, errors = aligned("one <b> three", "one <i> three four")
+
+
+def test_edits_are_marked_on_the_page(tmp_path: Path) -> None:
+    words, errors = aligned("one <b> three", "one <i> three four")
     assert errors == 2
-    assert "&lt;i&gt;" in marked
-    assert "<ins>four</ins>" in marked
-    assert "instead of &lt;b&gt;" in marked
-    assert aligned("one two", "one")[0] == "one <del>two</del>"
+    edits = [("equal", "one", "one"), ("substitute", "<b>", "<i>"), ("equal", "three", "three")]
+    assert [(w.edit, w.was, w.now) for w in words] == [*edits, ("insert", "", "four")]
+    said = {"teacher": "one <i> three four", "kd": "one three"}
+    hyps: Hyps = {}
+    for name, hyp in said.items():
+        row = {"id": "u1", "ref": "one <b> three", "hyp": hyp}
+        hyps[name] = {1: {"test": write_jsonl(tmp_path / f"{name}.jsonl", [row])}}
+    systems = [{"name": "teacher"}, {"name": "kd", "kind": "distilled", "parent": "teacher"}]
+    write_report({"recipe": {"name": "x"}, "systems": systems}, hyps, {}, tmp_path / "out")
+    text = (tmp_path / "out" / "report.html").read_text()
+    unseen = '<span class="unseen"> (instead of &lt;b&gt;)</span>'
+    substituted = f'<span class="sub" title="instead of &lt;b&gt;">&lt;i&gt;{unseen}</span>'
+    assert f"<td>one {substituted} three <ins>four</ins></td>" in text
+    assert "<td>one <del>&lt;b&gt;</del> three</td>" in text
 
 
 def test_every_system_is_on_the_page(made: tuple[Path, Any]) -> None:
@@ -559,11 +572,19 @@ def test_training_logs(tmp_path: Path) -> None:
     assert read_log(tmp_path / "absent") == []
 
 
-def test_markdown_of_plugins() -> None:
-    html = from_markdown(
-        "# Title\ntext `a < b`\n\n- one\n- two\n\n```\nx <= y\n```\n\n| a | b |\n|---|--:|\n| 1 | 2 |"
+def test_markdown_of_plugins(tmp_path: Path) -> None:
+    markdown = (
+        "# Title\ntext `a < b` and **more**\n\n- one\n- two\n\n```\nx <= y\n```\n\n"
+        "| a | b |\n|---|--:|\n| 1 | 2 |"
     )
-    assert "<h3>Title</h3><p>text <code>a &lt; b</code></p>" in html
+    kinds = [type(block).__name__ for block in from_markdown(markdown)]
+    assert kinds == ["Heading", "str", "list", "Code", "Table"]
+    sections = [{"title": "Of a plugin", "markdown": markdown}]
+    data = {"recipe": {"name": "x"}, "systems": [{"name": "only"}], "sections": sections}
+    write_report(data, {}, {}, tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    html = re.sub(r">\s+<", "><", text)
+    assert "<h3>Title</h3><p>text <code>a &lt; b</code> and <strong>more</strong></p>" in html
     assert "<ul><li>one</li><li>two</li></ul>" in html
     assert "<pre><code>x &lt;= y</code></pre>" in html
     assert '<td class="number">2</td>' in html

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from kdrecipe.corpus.audio import Utterance
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Hypothesis, Metric, ModelOutput, Options, Runtime, RuntimeSearch
 from kdrecipe.measure.search import search_rtf
+from kdrecipe.model.decoders import build_decoder
 from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.sections import Named
 from kdrecipe.recipe.suitable import RuntimeOptions, default_search, runtime_search
@@ -24,7 +26,7 @@ from kdrecipe.report.reading import reading
 from kdrecipe.report.text import search_table
 from kdrecipe.score.hypotheses import bundle_hyps_file, hyps_file
 from kdrecipe.score.searches import pairs, score_searches
-from kdrecipe.stages.decode import Row, build_decoder
+from kdrecipe.stages.decode import Row
 from kdrecipe.testing.decode_checks import LetterTokens
 from kdrecipe_plugins.metrics.cer import Cer
 from kdrecipe_plugins.metrics.wer import TextOptions, Wer
@@ -71,15 +73,25 @@ class WithLm:
 
 def test_only_a_weighted_language_model_is_given() -> None:
     registry, lm = Registry(), object()
+    bundle: Any = SimpleNamespace(
+        registry=registry,
+        path="b",
+        tokens=LetterTokens(),
+        meta={"model": {"heads": {"ctc": {}}}},
+        head_shift_s=lambda head: 0.04,
+    )
     registry.add("decoders", "plain", Plain, "here")
     registry.add("decoders", "fused", WithLm, "here")
 
     def built(name: str, **options: Any) -> Any:
-        return build_decoder(registry, Named(name, options), LetterTokens(), 0.04, lm)  # type: ignore[arg-type]
+        return build_decoder(bundle, Named(name, options), lm)  # type: ignore[arg-type]
 
     assert built("plain").given[1] == 0.04
     assert built("fused", lm_weight=0.0).lm is None
     assert built("fused", lm_weight=0.3).lm is lm
+    bundle.meta["model"]["heads"] = {"rnnt": {}}
+    with pytest.raises(KdrecipeError, match="'plain' searches the head 'ctc', the model has rnnt"):
+        built("plain")
 
 
 def test_hypotheses_of_the_row_and_of_the_bundle_lie_apart() -> None:

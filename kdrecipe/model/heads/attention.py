@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
+from kdrecipe.frames import frame_mask, full_precision
 from kdrecipe.interfaces import (
     BLANK_ID,
     SOS_EOS_ID,
@@ -32,7 +33,7 @@ from kdrecipe.interfaces import (
     Targets,
     TargetSpec,
 )
-from kdrecipe.layers import Dropout, FeedForward, attend, attention_bias, valid_mask
+from kdrecipe.layers import Dropout, FeedForward, attend, attention_bias
 
 
 class AttentionHeadOptions(Options):
@@ -220,7 +221,7 @@ class AttentionHead(nn.Module):
     def memory(self, hidden_BTD: Tensor, lens_B: Tensor) -> Memory:
         """What a search reads of the encoder's output, once for all its steps."""
         pairs = [layer.memory(hidden_BTD) for layer in self.layers]  # type: ignore[operator]
-        bias_BT = attention_bias(valid_mask(lens_B, hidden_BTD.shape[1]), pairs[0][0].dtype)
+        bias_BT = attention_bias(frame_mask(lens_B, hidden_BTD.shape[1]), pairs[0][0].dtype)
         return Memory([k for k, _ in pairs], [v for _, v in pairs], bias_BT[:, None, None, :])
 
     def start(self, num_rows: int) -> State:
@@ -319,11 +320,9 @@ class AttentionLoss:
 
     def __call__(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
         """Total in nats, count in tokens; unlabelled and empty utterances are left out."""
-        logits_BPV = out.logits["attention"]
-        if logits_BPV.dtype in (torch.float16, torch.bfloat16):
-            logits_BPV = logits_BPV.float()
+        logits_BPV = full_precision(out.logits["attention"])
         used_B = batch.labelled_B & (batch.token_lens_B > 0)
-        positions_BP = valid_mask(batch.token_lens_B + 1, logits_BPV.shape[1]) & used_B[:, None]
+        positions_BP = frame_mask(batch.token_lens_B + 1, logits_BPV.shape[1]) & used_B[:, None]
         logits_NV = logits_BPV[positions_BP]
         wanted_N = with_end(batch.tokens_BU, batch.token_lens_B)[positions_BP]
         smoothing = self.config.label_smoothing

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
+from kdrecipe.frames import ctc_greedy, frame_mask, full_precision
 from kdrecipe.interfaces import (
     BLANK_ID,
     Batch,
@@ -98,10 +99,7 @@ class CtcLoss:
 
     def __call__(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
         """Total in nats, count in tokens."""
-        # float64 stays (gradient checks); the recursion needs more than half precision
-        logits_BTV = out.logits["ctc"]
-        if logits_BTV.dtype in (torch.float16, torch.bfloat16):
-            logits_BTV = logits_BTV.float()
+        logits_BTV = full_precision(out.logits["ctc"])
         used_B = batch.labelled_B & (batch.token_lens_B > 0)
         nll_B = F.ctc_loss(
             logits_BTV.log_softmax(-1).transpose(0, 1),
@@ -122,23 +120,8 @@ class CtcLoss:
 def frames_needed(tokens_BU: Tensor, token_lens_B: Tensor) -> Tensor:
     """(B,) the fewest frames CTC can spell the tokens in: one each, and a blank within doubles."""
     doubled = tokens_BU[:, 1:] == tokens_BU[:, :-1]  # (B, max(U - 1, 0))
-    within = torch.arange(doubled.shape[1], device=tokens_BU.device) + 1 < token_lens_B.unsqueeze(1)
+    within = frame_mask(token_lens_B - 1, doubled.shape[1])
     return token_lens_B + (doubled & within).sum(1)
-
-
-def ctc_greedy(logits_BTV: Tensor, lens_B: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-    """The best label of each frame, repeats merged and blanks removed.
-
-    Returns:
-        Tokens of each utterance, and the frame at which each of them begins.
-    """
-    best_BT = logits_BTV.argmax(-1)
-    previous_BT = F.pad(best_BT[:, :-1], (1, 0), value=BLANK_ID)
-    valid_BT = torch.arange(best_BT.shape[1], device=lens_B.device) < lens_B.unsqueeze(1)
-    starts_BT = (best_BT != BLANK_ID) & (best_BT != previous_BT) & valid_BT
-    frames = [row.nonzero().flatten().tolist() for row in starts_BT]
-    tokens = [best_BT[i, at].tolist() for i, at in enumerate(frames)]
-    return tokens, frames
 
 
 @hookimpl
