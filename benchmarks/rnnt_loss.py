@@ -10,10 +10,10 @@ is the same difference in a second process whose allocator gives back at once wh
 MALLOC_MMAP_THRESHOLD_): without what it holds in reserve, which differs from run to run. That one is
 not timed.
 
-The rows: torchaudio's loss on all (frame, place) pairs; k2's smoothed and pruned losses as icefall calls
+The rows: torchaudio's loss on all (frame, position) pairs; k2's smoothed and pruned losses as icefall calls
 them, where k2 is installed; ours, pruned; ours with distillation (``rnnt`` and ``rnnt_kl``); the same
 distillation at all pairs, by our losses (``full: true``) and written down plainly in torch.
-B utterances, T frames, U tokens, P = U + 1 places, V vocabulary, J joiner's width.
+B utterances, T frames, U tokens, P = U + 1 positions, V vocabulary, J joiner's width.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from typing import Any
 from kdrecipe.errors import KdrecipeError
 
 PROVENANCE = "provenance.json"
-"""File beside a result that tells when, where and how fast it was made."""
+"""File beside a result that says when, where and how fast it was made."""
 
 ABOUT_THE_RUN = frozenset({PROVENANCE, "log.jsonl"})
-"""Names of files that tell of a run, not of its result: they differ where the results are the same."""
+"""Names of files that describe a run, not its result: they differ even if the results are the same."""
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -62,7 +62,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it takes ``path``'s place if the block succeeds."""
+    """A path beside ``path`` to write to; it replaces ``path`` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -86,13 +86,13 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise KdrecipeError(
                 f"no space left on the disk ({free:.0f} MB free)",
                 where=str(path),
-                remedy="free some space, or choose another place with --work DIR; then give the same command",
+                remedy="free some space or choose another directory with --work DIR, then repeat the command",
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise KdrecipeError(
                 str(error.strerror).lower(),
                 where=str(error.filename or path),
-                remedy="see to its permissions, or choose another place with --work DIR",
+                remedy="check its permissions, or choose another directory with --work DIR",
             ) from error
         raise
 

@@ -33,11 +33,11 @@ class Problem:
 
 
 class KdrecipeError(ValueError):
-    """A mistake that the user can mend.
+    """A mistake that the user can correct.
 
     Args:
         problems: all that was found, or the text of a single one.
-        where: place of that single problem.
+        where: file and line, or the like, of that single problem.
         remedy: remedy for that single problem.
     """
 
@@ -69,7 +69,7 @@ class PluginError(KdrecipeError):
 
 
 class TrainingError(KdrecipeError):
-    """Training can't go on (non-finite loss, out of memory, nothing to learn from)."""
+    """Training can't continue (non-finite loss, out of memory, nothing to learn from)."""
 
 
 class ParityError(KdrecipeError):

@@ -45,7 +45,7 @@ def check_aligned(student_lens_B: Tensor, target_lens_B: Tensor) -> None:
     if student_lens_B.shape != target_lens_B.shape:
         raise DataError(
             f"the batch has {len(student_lens_B)} utterances, its targets {len(target_lens_B)}",
-            remedy="compute the targets anew from these cuts (stage 4)",
+            remedy="compute the targets again from these cuts (stage 4)",
         )
     differs_B = student_lens_B != target_lens_B.to(student_lens_B.device)
     if bool(differs_B.any()):

@@ -1,11 +1,11 @@
-"""What plugins and the core say to each other: data classes and small Protocols.
+"""The interface between plugins and the core: data classes and small Protocols.
 
-Plugins stand on this module, :mod:`kdrecipe.errors`, :mod:`kdrecipe.layers` and
+Plugins build on this module, :mod:`kdrecipe.errors`, :mod:`kdrecipe.layers` and
 :mod:`kdrecipe.data` only.
 
 Shapes, in names and docstrings: B utterances, S audio samples, F feature bins, T frames (of the
 features, or of the encoder after subsampling), U tokens, V vocabulary, D width, K kept classes; of
-a transducer: J width of the joiner, and P = U + 1 places between tokens.
+a transducer: J width of the joiner, and P = U + 1 positions between tokens.
 """
 
 from __future__ import annotations
@@ -117,16 +117,16 @@ class Hidden:
 
 @dataclass
 class LatticePosteriors:
-    """A teacher's transducer posteriors at temperature 1, at every frame and place of the lattice.
+    """A teacher's transducer posteriors at temperature 1, at every frame and position of the lattice.
 
     Three classes: the next token of the text, the blank, and all other tokens together, whose
     mass is what the two leave (Panchapagesan 2020, arXiv 2011.06110).
 
     Args:
         log_probs_BTP2: float32, log-posteriors of the next token and of the blank; after the last
-            token there is no next one, and its place holds no meaning.
+            token there is no next one, and its position has no meaning.
         lens_B: int64, valid frames.
-        token_lens_B: int64, U of each utterance; its places are 0 to U.
+        token_lens_B: int64, U of each utterance; its positions are 0 to U.
     """
 
     log_probs_BTP2: Tensor
@@ -177,7 +177,7 @@ class Targets:
 def _map_tensors(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """``item`` (a dataclass) with ``change`` applied to each tensor in it, also within dicts and dataclasses.
 
-    Fields that are no arguments (``init=False``: kept results) start anew.
+    Fields that are no arguments (``init=False``: kept results) start empty.
     """
     import torch
 
@@ -246,7 +246,7 @@ class Lattice:
     """The two sides of a transducer for a batch and its tokens, not yet joined.
 
     The joined logits (B, T, P, V) would fill the memory: :mod:`kdrecipe.lattice` finds, by
-    the *simple* joiner, which is a sum of the two sides, the few places per frame that matter,
+    the *simple* joiner, which is a sum of the two sides, the few positions per frame that matter,
     and joins there only (Kuang 2022, arXiv 2206.13236).
 
     Args:
@@ -287,7 +287,7 @@ class ModelOutput:
         logits: by head name, not normalised; ``ctc``: (B, T, V); ``attention``: (B, U + 1, V), the
             tokens of the batch and the end of the sentence, each given those before it.
         taps: by declared name, those that were asked for: (B, T, D).
-        num_views: how many differently augmented copies of the batch lie one after the other
+        num_views: how many differently augmented copies of the batch follow one another
             along B (1: none; see :meth:`views`).
         lattices: by head name, of heads that are transducers.
     """
@@ -468,7 +468,7 @@ class LossSetup:
 class Loss(Protocol):
     """A loss term, built as ``cls(config, setup)``.
 
-    May be an ``nn.Module`` with parameters of its own (projections), which are trained along and
+    May be an ``nn.Module`` with its own parameters (projections), which are trained too and
     not kept. Class attributes, both optional: ``supervised = True`` gives it labelled utterances
     only; ``num_views = 2`` asks for two differently augmented copies of each batch. The object's
     attribute ``taps``, optional too, names the student's taps that it reads from ``out.taps``.
@@ -492,7 +492,7 @@ class CompressContext:
     """What a compressor may use besides the model.
 
     Args:
-        calibration: batches of features from the calibration split, anew at each call.
+        calibration: batches of features from the calibration split, from the start at each call.
         seed: for anything drawn at random.
     """
 
@@ -503,7 +503,7 @@ class CompressContext:
 class Compressor(Protocol):
     """One step of compression, built as ``cls(config)``.
 
-    ``apply`` may change the model in place. If ``num_epochs`` is above 0, training goes on
+    ``apply`` may change the model in place. If ``num_epochs`` is above 0, training continues
     for that long with the parent's own losses and teachers, ``on_step`` being called after
     every optimiser step, then ``finish``. ``rebuild`` gives an untrained model the structure of a
     compressed one, so that its weights can be loaded from a bundle.
@@ -596,7 +596,7 @@ class LanguageModel(Protocol):
 class Decoder(Protocol):
     """A search on the outputs of one head, built as ``cls(config, tokens, frame_shift_s)``.
 
-    One whose options have ``lm_weight`` is built as ``cls(config, tokens, frame_shift_s, lm)``, ``lm``
+    A decoder whose options have ``lm_weight`` is built as ``cls(config, tokens, frame_shift_s, lm)``, ``lm``
     being the recipe's :class:`LanguageModel`, or None where ``lm_weight`` is 0 (the default). A static
     method ``beside(config)``, optional, names further heads that it reads.
     """
@@ -688,7 +688,7 @@ class Runtime:
 class Exporter(Protocol):
     """Writes a bundle where it runs, built as ``cls(config)``.
 
-    ``head`` names the head that it exports; systems without it are passed over. ``runtime`` is the
+    ``head`` names the head that it exports; systems without it are skipped. ``runtime`` is the
     runtime whose texts, time and memory make the row of the table; None: it has none here. ``files``
     says what the runtime loads: variant -> part (``encoder``) -> file name.
 

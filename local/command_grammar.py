@@ -1,4 +1,4 @@
-"""The sentences of corpus ``voice_commands``: a small seeded grammar of what one tells a device."""
+"""The sentences of corpus ``voice_commands``: a small seeded grammar of commands to a device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SIXTEEN SEVENTEEN EIGHTEEN NINETEEN"""
 _ONES = _NUMBERS.split()
 _TENS = ["TWENTY", "THIRTY", "FORTY", "FIFTY", "SIXTY", "SEVENTY", "EIGHTY", "NINETY"]
 
-# A code's letters carry a mark, so that they can be told from the words A and I.
+# A code's letters carry a mark that distinguishes them from the words A and I.
 _LETTERS = [f"~{letter}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
 _SPOKEN = {"~A": "eigh", "~I": "eye"}  # alone, espeak-ng would take these two for words
 

@@ -33,7 +33,7 @@ kdrecipe_env() {
         "${pip[@]}" --index-url "$KDRECIPE_TORCH_INDEX" torch torchaudio
     fi
     "${pip[@]}" -e "$root[$extras]" || {
-        echo "The installation failed (messages above). -> mend the cause (network, disk space) and run again." >&2
+        echo "The installation failed (messages above). -> fix the cause (network, disk space) and run again." >&2
         return 1
     }
     # By itself, since it is compiled: without a compiler, all but searches with a language model works.

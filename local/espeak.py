@@ -1,4 +1,4 @@
-"""Speech from espeak-ng, in a process of its own.
+"""Speech from espeak-ng, in a separate process.
 
 espeak-ng is free software under the GPL-3. It comes with the package ``espeakng-loader``, which
 brings the library and its data; neither is needed by anything else here. It keeps hidden state

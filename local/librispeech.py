@@ -50,7 +50,7 @@ class LibriSpeech:
         """Manifests of the splits.
 
         Raises:
-            DataError: if a part is absent, or a part is to be divided and has too few speakers.
+            DataError: if a part is absent, or a part that must be divided has too few speakers.
         """
         root = _find_root(corpus_dir)
         notes: list[str] = []
@@ -189,7 +189,7 @@ def _divide(part: str, sharing: list[str], supervisions: Iterable[Any], notes: l
         raise DataError(
             f"{len(speakers)} speakers can't be divided between {' and '.join(sharing)}",
             where=part,
-            remedy="give each split parts of its own with corpus.parts",
+            remedy="give each split its own parts with corpus.parts",
         )
     dealt = [set(speakers[i :: len(sharing)]) for i in range(len(sharing))]
     if len(sharing) > 1:

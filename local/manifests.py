@@ -23,7 +23,7 @@ class Manifests:
         """Options of the corpus.
 
         Args:
-            splits: split -> the name it has in the files, put in place of ``{part}`` below.
+            splits: split -> its name in the files, which replaces ``{part}`` below.
             recordings: file of the recordings, relative to the corpus's root.
             supervisions: file of the supervisions, relative to the corpus's root.
             resample: bring audio of other sampling rates to 16 kHz while it is read.

@@ -39,7 +39,7 @@ fi
 rm -rf "$packed"
 mkdir -p "$packed/wheels"
 for name in "${needs[@]}"; do
-    grep -i "^$name==" "$root/constraints.txt" || { echo "constraints.txt lacks $name" >&2 && exit 1; }
+    grep -i "^$name==" "$root/constraints.txt" | cut -d ';' -f 1 || { echo "constraints.txt lacks $name" >&2 && exit 1; }
 done > "$packed/needs.txt"
 platforms=()
 for libc in 2_28 2_27 2_24 2_17 2_12 2_5; do platforms+=(--platform "manylinux_${libc}_$machine"); done

@@ -6,7 +6,7 @@ stand-in for real speech: good for trying recipes out and for comparing systems 
 not for figures to quote.
 
 espeak-ng is licensed under the GPL-3. It is no dependency of this package but an extra
-(``pip install 'kdrecipe[espeak]'`` installs ``espeakng-loader``), used in a process of its own.
+(``pip install 'kdrecipe[espeak]'`` installs ``espeakng-loader``), run in a separate process.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class VoiceCommands:
 
         Args:
             num_utterances: per split, of about 2.6 s each.
-            hours: per split, in place of ``num_utterances`` where given.
+            hours: per split; replaces ``num_utterances`` where given.
             num_speakers: per split. No voice is in two splits.
             snr_db: lowest and highest ratio of speech to noise.
             noises: kinds of noise, one per utterance.

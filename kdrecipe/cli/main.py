@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 2: the input is wrong; 1: the work failed; 130: interrupted. A traceback is a bug.
     """
     # Read when torch loads, here and in every process that is started from here: threads that wait sleep
-    # instead of taking cores from other work, beside which training was 7 times faster for it.
+    # instead of taking cores from other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = cli.main(args=argv, prog_name="kdrecipe", standalone_mode=False)
@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        print("kdrecipe: interrupted; the same command goes on from here", file=sys.stderr)
+        print("kdrecipe: interrupted; the same command resumes from here", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has stopped (| head); keep Python from complaining at exit.

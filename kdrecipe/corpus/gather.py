@@ -130,7 +130,7 @@ def _read_header(utt: Utterance, convert_dir: Path | None) -> tuple[Path, int, i
 
 
 def reason(error: BaseException) -> str:
-    """The telling end of an audio library's message, on one line."""
+    """The informative end of an audio library's message, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if "libsndfile" in line.lower() or "sph2pipe" in line]
     text = re.sub(r"^.*(>|opening [^:]*): ", "", (named or lines or [type(error).__name__])[0])

@@ -1,6 +1,6 @@
-"""Manifests of a corpus: validated and written; nothing is left out in silence.
+"""Manifests of a corpus: validated and written; nothing is left out silently.
 
-A corpus plugin makes Lhotse recordings and supervisions, by itself or with
+A corpus plugin makes Lhotse recordings and supervisions, on its own or with
 :func:`kdrecipe.corpus.gather.gather`; :func:`validate_corpus` then looks at every recording and
 transcript, and :func:`finish` writes ``<split>_recordings.jsonl.gz``,
 ``<split>_supervisions.jsonl.gz`` and ``summary.json``. Once there are tokens,
@@ -128,7 +128,7 @@ def _check_supervision(sup: Any, recording: Any | None) -> list[DataProblem]:
             found.append(DataProblem(what, where, kind="beyond_audio", id=sup.id))
     if not text.strip():
         found.append(DataProblem("", where, kind="empty_text", id=sup.id))
-    if "\ufffd" in text:  # what readers put in place of bytes that they could not decode
+    if "\ufffd" in text:  # what readers write for bytes that they could not decode
         found.append(DataProblem(repr(text[:40]), where, kind="not_utf8", id=sup.id))
     return found
 

@@ -1,7 +1,7 @@
 """What can be wrong with a corpus, kind by kind, and what becomes of it.
 
-All that is wrong is told at once, by kind, with counts and file names. ``on_error: stop`` ends
-there, ``on_error: skip`` leaves those utterances out and lists each: nothing goes in silence.
+All problems are reported at once, by kind, with counts and file names. ``on_error: stop`` ends
+there, ``on_error: skip`` leaves those utterances out and lists each: nothing is left out silently.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ KINDS = {
         "convert them; corpus 'manifests' can do it while reading (resample: true)",
     ),
     "duplicate_id": _Kind(
-        "id that occurs more than once", "ids that occur more than once", "give each a name of its own"
+        "id that occurs more than once", "ids that occur more than once", "give each its own name"
     ),
     "empty_text": _Kind("empty transcript", "empty transcripts", "transcribe them, or remove them"),
     "not_utf8": _Kind(
@@ -52,9 +52,9 @@ KINDS = {
         "texts that are not UTF-8",
         "convert the file: iconv -f latin1 -t utf-8 (or whatever its encoding is)",
     ),
-    "malformed": _Kind("line that can't be read", "lines that can't be read", "mend the file"),
+    "malformed": _Kind("line that can't be read", "lines that can't be read", "fix the file"),
     "beyond_audio": _Kind(
-        "transcript outside its audio", "transcripts outside their audio", "mend start and duration"
+        "transcript outside its audio", "transcripts outside their audio", "correct start and duration"
     ),
     "too_short": _Kind(
         "utterance too short for its text",
@@ -97,7 +97,7 @@ def settle(problems: Sequence[Problem], on_error: OnError, list_file: Path | Non
 
     Raises:
         DataError: with ``stop``, if there is any problem; with ``skip``, for what leaving out
-            utterances does not mend (a plugin's problem that has no kind, an empty split).
+            utterances does not fix (a plugin's problem that has no kind, an empty split).
     """
     problems = _distinct(problems)
     if on_error == "skip":

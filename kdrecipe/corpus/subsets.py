@@ -94,7 +94,7 @@ def _choose(
         _enough(int(amount), len(names), "speakers", where)
         speakers = {names[i] for i in rng.permutation(len(names))[: int(amount)]}
         return {c.id for c in cuts if _speaker(c) in speakers}
-    # Sorted, so that the choice does not hang on the order of the manifest.
+    # Sorted, so that the choice does not depend on the order of the manifest.
     shuffled = [sorted(cuts, key=lambda c: c.id)[i] for i in rng.permutation(len(cuts))]
     if kind == "hours":
         ends_h = np.cumsum([c.duration for c in shuffled]) / 3600
@@ -138,7 +138,7 @@ def _listed(cuts: Sequence[MonoCut], path: Path, where: str) -> set[str]:
             f"lists {len(ids)} utterances (such as {min(ids)!r}), none of which is among the training "
             f"split's {len(cuts)}" + (f" (such as {min(c.id for c in cuts)!r})" if cuts else ""),
             where=f"{where}: {path}",
-            remedy="list ids as they are in manifests/train_supervisions.jsonl.gz, or mend corpus.parts",
+            remedy="list ids as they are in manifests/train_supervisions.jsonl.gz, or correct corpus.parts",
         )
     return found
 

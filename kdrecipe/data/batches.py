@@ -31,7 +31,7 @@ class CutBatches:
         cuts: with features computed.
         tokenizer: for the labels.
         batch_duration_s: utterances in a batch times the longest one's duration stays at or
-            below this, save for an utterance that is longer all by itself.
+            below this, except for an utterance that is longer on its own.
         seed: of the plans.
         labelled_ids: cuts whose text may be used; None: all that have a text.
         shuffle: False: one plan for all epochs, longest batch first (for dev).

@@ -39,7 +39,7 @@ _SUPERVISIONS = "_supervisions.jsonl.gz"
 
 
 def make_extractor(config: Mapping[str, Any]) -> Fbank:
-    """Lhotse's Kaldi-compatible filter bank, which sherpa-onnx computes alike on the device.
+    """Lhotse's Kaldi-compatible filter bank, which sherpa-onnx computes in the same way on the device.
 
     Args:
         config: the recipe's ``features`` (``name``, ``num_mel_bins``; ``speed_perturb`` is not used here).
@@ -208,7 +208,7 @@ def load_cuts(features_dir: Path, split: str) -> CutSet:
 
 
 def _portable(cut: MonoCut, manifest_dir: Path, out_dir: Path) -> MonoCut:
-    """The cut with paths relative to ``out_dir``, but for audio that lies outside ``manifest_dir``."""
+    """The cut with paths relative to ``out_dir``, except for audio outside ``manifest_dir``."""
     folder, manifests = out_dir.absolute(), manifest_dir.absolute()
     assert cut.recording is not None
     assert cut.features is not None
@@ -281,7 +281,7 @@ def _split_names(manifest_dir: Path) -> list[str]:
 def _extract_all(
     cuts: Sequence[MonoCut], storage: Path, config: Mapping[str, Any], num_jobs: int
 ) -> Iterator[MonoCut | Problem]:
-    """The cuts with features, in order, with a problem in the place of each that has none."""
+    """The cuts with features, in order, with a problem instead of each that has none."""
     numbered = list(enumerate(cuts))
     # Blocks bound what is under way between processes, and load the extractor once per block.
     blocks = [numbered[i : i + 50] for i in range(0, len(numbered), 50)]
@@ -314,7 +314,7 @@ def _extract_block(
             samples = cut.load_audio()
         except Exception as error:  # whatever the decoder raises, it is about this file
             what = f"can't read its audio: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            done.append(Problem(what, cut.id, "mend or remove the file, or set corpus.on_error: skip"))
+            done.append(Problem(what, cut.id, "fix or remove the file, or set corpus.on_error: skip"))
             continue
         storage.mkdir(parents=True, exist_ok=True)
         with disk_errors(storage):

@@ -1,7 +1,7 @@
 """Features and targets kept in memory: one budget for a machine, shared among the processes on it.
 
 ``KDRECIPE_CACHE_GB`` sets the machine's budget; without it, it is half of the memory that is available
-when the work starts. ``kdrecipe run`` measures it once and tells the processes that it starts.
+when the work starts. ``kdrecipe run`` measures it once and passes it to the processes that it starts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 
 
 class MemoryBudget:
-    """Bytes that may be kept, taken by whoever comes first and given back when no longer needed."""
+    """Bytes that may be kept, first come, first served, and given back when no longer needed."""
 
     def __init__(self, num_bytes: int) -> None:
         self.left = num_bytes

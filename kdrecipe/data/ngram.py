@@ -1,7 +1,7 @@
 """N-gram language models: estimated here, kept as ARPA files, read in searches by KenLM.
 
 The estimate is interpolated modified Kneser-Ney (Chen and Goodman 1999) as KenLM's ``lmplz`` makes it
-(Heafield 2013), without pruning. Text and n-grams are held in memory, as arrays: P places of the
+(Heafield 2013), without pruning. Text and n-grams are held in memory, as arrays: P positions of the
 text, sentence marks included; G n-grams of one order.
 """
 
@@ -24,7 +24,7 @@ from kdrecipe.interfaces import TokenTable
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 INSTALL_KENLM = "python -m pip install kenlm"
 
-_UNK, _BOS, _EOS = 0, 1, 2  # places in Ngram.symbols
+_UNK, _BOS, _EOS = 0, 1, 2  # indices in Ngram.symbols
 _FALLBACK_DISCOUNTS = (0.0, 0.5, 1.0, 1.5)  # lmplz's, where counts of counts give none
 _LN_10 = log(10)
 _NEVER = -99.0  # log10: what ARPA files write for log(0)
@@ -153,8 +153,8 @@ class _Counted:
     """The n-grams of one order in a text.
 
     Args:
-        grams_P: int64, index of the n-gram that ends at each place; -1: it would begin before the sentence.
-        ends_G: a place at which each ends.
+        grams_P: int64, index of the n-gram that ends at each position; -1 if it starts before the sentence.
+        ends_G: a position at which each ends.
         counts_G: how often each occurs.
         opening_G: bool, whether each begins a sentence, its mark included.
     """
@@ -166,7 +166,7 @@ class _Counted:
 
 
 def _flatten(sentences: Iterable[Sequence[str]], index: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of all symbols, each sentence between its marks, and the place of each within its sentence."""
+    """Ids of all symbols, each sentence between its markers, and the position of each within its sentence."""
     lines = [[_BOS, *(index.get(escape(s), _UNK) for s in sentence), _EOS] for sentence in sentences]
     lengths = np.fromiter(map(len, lines), dtype=np.int64, count=len(lines))
     ids_P = np.fromiter(chain.from_iterable(lines), dtype=np.int64, count=int(lengths.sum()))

@@ -1,4 +1,4 @@
-"""Where jobs run: in a process of their own, with a share of the machine's threads and one GPU."""
+"""Where jobs run: each in a separate process, with a share of the machine's threads and one GPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def set_threads() -> None:
 
 
 def die_with_parent() -> None:
-    """Have Linux end this process with the one that started it, so that none trains on unseen."""
+    """Have Linux end this process with the one that started it, so that none keeps training unnoticed."""
     parent = os.environ.get(PARENT)
     if parent and sys.platform == "linux":
         import ctypes
@@ -46,7 +46,7 @@ def die_with_parent() -> None:
 
 @dataclass
 class JobProcess:
-    """A job in a process of its own."""
+    """A job in a separate process."""
 
     process: subprocess.Popen[str]
     reader: threading.Thread

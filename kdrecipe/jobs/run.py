@@ -1,6 +1,6 @@
 """Runs the jobs of a plan that have a reason to, several at a time.
 
-Jobs that do not depend on each other run side by side in processes of their own: two small
+Jobs that do not depend on each other run side by side in separate processes: two small
 students on one core each finish far sooner than one after the other on both.
 """
 
@@ -28,7 +28,7 @@ class Run:
         selected: jobs to run or to skip, in the plan's order.
         reasons: why each runs, by name; the others are up to date.
         verbs: name of each stage, for what is printed.
-        command: the command that runs one job in a process of its own.
+        command: the command that runs one job in a separate process.
         num_jobs: processes side by side.
         force: run also what turns out to be up to date.
         forecast: is told what is done, and tells what is left.
@@ -50,7 +50,7 @@ class Run:
         """Run all that has a reason to.
 
         Raises:
-            KdrecipeError: at least one job failed; those beside it were let finish.
+            KdrecipeError: at least one job failed; the others were allowed to finish.
         """
         self._print_skipped()
         queue = [j for j in self.selected if j.name in self.reasons]

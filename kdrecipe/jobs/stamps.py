@@ -42,8 +42,8 @@ class Job:
         inputs: everything in the recipe that determines the output, JSON-like.
         needs: names of the jobs whose output it reads.
         run: does the work, given the directory to write into.
-        resumable: may go on in the directory that an interrupted run of the same inputs left.
-        in_place: writes directly into ``out``, which is too big to lie on the disk twice.
+        resumable: may resume in the directory that an interrupted run of the same inputs left.
+        in_place: writes directly into ``out``, which is too big to be on the disk twice.
         sources: given the finished directory, files elsewhere that it was made from and that are not
             among ``inputs``, since only the work itself finds them; they count by size and time.
         alone: runs with nothing beside it, since it measures time or memory, or uses all cores.
@@ -69,7 +69,7 @@ class Job:
 def why_run(job: Job, jobs: Mapping[str, Job]) -> str | None:
     """Why the job's output is missing or stale, or None if it is up to date."""
     if not job.stamp.exists():
-        return "interrupted before, goes on" if _resumable(job, jobs) else "no finished output"
+        return "interrupted before, resumes" if _resumable(job, jobs) else "no finished output"
     stamp = _read_stamp(job)
     if stamp is None:
         return "its stamp is damaged"
@@ -152,7 +152,7 @@ def _resumable(job: Job, jobs: Mapping[str, Job]) -> bool:
 
 
 def _started(job: Job, jobs: Mapping[str, Job]) -> dict[str, str]:
-    """What an interrupted run was begun with: its inputs, and the content of what it reads."""
+    """What an interrupted run started with: its inputs, and the content of what it reads."""
     needs = {name: (_read_stamp(jobs[name]) or {}).get("content") for name in job.needs}
     return {"inputs": fingerprint(_plain(job.inputs)), "needs": fingerprint(needs)}
 
@@ -161,13 +161,13 @@ def run_job(job: Job, jobs: Mapping[str, Job]) -> float:
     """Run one job to its stamp; returns the seconds it took.
 
     Raises:
-        KdrecipeError: the job failed, or another process is at it.
+        KdrecipeError: the job failed, or another process is running it.
     """
     start = time.monotonic()
     partial = _partial(job)
     with locked(job.out.with_name(f".{job.out.name}.lock"), f"job {job.name}"):
         if job.in_place:
-            job.stamp.unlink(missing_ok=True)  # what lies there is not complete from here on
+            job.stamp.unlink(missing_ok=True)  # what is there is incomplete from here on
         if not _resumable(job, jobs) and partial.exists():
             shutil.rmtree(partial)
         for half_written in partial.rglob(".*.part"):  # by the run that was killed
@@ -195,7 +195,7 @@ def run_job(job: Job, jobs: Mapping[str, Job]) -> float:
 
 
 def _replace_dir(new: Path, out: Path) -> None:
-    """Put ``new`` in place of ``out``: a kill in between leaves ``out`` absent, never mixed."""
+    """Replace ``out`` by ``new``: a kill in between leaves ``out`` absent, never mixed."""
     old = out.with_name(out.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():

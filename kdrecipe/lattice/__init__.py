@@ -1,14 +1,14 @@
 """The transducer's lattice: pruning, joining, posteriors (its paths: :mod:`~kdrecipe.lattice.paths`).
 
 *Pruned* training (Kuang 2022, arXiv 2206.13236, and k2's ``rnnt_loss_smoothed`` and
-``rnnt_loss_pruned``): a *simple* joiner, the sum of two sides, needs no tensor over frames, places and
-tokens. Its lattice says which few places each frame is likely to be at; only there is the true
+``rnnt_loss_pruned``): a *simple* joiner, the sum of two sides, needs no tensor over frames, positions and
+tokens. Its lattice says which few positions each frame is likely to be at; only there is the true
 joiner asked.
 
 Several losses share one forward pass: what they need is kept in ``Lattice.kept``. The graph behind it
-is one, so their totals are to be added up before the backward pass.
+is one, so add their totals before the backward pass.
 
-B utterances, T frames, U tokens, P = U + 1 places, V vocabulary, J joiner's width, R places kept per
+B utterances, T frames, U tokens, P = U + 1 positions, V vocabulary, J joiner's width, R positions kept per
 frame, N valid frames of a batch in a row, C rows of a matrix.
 """
 
@@ -30,7 +30,7 @@ from kdrecipe.lattice.paths import lattice_log_likelihood, lattice_pass
 
 LM_SCALE = 0.25
 AM_SCALE = 0.0
-MIN_RANGE = 2  # with one place per frame no token could be passed
+MIN_RANGE = 2  # with one position per frame no token could be passed
 
 
 # ---------------------------------------------------------------- simple joiner, ranges
@@ -98,9 +98,9 @@ def _simple_log_probs(lattice: Lattice, lm_scale: float, am_scale: float) -> tup
         next_BPT = next_BPT + lm_scale * (lm_next_BP1 - lm_sum_BP1)
         blank_BPT = blank_BPT + lm_scale * (lm_blank_BP1 - lm_sum_BP1)
     if am_scale:
-        places_BP1 = frame_mask(lattice.token_lens_B + 1, lm_BPV.shape[1])[..., None]
-        unigram_BPV = lm_probs_BPV / lm_probs_BPV.sum(-1, keepdim=True) / places_BP1.sum(1, keepdim=True)
-        unigram_BV = unigram_BPV.where(places_BP1, 0.0).sum(1) + tiny
+        positions_BP1 = frame_mask(lattice.token_lens_B + 1, lm_BPV.shape[1])[..., None]
+        unigram_BPV = lm_probs_BPV / lm_probs_BPV.sum(-1, keepdim=True) / positions_BP1.sum(1, keepdim=True)
+        unigram_BV = unigram_BPV.where(positions_BP1, 0.0).sum(1) + tiny
         am_sum_BT = (am_probs_BTV @ unigram_BV[..., None])[..., 0].log() + am_max_BT1[..., 0]
         log_unigram_BV = unigram_BV.log()
         unigram_next_BP1 = log_unigram_BV.gather(1, tokens_BP)[..., None]
@@ -111,7 +111,7 @@ def _simple_log_probs(lattice: Lattice, lm_scale: float, am_scale: float) -> tup
 
 
 def next_tokens(lattice: Lattice) -> Tensor:
-    """(B, P) the token after each place; the blank where there is none."""
+    """(B, P) the token after each position; the blank where there is none."""
     tokens_BP = F.pad(lattice.tokens_BU, (0, 1), value=BLANK_ID)
     return tokens_BP.where(frame_mask(lattice.token_lens_B, tokens_BP.shape[1]), BLANK_ID)
 
@@ -121,13 +121,13 @@ def prune_ranges(
     blank_occupancy_BPT: Tensor,
     lens_B: Tensor,
     token_lens_B: Tensor,
-    num_places: int,
+    num_positions: int,
 ) -> Tensor:
-    """(B, T, R) int64: the R neighbouring places that each frame keeps, as k2's ``get_rnnt_prune_ranges``.
+    """(B, T, R) int64: the R neighbouring positions that each frame keeps, as k2's ``get_rnnt_prune_ranges``.
 
-    Of each frame, those with the most occupancy; then moved so that the first place never falls
+    Of each frame, those with the most occupancy; then moved so that the first position never falls
     from frame to frame, never rises by more than R - 1, is 0 at first and lets the last
-    frame reach the end of the text. R is ``num_places``, or more where a text needs it to be
+    frame reach the end of the text. R is ``num_positions``, or more where a text needs it to be
     spelt in its frames, and at most P.
 
     Args:
@@ -135,14 +135,14 @@ def prune_ranges(
         blank_occupancy_BPT: likewise.
         lens_B: int64, valid frames.
         token_lens_B: int64.
-        num_places: at least 2.
+        num_positions: at least 2.
     """
-    all_places, num_frames = blank_occupancy_BPT.shape[1:]
+    all_positions, num_frames = blank_occupancy_BPT.shape[1:]
     device = lens_B.device
     needed_B = -(-token_lens_B // lens_B.clamp(min=1)) + 1
-    size = max([num_places, MIN_RANGE, *needed_B.tolist()])
-    size = min(size, all_places)
-    if size == all_places or not num_frames:
+    size = max([num_positions, MIN_RANGE, *needed_B.tolist()])
+    size = min(size, all_positions)
+    if size == all_positions or not num_frames:
         return torch.arange(size, device=device).expand(len(lens_B), num_frames, size)
     # The mass that stays within a window, less what enters it from below within the same frame.
     inside_BPT = F.pad(blank_occupancy_BPT.cumsum(1), (0, 0, 1, 0))
@@ -169,41 +169,41 @@ def _rising(values_BT: Tensor) -> Tensor:
 
 @dataclass
 class Cells:
-    """The true joiner's log-posteriors at the kept places of all valid frames.
+    """The true joiner's log-posteriors at the kept positions of all valid frames.
 
     Args:
         log_probs_NR3: of the next token (-inf where there is none), the blank, and all other tokens
             together; float32 at least.
         rows_N: int64, the utterance of each frame.
         frames_N: int64, its number within the utterance.
-        places_NR: int64.
-        valid_NR: bool, False behind the last place of a text.
+        positions_NR: int64.
+        valid_NR: bool, False behind the last position of a text.
     """
 
     log_probs_NR3: Tensor
     rows_N: Tensor
     frames_N: Tensor
-    places_NR: Tensor
+    positions_NR: Tensor
     valid_NR: Tensor
 
 
 def joined_cells(
-    lattice: Lattice, num_places: int | None, lm_scale: float = LM_SCALE, am_scale: float = AM_SCALE
+    lattice: Lattice, num_positions: int | None, lm_scale: float = LM_SCALE, am_scale: float = AM_SCALE
 ) -> Cells:
-    """Log-posteriors at ``num_places`` places per frame (None: at all of them); kept.
+    """Log-posteriors at ``num_positions`` positions per frame (None: at all of them); kept.
 
     Args:
         lattice: its two sides.
-        num_places: see :func:`prune_ranges`.
+        num_positions: see :func:`prune_ranges`.
         lm_scale: of the :func:`simple_pass` that chooses them.
         am_scale: likewise.
     """
-    key = ("cells", num_places) if num_places is None else ("cells", num_places, lm_scale, am_scale)
+    key = ("cells", num_positions) if num_positions is None else ("cells", num_positions, lm_scale, am_scale)
     if key not in lattice.kept:
-        num_frames, all_places = lattice.encoder_BTJ.shape[1], lattice.predictor_BPJ.shape[1]
-        if num_places is None or num_places >= all_places:
-            ranges_BTR = torch.arange(all_places, device=lattice.lens_B.device)
-            ranges_BTR = ranges_BTR.expand(len(lattice.lens_B), num_frames, all_places)
+        num_frames, all_positions = lattice.encoder_BTJ.shape[1], lattice.predictor_BPJ.shape[1]
+        if num_positions is None or num_positions >= all_positions:
+            ranges_BTR = torch.arange(all_positions, device=lattice.lens_B.device)
+            ranges_BTR = ranges_BTR.expand(len(lattice.lens_B), num_frames, all_positions)
         else:
             simple = simple_pass(lattice, lm_scale, am_scale)
             ranges_BTR = prune_ranges(
@@ -211,9 +211,9 @@ def joined_cells(
                 simple.blank_occupancy_BPT,
                 lattice.lens_B,
                 lattice.token_lens_B,
-                num_places,
+                num_positions,
             )
-        lattice.kept[key] = join_at(lattice, ranges_BTR, at_once=num_places is None)
+        lattice.kept[key] = join_at(lattice, ranges_BTR, at_once=num_positions is None)
     result: Cells = lattice.kept[key]
     return result
 
@@ -230,13 +230,13 @@ def join_at(lattice: Lattice, ranges_BTR: Tensor, *, at_once: bool = False) -> C
         at_once: one block, nothing joined again: (N, R, V) logits and (N, R, J) hidden values.
     """
     rows_N, frames_N = frame_mask(lattice.lens_B, ranges_BTR.shape[1]).nonzero(as_tuple=True)
-    places_NR = ranges_BTR[rows_N, frames_N]
+    positions_NR = ranges_BTR[rows_N, frames_N]
     token_lens_N1 = lattice.token_lens_B[rows_N, None]
-    at_NR = rows_N[:, None] * lattice.predictor_BPJ.shape[1] + places_NR
+    at_NR = rows_N[:, None] * lattice.predictor_BPJ.shape[1] + positions_NR
     encoder_NJ = lattice.encoder_BTJ.flatten(0, 1)
     if len(rows_N) < len(encoder_NJ):  # index_select: its gradient is the only quick one of its kind on CPUs
         encoder_NJ = encoder_NJ.index_select(0, rows_N * ranges_BTR.shape[1] + frames_N)
-    arguments = encoder_NJ, at_NR, next_tokens(lattice).flatten()[at_NR], places_NR < token_lens_N1
+    arguments = encoder_NJ, at_NR, next_tokens(lattice).flatten()[at_NR], positions_NR < token_lens_N1
     size = max(1, len(rows_N))
     if not at_once:
         width = at_NR.shape[1] * max(lattice.encoder_BTJ.shape[-1], lattice.am_BTV.shape[-1])
@@ -245,7 +245,7 @@ def join_at(lattice: Lattice, ranges_BTR: Tensor, *, at_once: bool = False) -> C
     predictor_XJ = lattice.predictor_BPJ.flatten(0, 1)
     join = _join_block if at_once else _join_again
     parts = [join(lattice.join, predictor_XJ, *block) for block in blocks]
-    return Cells(torch.cat(parts), rows_N, frames_N, places_NR, places_NR <= token_lens_N1)
+    return Cells(torch.cat(parts), rows_N, frames_N, positions_NR, positions_NR <= token_lens_N1)
 
 
 def _join_block(
@@ -274,13 +274,14 @@ def _join_again(*block: Any) -> Tensor:
 
 def cells_log_likelihood(lattice: Lattice, cells: Cells) -> Tensor:
     """(B,) log P(text | audio) over the paths within the kept cells: at most that over all paths."""
-    num_places, num_frames = lattice.predictor_BPJ.shape[1], lattice.encoder_BTJ.shape[1]
-    at_NR = (cells.rows_N[:, None] * num_places + cells.places_NR) * num_frames + cells.frames_N[:, None]
-    size = len(lattice.lens_B) * num_places * num_frames
+    num_positions, num_frames = lattice.predictor_BPJ.shape[1], lattice.encoder_BTJ.shape[1]
+    in_row_NR = cells.positions_NR * num_frames + cells.frames_N[:, None]
+    at_NR = cells.rows_N[:, None] * (num_positions * num_frames) + in_row_NR
+    size = len(lattice.lens_B) * num_positions * num_frames
     next_BPT, blank_BPT = (
         cells.log_probs_NR3.new_full((size,), -torch.inf)
         .scatter(0, at_NR.flatten(), cells.log_probs_NR3[..., kind].flatten())
-        .view(-1, num_places, num_frames)
+        .view(-1, num_positions, num_frames)
         for kind in (0, 1)
     )
     return lattice_log_likelihood(next_BPT, blank_BPT, lattice.lens_B, lattice.token_lens_B)
@@ -303,7 +304,7 @@ def three_way(logits: Tensor, next_tokens: Tensor, has_next: Tensor) -> Tensor:
 
 
 class _ThreeWay(torch.autograd.Function):
-    """Of the size of the logits it keeps nothing but these, and their gradient is computed in place."""
+    """It keeps no other tensor of the size of the logits, and computes their gradient in place."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, next_1: Tensor, has_next_1: Tensor) -> Tensor:
@@ -344,7 +345,7 @@ _LEAST = 1e-30  # of the largest posterior: what all other tokens have together 
 
 @torch.no_grad()
 def full_lattice_posteriors(lattice: Lattice, chunk: int | None = None) -> LatticePosteriors:
-    """A teacher's posteriors at every frame and place; its joiner is asked ``chunk`` frames at a time.
+    """A teacher's posteriors at every frame and position, joined ``chunk`` frames at a time.
 
     Args:
         lattice: of the teacher, along the tokens that the student will be forced along.

@@ -1,9 +1,9 @@
 """Sums over all paths of the transducer's lattice (Graves 2012), with occupancies as their gradient.
 
-A path begins at frame 0 and place 0. A token moves it one place on, a blank one frame; it ends with
-a blank at the last frame, after the last token. All is plain PyTorch, on any device.
+A path starts at frame 0 and position 0. A token moves it to the next position, a blank to the next frame.
+It ends with a blank at the last frame, after the last token. All is plain PyTorch, on any device.
 
-B utterances, T frames, U tokens, P = U + 1 places, X = T + 1 points between frames.
+B utterances, T frames, U tokens, P = U + 1 positions, X = T + 1 points between frames.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def lattice_log_likelihood(
     utterance without frames has the one empty path if it has no tokens either.
 
     Args:
-        next_BPT: log-posterior of the next token at each place and frame; -inf where there is none.
-        blank_BPT: of the blank. What lies in the padding of either does not matter.
+        next_BPT: log-posterior of the next token at each position and frame; -inf where there is none.
+        blank_BPT: of the blank. The content of their padding does not matter.
         lens_B: int64, valid frames.
         token_lens_B: int64, U of each utterance, at most P - 1.
     """
@@ -41,8 +41,8 @@ def lattice_pass(
     """:func:`lattice_log_likelihood`, and the occupancies, which carry no gradient.
 
     Returns:
-        log P (B,); the probability that a path passes the token after each place and frame
-        (B, P, T); that it passes the blank there (B, P, T), which sums to 1 over a frame's places.
+        log P (B,); the probability that a path passes the token after each position and frame
+        (B, P, T); that it passes the blank there (B, P, T), which sums to 1 over a frame's positions.
     """
     found: tuple[Tensor, Tensor, Tensor] = _LatticePass.apply(  # type: ignore[no-untyped-call]
         full_precision(next_BPT), full_precision(blank_BPT), lens_B, token_lens_B
@@ -80,14 +80,14 @@ def _forward_backward(
     blank costs nothing and there are no tokens. What is impossible costs more than any path can,
     but not infinity, so that differences of sums along frames stay defined.
     """
-    num_places, num_frames = next_BPT.shape[1:]
+    num_positions, num_frames = next_BPT.shape[1:]
     valid_B1T = frame_mask(lens_B, num_frames)[:, None]
-    places_P1 = torch.arange(num_places, device=lens_B.device)[:, None]
-    is_last_BP1 = places_P1 == token_lens_B[:, None, None]
-    has_next_BPT = valid_B1T & (places_P1 < token_lens_B[:, None, None])
+    positions_P1 = torch.arange(num_positions, device=lens_B.device)[:, None]
+    is_last_BP1 = positions_P1 == token_lens_B[:, None, None]
+    has_next_BPT = valid_B1T & (positions_P1 < token_lens_B[:, None, None])
     next_BPT = next_BPT.double().where(has_next_BPT, -torch.inf)
     blank_BPT = blank_BPT.double().where(valid_B1T, 0.0)
-    costliest = max_finite(next_BPT).maximum(max_finite(blank_BPT)) * (num_frames + num_places)
+    costliest = max_finite(next_BPT).maximum(max_finite(blank_BPT)) * (num_frames + num_positions)
     blocked = -(2 * costliest + 1000)
     next_BPT = blocked.where(next_BPT == -torch.inf, next_BPT)
     blank_BPT = blocked.where(blank_BPT == -torch.inf, blank_BPT)
@@ -96,8 +96,8 @@ def _forward_backward(
     # sums are the same recursion, once with everything reversed, and run side by side.
     next_PBX = torch.cat([next_BPT, blocked.expand(*next_BPT.shape[:2], 1)], dim=-1).transpose(0, 1)
     blank_PBT = blank_BPT.transpose(0, 1)
-    reversed_PBX = next_PBX.flip(-1).flip(0).roll(-1, 0)  # place P - 2 comes first, P - 1 last
-    starts_PB = blocked.where(places_P1 != 0, 0.0).expand(-1, len(lens_B))
+    reversed_PBX = next_PBX.flip(-1).flip(0).roll(-1, 0)  # position P - 2 comes first, P - 1 last
+    starts_PB = blocked.where(positions_P1 != 0, 0.0).expand(-1, len(lens_B))
     ends_PB = blocked.where(~is_last_BP1[..., 0].T, 0.0)
     sums_PBX = _path_sums(
         torch.cat([next_PBX, reversed_PBX], dim=1),
@@ -127,18 +127,18 @@ def max_finite(values: Tensor) -> Tensor:
 def _path_sums(next_PBX: Tensor, blank_PBT: Tensor, starts_PB: Tensor) -> Tensor:
     """(P, B, T + 1) log-sums over all paths from the starts to each point of the lattice.
 
-    Place by place; along a place's frames, all ways in and on by blanks are one cumulative sum.
+    Position by position; along a position's frames, all ways in and on by blanks are one cumulative sum.
 
     Args:
-        next_PBX: (P, B, T + 1) from place p to p + 1; the last place's is not used.
+        next_PBX: (P, B, T + 1) from position p to p + 1; the last position's is not used.
         blank_PBT: from column t to t + 1.
-        starts_PB: log-weight of starting at each place, in column 0.
+        starts_PB: log-weight of starting at each position, in column 0.
     """
     through_PBX = F.pad(blank_PBT.cumsum(-1), (1, 0))
     rows = [through_PBX[0] + starts_PB[0][:, None]]
-    for place in range(1, len(next_PBX)):
-        entered_BX = rows[-1] + next_PBX[place - 1]
-        entered_BX[:, 0] = torch.logaddexp(entered_BX[:, 0], starts_PB[place])
-        through_BX = through_PBX[place]
+    for position in range(1, len(next_PBX)):
+        entered_BX = rows[-1] + next_PBX[position - 1]
+        entered_BX[:, 0] = torch.logaddexp(entered_BX[:, 0], starts_PB[position])
+        through_BX = through_PBX[position]
         rows.append((entered_BX - through_BX).logcumsumexp(-1) + through_BX)
     return torch.stack(rows)

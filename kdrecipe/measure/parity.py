@@ -147,7 +147,7 @@ def _compare(
     features: list[np.ndarray],
     utterances: list[Utterance],
 ) -> _Comparison:
-    """One variant on every utterance by itself, as a device runs it."""
+    """One variant on one utterance at a time, as a device runs it."""
     found = _Comparison()
     rows = zip(expected, own_edits, features, utterances, strict=True)
     for wanted, own, features_TF, utterance in rows:

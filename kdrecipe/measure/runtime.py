@@ -1,4 +1,4 @@
-"""What ships says and costs: an export in its runtime, in a process of its own.
+"""What an export recognises and costs, in its runtime, in a separate process.
 
 One recognition gives both an utterance's text and its time.
 """

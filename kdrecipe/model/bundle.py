@@ -151,7 +151,7 @@ class Bundle:
 
     @property
     def files(self) -> list[Path]:
-        """All that belongs to it; what else lies in the directory does not."""
+        """All files that belong to it, and no others in the directory."""
         about = [self.path / PROVENANCE] if (self.path / PROVENANCE).exists() else []
         return [*(self.path / name for name in DATA_FILES), *about, *self.plugin_files]
 
@@ -169,7 +169,7 @@ class Bundle:
         """The plugins that this bundle's model is built from.
 
         Raises:
-            PluginError: it brings plugin files, and nobody said that they may run.
+            PluginError: it contains plugin files, and nothing allows them to run.
         """
         if self._registry is None:
             from kdrecipe.plugin.loader import load_plugins

@@ -44,7 +44,7 @@ class RecipeLike(Protocol):
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Seeds of the systems that name none of their own."""
+        """Seeds of the systems that do not name any."""
 
     @property
     def systems(self) -> Mapping[str, Any]:
@@ -82,7 +82,7 @@ def register_heads(register: Register) -> None:
 
 @hookspec(historic=True)
 def register_losses(register: Register) -> None:
-    """Register loss terms, supervised and distilling alike; see ``interfaces.Loss``."""
+    """Register loss terms, supervised and distilling; see ``interfaces.Loss``."""
 
 
 @hookspec(historic=True)
@@ -140,7 +140,7 @@ def train_metrics(
     """Numbers to log, by name; called at log intervals only, without gradients.
 
     ``teacher`` maps the names of the teachers to their :class:`kdrecipe.interfaces.Targets`; it is
-    empty where nobody teaches.
+    empty without teachers.
     """
 
 

@@ -33,7 +33,7 @@ GROUP = "kdrecipe"
 BUILT_IN = ("kdrecipe.model.heads.ctc", "kdrecipe.model.heads.attention", "kdrecipe.model.heads.rnnt")
 SHIPPED = ("kdrecipe_plugins", "kdrecipe_local")
 """Packages whose modules are plugins wherever they carry ``@hookimpl``: found by folder, declared nowhere."""
-CORE_COMMANDS = ("bench", "check", "new", "plugins", "run", "stages", "transcribe")
+CORE_COMMANDS = ("bench", "check", "new", "plugins", "regenerate", "run", "stages", "transcribe")
 
 
 class _Commands(click.Group):
@@ -107,7 +107,7 @@ def load_plugins(files: Sequence[Path] = (), env: Mapping[str, str] = os.environ
     """Load all plugins.
 
     Args:
-        files: local plugin files; they are named by whoever asks, so a broken one is an error.
+        files: local plugin files; the caller names them, so a broken one is an error.
         env: ``KDRECIPE_PLUGINS`` (comma-separated names of plugins, maybe none) restricts which of the
             shipped and installed ones load; ``KDRECIPE_TRACE=1`` prints every hook call to stderr.
 
@@ -202,7 +202,7 @@ def _entry_point_source(point: EntryPoint) -> Source:
 def _module_path(module: str) -> Path | None:
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):  # a broken parent package: loading it will tell
+    except (ImportError, ValueError):  # a broken parent package: loading it will report the error
         return None
     return Path(spec.origin) if spec and spec.origin and spec.has_location else None
 

@@ -78,7 +78,7 @@ class Entry:
 
 
 class Registry:
-    """Classes by kind and name. A name taken twice belongs to nobody until that is resolved."""
+    """Classes by kind and name. A name that is taken twice belongs to neither until that is resolved."""
 
     def __init__(self) -> None:
         self._entries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
@@ -86,7 +86,7 @@ class Registry:
         self.broken: dict[str, str] = {}
         """Plugins that could not be loaded -> reason; kept here for the messages of :meth:`get`."""
         self.left_out: tuple[str, ...] = ()
-        """Installed plugins that KDRECIPE_PLUGINS leaves out; likewise."""
+        """Installed plugins that KDRECIPE_PLUGINS leaves out, for the same messages."""
 
     def add(self, kind: str, name: str, cls: Any, source: Source | str) -> None:
         """Register ``cls``; PluginError for a bad name, a class without Config or a taken name."""

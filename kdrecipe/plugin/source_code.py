@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import kdrecipe
 from kdrecipe.artifacts import fingerprint
 
 CORE = "kdrecipe"
+_NAMED = re.compile(r"([A-Za-z_]\w*(?:\.\w+)+):[A-Za-z_]\w*", re.ASCII)
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -93,7 +95,10 @@ def _look_at(path: Path, mtime_ns: int, size: int) -> _Looked:
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(level, dotted name) of each import; of ``from a import b`` both ``a`` and ``a.b``."""
+    """(level, dotted name) of each import; of ``from a import b`` both ``a`` and ``a.b``.
+
+    A text such as ``package.module:function`` is an import, too: an exporter names its runtime so.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)
@@ -107,6 +112,9 @@ def _imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
             if isinstance(name, ast.Constant) and isinstance(name.value, str):
                 dots = len(name.value) - len(name.value.lstrip("."))
                 yield dots, name.value[dots:]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if named := _NAMED.fullmatch(node.value):
+                yield 0, named[1]
 
 
 def _name(function: ast.expr) -> str:

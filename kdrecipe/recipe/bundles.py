@@ -1,4 +1,4 @@
-"""Whether pretrained bundles suit the recipe, as far as their files tell before any work."""
+"""Whether pretrained bundles fit the recipe, as far as their files show before any work."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def _pieces(system: System) -> list[str] | None:
     try:
         lines = Path(str(system.bundle), "tokens.txt").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
-        return None  # stage 3 imports it, and tells
+        return None  # stage 3 imports it, and reports what is wrong
     return [line.rpartition(" ")[0] for line in lines]

@@ -54,7 +54,7 @@ class Checker:
         self.decode = decode
         self.exports = exports
         written = parser.document.data.get("systems")
-        # Also those that could not be read: one mistake must not be told twice.
+        # Also those that could not be read: one mistake must not be reported twice.
         self.names = {n for n, v in written.items() if v is not None} if isinstance(written, dict) else set()
 
     def check(self) -> None:
@@ -178,7 +178,7 @@ class Checker:
     def _terms(self, system: System) -> None:
         written = self.parser.document.data["systems"][system.name][SECTION_OF[system.kind]]
         if len(system.terms) < len(written.get("losses", [0])):
-            return  # a term could not be read: that has been told
+            return  # a term could not be read: already reported
         if all(term.weight == 0 for term in system.terms):
             self._problem(system, ("losses",), "all weights are 0: there is nothing to learn")
         taught: set[str] = set()
@@ -236,7 +236,7 @@ class Checker:
                 by_first.setdefault(found[0], []).append(name)
         written = self._written("decode", "decoders", {})
         given = [label for label, data in written.items() if data is not None]
-        if set(given) <= set(self.decode.decoders):  # else one could not be read: that has been told
+        if set(given) <= set(self.decode.decoders):  # else one could not be read: already reported
             for head, names in by_first.items():
                 if not searches([head], self.decode.decoders, self._registry):
                     self._unsearched(head, names)
@@ -344,7 +344,7 @@ def learnt_from(
     """
     subsets = corpus.subsets if corpus is not None else {}
     if data is None:
-        found = [name for name in shared_labels(systems) if name in subsets]  # others have been told
+        found = [name for name in shared_labels(systems) if name in subsets]  # others are already reported
         if len(found) > 1:
             what = f"systems have labels of different subsets ({', '.join(found)}), and all share the {key}"
             remedy = (
@@ -399,7 +399,7 @@ class FitChecker:
                 remedy = "set tokens as they were for the bundle, or use a loss on hidden states (hidden_mse)"
                 return Problem(f"{term.name!r} compares tokens, and {name!r} has {why}", "", remedy)
             if (why := student.pinned(need).mismatch(offered[need.key])) is not None:
-                remedy = "teacher and student must subsample alike" if "frame_shift_s" in why else ""
+                remedy = "teacher and student need equal subsampling" if "frame_shift_s" in why else ""
                 return Problem(f"{term.name!r} can't learn from {name!r}: {why}", "", remedy)
         cls = self.checker._registry.get("losses", term.name)
         try:

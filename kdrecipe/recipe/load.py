@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +231,7 @@ def load_recipe(
     check_lm(parser, lm, decode)
     tokens = tokens.model_copy(update={"data": learnt_from(parser, "tokens", tokens.data, systems, corpus)})
     if lm is not None and lm.text is None:
-        lm = replace(lm, data=learnt_from(parser, "lm", lm.data, systems, corpus))
+        lm = lm.model_copy(update={"data": learnt_from(parser, "lm", lm.data, systems, corpus)})
     check_features(parser, systems, features)
     if not parser.problems:
         FitChecker(checker, features, tokens).check()
@@ -313,7 +313,7 @@ def _override(document: Document, override: str) -> None:
 
 
 def _with_indices(data: Any, path: KeyPath) -> KeyPath:
-    """List indices in ``path`` as numbers, so that places agree with those of the file."""
+    """List indices in ``path`` as numbers, so that key paths agree with those of the file."""
     result: list[str | int] = []
     for key in path:
         is_index = isinstance(data, list) and str(key).isdecimal()
@@ -371,7 +371,7 @@ def _carried_files(document: Document, own: Sequence[Path], trust: bool) -> tupl
 
 
 def _imported_bundles(document: Document) -> Iterator[tuple[KeyPath, Path]]:
-    """Key and directory of each ``pretrained`` bundle that is there; what is malformed is told elsewhere."""
+    """Key and directory of each ``pretrained`` bundle that exists; malformed keys are reported elsewhere."""
     systems = document.data.get("systems")
     for name, written in systems.items() if isinstance(systems, dict) else ():
         section = written.get("pretrained") if isinstance(written, dict) else None

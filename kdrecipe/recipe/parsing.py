@@ -1,16 +1,16 @@
 """From a YAML document to the sections of a recipe, collecting everything that is wrong.
 
 Each problem gets the line it is about. A part that is wrong is left out and the rest is still
-looked at, so that all mistakes are told at once.
+looked at, so that all mistakes are reported at once.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -54,9 +54,8 @@ TOP_KEYS = (
     "export", "parity", "claims", "profiles",
 )  # fmt: skip
 
-DEFAULT_DECODERS = ("ctc_greedy", "attention_greedy", "rnnt_greedy")
 DEFAULT_EXPORTS = ("onnx_ctc", "onnx_transducer", "onnx_attention", "torchscript")
-"""Of both, those that are installed and suit some system."""
+"""Those of them that are installed and suit some system."""
 
 EXAMPLES: Mapping[str, str] = {
     "corpus": '{name: an4, root: "${AN4_ROOT}"}',
@@ -112,35 +111,6 @@ SECTIONS: Mapping[str, type[Options]] = {
 }
 
 
-class CorpusSection(Options):
-    """``corpus`` without the plugin's options."""
-
-    root: str | None = None
-    on_error: Literal["stop", "skip"] = "stop"
-    max_utterances: int | None = Field(default=None, ge=1)
-    subsets: dict[str, dict[str, Any]] = {}
-
-
-class LmSection(Options):
-    """``lm`` as written; the orders are what KenLM reads as it comes from PyPI."""
-
-    name: Literal["ngram"] = "ngram"
-    order: int = Field(default=6, ge=2, le=6)
-    word_order: int = Field(default=3, ge=2, le=6)
-    data: str | None = None
-    text: str | None = None
-
-
-class DecodeSection(Options):
-    """``decode`` as written."""
-
-    splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("test",)
-    decoders: Annotated[dict[str, Any], Field(min_length=1)] = {n: {"name": n} for n in DEFAULT_DECODERS}
-    metrics: Mappings = [{"name": "wer"}, {"name": "cer"}]
-    compare: tuple[tuple[str, str], ...] = ()
-    measure_max: int = Field(default=100, ge=1)
-
-
 class TermSection(Options):
     """A loss without the plugin's options."""
 
@@ -169,10 +139,10 @@ class Parser(Validator):
         data, path = self.document.data.get("corpus"), ("corpus",)
         if data is None:
             return None
-        core = tuple(CorpusSection.model_fields)
+        core = tuple(f.alias or key for key, f in Corpus.model_fields.items() if not f.exclude)
         named = self.named("corpora", data, path, beside=core)
         own = {k: v for k, v in data.items() if k in core} if isinstance(data, dict) else {}
-        section = self.validate(CorpusSection, own, path)
+        section = self.validate(Corpus, own, path)
         subsets: dict[str, dict[str, Any]] = {}
         lists: dict[str, Location] = {}
         for name, rule in (section.subsets if section else {}).items():
@@ -188,39 +158,44 @@ class Parser(Validator):
         if section is None:
             return None
         named = named or Named("")  # the subsets are still of use to the checks
-        location = self._location(section.root, (*path, "root")) if section.root else None
-        return Corpus(
-            named.name, named.options, section.on_error, subsets, location, lists, section.max_utterances
-        )
+        checked = {
+            "location": self._place(section.location, (*path, "root")),
+            "subsets": subsets,
+            "name": named.name,
+            "options": named.options,
+            "lists": lists,
+        }
+        return section.model_copy(update=checked)
 
     def lm(self) -> Lm | None:
         """``lm``; None if it is absent."""
         if self.document.data.get("lm") is None:
             return None
-        section = self.section(LmSection, "lm")
-        text = self._location(section.text, ("lm", "text")) if section.text else None
-        return Lm(section.order, section.word_order, section.data, text)
+        section = self.section(Lm, "lm")
+        return section.model_copy(update={"text": self._place(section.text, ("lm", "text"))})
 
     def decode(self) -> Decode:
         """``decode``."""
-        path = ("decode",)
-        section = self.section(DecodeSection, "decode")
-        metrics = [self.named("metrics", m, (*path, "metrics", i)) for i, m in enumerate(section.metrics)]
-        return Decode(
-            splits=section.splits,
-            decoders=self._decoders(section),
-            metrics=tuple(m for m in metrics if m is not None),
-            compare=section.compare,
-            measure_max=section.measure_max,
-        )
+        section = self.section(Decode, "decode")
+        checked = {"decoders": self._decoders(section), "metrics": self._metrics(section)}
+        return section.model_copy(update=checked)
 
-    def _decoders(self, section: DecodeSection) -> dict[str, Named]:
+    def _metrics(self, section: Decode) -> tuple[Named, ...]:
+        """``decode.metrics``, those that could be read."""
+        written: Sequence[Any] = section.metrics
+        if "metrics" not in section.model_fields_set:
+            written = [{"name": metric.name} for metric in section.metrics]
+        found = [self.named("metrics", m, ("decode", "metrics", i)) for i, m in enumerate(written)]
+        return tuple(m for m in found if m is not None)
+
+    def _decoders(self, section: Decode) -> dict[str, Named]:
         """``decode.decoders``, those that could be read; one whose value is null is left out."""
         if "decoders" not in section.model_fields_set:
-            names = [n for n in DEFAULT_DECODERS if n in self.registry.names("decoders")]
+            names = [n for n in section.decoders if n in self.registry.names("decoders")]
             return {name: self._default("decoders", name) for name in names}
         found: dict[str, Named | None] = {}
-        for label, data in section.decoders.items():
+        written: Mapping[str, Any] = section.decoders
+        for label, data in written.items():
             path: KeyPath = ("decode", "decoders", label)
             if label == "name" and isinstance(data, str):
                 remedy = f"write decoders: {{{data}: {{name: {data}}}}}"
@@ -275,7 +250,7 @@ class Parser(Validator):
     def _distinct(self, section: Any, path: KeyPath) -> tuple[int, ...] | None:
         seeds: tuple[int, ...] | None = getattr(section, "seeds", None)
         if seeds and len(set(seeds)) < len(seeds):
-            self.problem(path, f"the same seed twice: {list(seeds)}", "each seed makes a model of its own")
+            self.problem(path, f"the same seed twice: {list(seeds)}", "each seed makes its own model")
         return seeds
 
     # ------------------------------------------------------------ systems
@@ -385,6 +360,10 @@ class Parser(Validator):
                 system = replace(system, seeds=parent.seeds, training=training)
             result[name] = system
         return {name: result[name] for name in systems}
+
+    def _place(self, written: Any, path: KeyPath) -> Location | None:
+        """A path that may be left out; empty text counts as that."""
+        return self._location(written, path) if written else None
 
     def _location(self, text: str, path: KeyPath) -> Location:
         return Location(text, self.document.where(path), Path(self.document.path).resolve().parent)

@@ -1,6 +1,8 @@
 """The parts of a recipe, checked: what :mod:`kdrecipe.recipe.load` hands to the pipeline.
 
-Pydantic models for what the core defines, plain records for what plugins have a say in.
+Pydantic models for what the core defines, plain records for what plugins have a say in. Plugins and
+paths within a section are at first as the recipe writes them; the parser puts a checked :class:`Named` or a
+:class:`Location` in their place (``model_copy``), which is what their type says.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, SkipValidation, model_validator
 
 from kdrecipe.interfaces import Options
 from kdrecipe.recipe.yaml import expand_env
@@ -48,7 +50,7 @@ class Location:
 
     Args:
         text: may hold ``${NAME}`` and ``~``.
-        where: its place in the recipe.
+        where: file and line in the recipe.
         base: directory that relative paths count from.
     """
 
@@ -61,27 +63,36 @@ class Location:
         return self.base / Path(expand_env(self.text, self.where)).expanduser()
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """``corpus``.
+def _text_or_nothing(value: Any) -> Any:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"is {value!r}, it must be text")
+    return value
+
+
+Plugin = Annotated[Named, SkipValidation]
+Place = Annotated[Location | None, PlainValidator(_text_or_nothing)]
+
+
+class Corpus(Options):
+    """``corpus``. The fields that are excluded are no keys of it: the parser fills them in.
 
     Args:
+        location: ``root``, the directory of the raw corpus, if the plugin does not make it.
+        on_error: whether faulty utterances stop the work or are left out and listed.
+        max_utterances: of each split, of a few of its speakers; None: all.
+        subsets: named parts of the training split: name -> rule, see ``kdrecipe.corpus.subsets``.
         name: the corpus plugin.
         options: its options.
-        on_error: whether faulty utterances stop the work or are left out and listed.
-        subsets: named parts of the training split: name -> rule, see ``kdrecipe.corpus.subsets``.
-        location: where the raw corpus lies, if it is not made by the plugin.
         lists: of the subsets whose utterances are listed somewhere: name -> where.
-        max_utterances: of each split, of a few of its speakers; None: all.
     """
 
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
+    location: Place = Field(default=None, alias="root")
     on_error: Literal["stop", "skip"] = "stop"
-    subsets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    location: Location | None = None
-    lists: dict[str, Location] = field(default_factory=dict)
-    max_utterances: int | None = None
+    max_utterances: int | None = Field(default=None, ge=1)
+    subsets: dict[str, dict[str, Any]] = {}
+    name: str = Field(default="", exclude=True)
+    options: dict[str, Any] = Field(default={}, exclude=True)
+    lists: dict[str, SkipValidation[Location]] = Field(default={}, exclude=True)
 
     @property
     def root(self) -> Path | None:
@@ -140,7 +151,7 @@ class Features(Options):
     Args:
         name: ``fbank``.
         num_mel_bins: F.
-        speed_perturb: speeds at which training utterances are seen, as copies of their own; the
+        speed_perturb: speeds at which training utterances are seen, as separate copies; the
             speed 1.0 is always among them.
     """
 
@@ -176,9 +187,9 @@ class Tokens(Options):
         return self
 
 
-@dataclass(frozen=True)
-class Lm:
-    """``lm``: n-grams over tokens and over words, for searches.
+class Lm(Options):
+    """``lm``: n-grams over tokens and over words, for searches; the orders are what KenLM reads as it comes
+    from PyPI.
 
     Args:
         order: n over tokens.
@@ -188,10 +199,11 @@ class Lm:
         text: a text file to estimate them from instead, a sentence per line.
     """
 
-    order: int
-    word_order: int
+    name: Literal["ngram"] = "ngram"
+    order: int = Field(default=6, ge=2, le=6)
+    word_order: int = Field(default=3, ge=2, le=6)
     data: str | None = None
-    text: Location | None = None
+    text: Place = None
 
 
 ALL = "all"
@@ -304,6 +316,10 @@ class Parity(Options):
     num_utterances: int = Field(default=50, ge=1)
 
 
+DEFAULT_DECODERS = ("ctc_greedy", "attention_greedy", "rnnt_greedy")
+"""Those of them that are installed and suit some system."""
+
+
 class Decode(Options):
     """``decode``.
 
@@ -316,8 +332,8 @@ class Decode(Options):
     """
 
     splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("test",)
-    decoders: dict[str, Named]
-    metrics: tuple[Named, ...] = (Named("wer"), Named("cer"))
+    decoders: Annotated[dict[str, Plugin], Field(min_length=1)] = {n: Named(n) for n in DEFAULT_DECODERS}
+    metrics: Annotated[tuple[Plugin, ...], Field(min_length=1)] = (Named("wer"), Named("cer"))
     compare: tuple[tuple[str, str], ...] = ()
     measure_max: int = Field(default=100, ge=1)
 
@@ -377,7 +393,7 @@ class System:
         teachers: systems it learns from.
         parent: system it is compressed from.
         init_from: system with the same encoder, whose weights it starts with: those of the encoder and
-            of the heads that both have; other heads start anew.
+            of the heads that both have; other heads start from random weights.
         terms: its objective.
         steps: compressors, in order.
         location: of a pretrained bundle.

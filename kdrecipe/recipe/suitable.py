@@ -55,7 +55,7 @@ def bundle_meta(system: System) -> dict[str, Any] | None:
             return None
         meta = json.loads(Path(path / "bundle.json").read_text(encoding="utf-8"))
     except (KdrecipeError, OSError, ValueError):
-        return None  # stage 3 imports it, and tells
+        return None  # stage 3 imports it, and reports what is wrong
     return meta if isinstance(meta, dict) else None
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from kdrecipe.plugin.registry import Registry
-from kdrecipe.recipe.parsing import KINDS, CorpusSection, LmSection
-from kdrecipe.recipe.sections import Parity, Training
+from kdrecipe.recipe.parsing import KINDS
+from kdrecipe.recipe.sections import Corpus, Lm, Parity, Training
 from kdrecipe.recipe.yaml import Document, KeyPath
 
 NAME = "tiny"
@@ -23,9 +23,9 @@ WHERE = f"--profile {NAME}"
 
 _TRAINING = {"epochs": 2, "batch_duration_s": 5.0, "accumulate": 1}
 _SECTIONS: Mapping[str, tuple[type[BaseModel] | None, Mapping[str, Any]]] = {
-    "corpus": (CorpusSection, {"max_utterances": 48}),
+    "corpus": (Corpus, {"max_utterances": 48}),
     "features": (None, {"speed_perturb": [1.0]}),
-    "lm": (LmSection, {"order": 3, "word_order": 2}),
+    "lm": (Lm, {"order": 3, "word_order": 2}),
     "training": (Training, _TRAINING),
     "decode": (None, {"measure_max": 5}),
     "parity": (Parity, {"num_utterances": 5}),

@@ -1,7 +1,7 @@
 """Holds parts of a YAML document against pydantic models and plugins, collecting problems.
 
 Each problem gets the line it is about, unknown keys and names a did-you-mean. A part that is wrong
-is left out and the rest is still looked at, so that all mistakes are told at once.
+is left out and the rest is still looked at, so that all mistakes are reported at once.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def expand_env(text: str, where: str, env: Mapping[str, str] = os.environ) -> st
 
 
 def shown(path: Path) -> str:
-    """``path`` as a person wants to read it: relative if it lies below the working directory."""
+    """``path`` for a person to read: relative if it is below the working directory."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except (ValueError, OSError):
@@ -195,7 +195,7 @@ def _compose(text: str, name: str, place: str = "") -> yaml.Node | None:
 
 
 class _Builder:
-    """Turns YAML nodes into Python; collects problems and the place of every key path."""
+    """Turns YAML nodes into Python; collects problems and the line of every key path."""
 
     def __init__(self, document: Document, place: str = "") -> None:
         self.document = document
@@ -208,7 +208,7 @@ class _Builder:
         return self.place or f"{shown(self.document.path)}:{node.start_mark.line + 1}"
 
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
-        """The node's value; its place is recorded unless its key was."""
+        """The node's value; its line is recorded unless its key's was."""
         self.document.lines.setdefault(path, self.where(node))
         self._num_nodes += 1
         if self._num_nodes > MAX_NODES:
@@ -308,7 +308,7 @@ def _children(value: Any) -> list[tuple[str | int, Any]]:
 
 
 def _merge(document: Document, overlay: Any, source: KeyPath, target: KeyPath) -> None:
-    """Merge ``overlay``, which stands at ``source``, into ``document`` at ``target``, places too."""
+    """Merge ``overlay``, found at ``source``, into ``document`` at ``target``, lines too."""
     node = document.data
     for key in target:
         node = node[key]

@@ -76,7 +76,7 @@ def _colour(number: int) -> str:
 
 
 def size_plot(points: Sequence[Point], unit: str, prefix: str) -> str:
-    """Error rate against size (log), labelled directly; compressed systems hang on their parents.
+    """Error rate against size (log), with labels, and lines from compressed systems to their parents.
 
     Args:
         points: systems with a size.

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from kdrecipe.score.intervals import MIN_SEEDS
+
 SIGNIFICANT = 0.05
 # Of real-time factors: models of one shape, timed one after the other, were up to 1.37 apart.
 CLEARLY_FASTER = 1.5
@@ -95,17 +97,29 @@ def rtf(system: System) -> float | None:
 def reading(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """What the figures say, in plain words: a list of ``{"verdict", "text"}``."""
     systems = {s["name"]: s for s in results["systems"]}
-    said: list[tuple[Verdict, str]] = [_compared(c) for c in results["comparisons"]]
+    few = [name for name, system in systems.items() if few_seeds(system)]
+    said: list[tuple[Verdict, str]] = [_compared(c, few) for c in results["comparisons"]]
     for system in systems.values():
         said += _recovered(system)
         said += _shrunk(system, systems)
     said += _searched(results["searches"])
-    said += _cautions(results)
+    said += _cautions(results, few)
     return [{"verdict": verdict, "text": text} for verdict, text in said]
 
 
-def _compared(found: Mapping[str, Any]) -> tuple[Verdict, str]:
-    """One comparison as a sentence."""
+def few_seeds(system: System) -> bool:
+    """Whether its intervals leave out what seeds vary; a pretrained model is what it is."""
+    return system["kind"] != "pretrained" and 0 < len(system["seeds"]) < MIN_SEEDS
+
+
+def seeds_won(c: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Seeds, or pairs of seeds, that the first of a comparison wins, that it loses, and all."""
+    won, lost, number = c.get("seeds_won") or c.get("seed_pairs") or (0, 0, 0)
+    return won, lost, number
+
+
+def _compared(found: Mapping[str, Any], few: Sequence[str]) -> tuple[Verdict, str]:
+    """One comparison as a sentence; ``few``: systems of which too few seeds are known."""
     a, b, metric = found["a"], found["b"], str(found.get("metric", "wer")).upper()
     p = found["p"] if found.get("p_adjusted") is None else found["p_adjusted"]
     change = f"on {found['split']}: {percent(found['b_mean'])} → {percent(found['a_mean'])} % {metric}"
@@ -118,12 +132,15 @@ def _compared(found: Mapping[str, Any]) -> tuple[Verdict, str]:
     if found["b_mean"]:
         change += f", {100 * abs(found['difference']) / found['b_mean']:.0f} % {more} errors"
     text = f"**{a} is {word} than {b}** {change}, {_p_phrase(p)}."
-    won, pairs = found.get("seed_pairs") or (0, 0)
-    agree = won if better else pairs - won
-    if pairs > 1 and agree == pairs:
-        text += f" Every seed agrees ({agree} of {pairs} pairs)."
-    elif pairs > 1:
-        text += f" Seeds disagree: it holds in {agree} of {pairs} pairs, so training again may turn it round."
+    won, lost, number = seeds_won(found)
+    agree = won if better else lost
+    share = f"{agree} of {number}" + (" pairs" if found.get("seed_pairs") else "")
+    if number > 1 and agree == number:
+        text += f" Every seed agrees ({share})."
+    elif number > 1:
+        text += f" Seeds disagree: it holds in {share}, so training again may turn it round."
+    if lacking := [name for name in (a, b) if name in few]:
+        text += f" That is about these models: fewer than three seeds of {_listed(lacking)}."
     return ("better" if better else "worse"), text
 
 
@@ -201,8 +218,8 @@ def _search_change(system: str, c: Mapping[str, Any], better: bool) -> str:
     """What another search changed for one system."""
     metric = str(c.get("metric", "wer")).upper()
     text = f"{system} {percent(c['b_mean'])} → {percent(c['a_mean'])} % {metric}, {_p_phrase(c['p'])}"
-    won, seeds = c.get("seed_pairs") or (0, 0)
-    agree = won if better else seeds - won
+    won, lost, seeds = seeds_won(c)
+    agree = won if better else lost
     return text if agree == seeds else f"{text}, in {agree} of {seeds} seeds"
 
 
@@ -214,13 +231,14 @@ def _time_taken(ratios: Sequence[float]) -> str:
     return f" It takes {low if low == high else f'{low} to {high}'} times as long in torch."
 
 
-def _cautions(results: Mapping[str, Any]) -> list[tuple[Verdict, str]]:
+def _cautions(results: Mapping[str, Any], few: Sequence[str]) -> list[tuple[Verdict, str]]:
     """What a reader must know before believing the table."""
     said: list[str] = []
     trained = [s for s in results["systems"] if s["kind"] != "pretrained"]
-    if single := [s["name"] for s in trained if len(s["seeds"]) == 1]:
+    if few:
         said.append(
-            f"One seed only for {_listed(single)}: how far another would move these figures is not known."
+            f"Fewer than three seeds of {_listed(few)}: "
+            "intervals and p-values leave out how far another would move these figures."
         )
     untimed: dict[tuple[str, str], list[str]] = {}
     for system in results["systems"]:

@@ -16,15 +16,18 @@ from kdrecipe.report.reading import (
     System,
     count,
     duration,
+    few_seeds,
     figure,
     p_value,
     percent,
     points,
     rtf,
+    seeds_won,
     span,
     spread,
 )
 from kdrecipe.score.claims import claimed_text, measured_text
+from kdrecipe.score.intervals import MIN_SEEDS
 
 NUM_WORDS = 5  # columns of the table of systems that hold words
 NUM_RATES = 3  # columns after those that depend on the split
@@ -196,17 +199,34 @@ def _comparison_table(results: Mapping[str, Any]) -> Table:
         "95 % interval",
         "p",
         "p (Holm)",
-        "seed pairs won",
+        "seeds won",
     ]
     rows = []
     for c in results["comparisons"]:
         change = f"{percent(c['b_mean'])} → {percent(c['a_mean'])}"
         difference = f"{100 * c['difference']:+.2f}".replace("-", "−")
         ends = points(c["ci95"]) if c.get("ci95") else NONE
-        seeds = "{} of {}".format(*c["seed_pairs"]) if c.get("seed_pairs") else NONE
         p_values = [p_value(c["p"]), p_value(c.get("p_adjusted"))]
-        rows.append([c["a"], c["b"], c["split"], change, difference, ends, *p_values, seeds])
+        rows.append([c["a"], c["b"], c["split"], change, difference, ends, *p_values, _seeds_won(c)])
     return Table(headers, rows, frozenset(range(3, 9)))
+
+
+def _seeds_won(c: Mapping[str, Any]) -> str:
+    """``2 of 3`` of the same seed, ``7 of 9 pairs`` where seeds are crossed; a single one is no count."""
+    won, _, number = seeds_won(c)
+    return f"{won} of {number}{' pairs' if c.get('seed_pairs') else ''}" if number > 1 else NONE
+
+
+def _what_varies(facts: Mapping[str, Any], systems: Sequence[System]) -> str:
+    """What the intervals and p-values of a split allow for."""
+    units = f"{facts['utterances']} utterances"
+    if facts.get("units") == "speakers":
+        units = f"{facts['speakers']} speakers with their {units}"
+    numbers = sorted({len(s["seeds"]) for s in systems if len(s["seeds"]) >= MIN_SEEDS})
+    seeds = f", and over {' or '.join(map(str, numbers))} seeds" if numbers else ""
+    if any(few_seeds(s) for s in systems):
+        seeds += "; seeds of systems with fewer than three are left out"
+    return f"Intervals and p-values: variance over {units}{seeds}."
 
 
 def _flat(value: Any, name: str = "") -> list[str]:
@@ -359,7 +379,8 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
         blocks: list[Block] = [table, _errors_table(results, split)]
         if facts.get("utterances"):
             people = f" by {facts['speakers']} speakers" if facts.get("speakers") else ""
-            blocks.insert(0, f"{facts['utterances']} utterances{people}, {facts['words']} words.")
+            size = f"{facts['utterances']} utterances{people}, {facts['words']} words."
+            blocks.insert(0, f"{size} {_what_varies(facts, results['systems'])}")
         found.append(Section(f"Systems on {split}", blocks))
         if results["searches"]:
             found.append(_search_section(results, split, first=i == 0))

@@ -16,14 +16,18 @@ from kdrecipe.report import html, reading, text
 from kdrecipe.report.listen import Audio, Listening
 from kdrecipe.score.claims import beside
 
-FORMAT = 1
+FORMAT = 2
 UNITS = {
     "wer, cer, sub, ins, del, fidelity, agreement, gap_recovered": "fractions (0.05 is 5 %)",
     "rtf": "seconds of computing per second of audio, one thread; a system's: of the search that is scored",
     "size_mb, peak_rss_mb": "10^6 bytes",
     "std": "over seeds; null for a single one",
     "value, measured and ci95 of claims": "percent for wer, fractions for ratios",
-    "ci95": "[low, high], 95 % interval; null where it is undefined",
+    "ci95": "[low, high], 95 % interval, see method; null where it is undefined",
+    "p, p_adjusted": "of the same variances as ci95; the second allows for the number of comparisons",
+    "seeds_won": "[seeds in which a has the lower rate, in which b has, all]",
+    "seed_pairs": "likewise over all pairs of one seed of each, where the seeds are independent",
+    "units": "speakers or utterances: between which intervals and p-values look for variance",
 }
 _OPTIONAL = (
     "parent",
@@ -104,7 +108,7 @@ def assemble(data: Mapping[str, Any]) -> dict[str, Any]:
         "searches": [dict(row) for row in data.get("searches") or []],
         "method": scores.get("method"),
         "splits": {
-            split: {key: facts.get(key) for key in ("utterances", "words", "speakers", "notes")}
+            split: {key: facts.get(key) for key in ("utterances", "words", "speakers", "units", "notes")}
             for split, facts in by_split.items()
         },
         "claims": [],

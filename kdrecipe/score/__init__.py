@@ -1,1 +1,1 @@
-"""Error rates, resampling, comparisons, claims, hypotheses."""
+"""Error rates, intervals, comparisons, claims, hypotheses."""

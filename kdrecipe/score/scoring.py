@@ -1,27 +1,40 @@
 """Stage 9: error rates with intervals, significance, fidelity to the teacher.
 
-Pure functions over hypotheses files. All rates are fractions (0.05 is 5 %). Intervals come from
-drawing utterances anew (:mod:`kdrecipe.score.resampling`): they say how far the figure would
-move on another test set of the same kind and size. The spread between seeds is told beside it.
+Pure functions over hypotheses files. All rates are fractions (0.05 is 5 %). Intervals and p-values
+come from one model of what varies (:mod:`kdrecipe.score.intervals`): they say how far a figure
+would move with other speakers and utterances of the same kind and number, and with other seeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdrecipe.errors import DataError, Problem
 from kdrecipe.interfaces import Metric
 from kdrecipe.score.hypotheses import read_hypotheses
-from kdrecipe.score.resampling import RESAMPLES, Array, holm, interval, resampled_sums, sign_flip_p
+from kdrecipe.score.intervals import (
+    MIN_SEEDS,
+    MIN_SPEAKERS,
+    Estimate,
+    holm,
+    quotient_interval,
+    rate,
+)
 
-INTERVAL = "95 % bootstrap over utterances, drawn jointly for all seeds and systems (Bisani & Ney 2004)"
-TEST = "matched pairs, sign flips of per-utterance error differences (after Gillick & Cox 1989), two-sided"
-FEW_SPEAKERS = 20  # below this, an interval over speakers is a rough one
+INTERVAL = (
+    "95 %, Student's t on the variance between speakers (each with all its utterances) and, with "
+    f"{MIN_SEEDS} seeds or more, between seeds, as crossed random effects (Clark 1973), degrees of "
+    "freedom after Satterthwaite (1946); of gap recovered after Fieller (1954)"
+)
+TEST = "t-test of the difference on the same variances as its interval, paired over utterances, two-sided"
+Texts = Mapping[str, Mapping[int, Mapping[str, tuple[str, str]]]]
 
 
 @dataclass(frozen=True)
@@ -32,11 +45,15 @@ class Question:
         teachers: student -> its teacher (with several teachers, the one to compare with).
         baselines: student -> the system of the same model and data, trained without a teacher.
         compare: pairs (system, other) to test against each other.
+        families: system -> its family. Systems of one family and the same seeds are paired over
+            seeds: one was made from the other with the same seed, or both from a third. The seeds
+            of all others are independent, and so are those of a system that is not named here.
     """
 
     teachers: Mapping[str, str] = field(default_factory=dict)
     baselines: Mapping[str, str] = field(default_factory=dict)
     compare: Sequence[tuple[str, str]] = ()
+    families: Mapping[str, str] = field(default_factory=dict)
 
 
 def score(
@@ -45,8 +62,6 @@ def score(
     question: Question,
     *,
     speakers: Mapping[str, str] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Score every split that was decoded.
 
@@ -54,9 +69,7 @@ def score(
         hyps: system -> seed -> split -> hypotheses file.
         metrics: by name; the first is the one that systems are compared by.
         question: which systems to compare.
-        speakers: utterance id -> speaker, for intervals over speakers as well.
-        resamples: number of bootstrap resamples and of sign changes.
-        seed: of the resampling.
+        speakers: utterance id -> speaker, where it is known.
 
     Returns:
         ``{"method", "splits": {split: <what score_split returns>}}``.
@@ -69,25 +82,20 @@ def score(
         for number, splits in seeds.items():
             for split, path in splits.items():
                 by_split.setdefault(split, {}).setdefault(system, {})[number] = read_hypotheses(path)
-    method = {"interval": INTERVAL, "test": TEST, "resamples": resamples, "seed": seed}
     scored = {
-        split: score_split(
-            texts, metrics, question, split=split, speakers=speakers, resamples=resamples, seed=seed
-        )
+        split: score_split(texts, metrics, question, split=split, speakers=speakers)
         for split, texts in by_split.items()
     }
-    return {"method": method, "splits": scored}
+    return {"method": {"interval": INTERVAL, "test": TEST}, "splits": scored}
 
 
 def score_split(
-    texts: Mapping[str, Mapping[int, Mapping[str, tuple[str, str]]]],
+    texts: Texts,
     metrics: Mapping[str, Metric],
     question: Question,
     *,
     split: str = "test",
     speakers: Mapping[str, str] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Score one split.
 
@@ -96,71 +104,89 @@ def score_split(
         split: its name, for messages and comparisons.
 
     Returns:
-        ``utterances``, ``words`` (reference length in the first metric), ``speakers``;
-        ``systems``: name -> ``{<metric>: {mean, std, ci95, seeds[, ci95_speakers]}, sub, ins, del,
-        gap_recovered, fidelity}`` (``std`` is None for a single seed); ``comparisons``: see
-        :func:`_compare`; ``notes``.
+        ``utterances``, ``words`` (reference length in the first metric), ``speakers`` (None where
+        they are not known), ``units`` (``speakers`` or ``utterances``: between which intervals and
+        tests look for variance); ``systems``: name -> ``{<metric>: {mean, std, ci95, seeds}, sub,
+        ins, del, gap_recovered, fidelity}`` (``std`` is None for a single seed); ``comparisons``:
+        see :func:`_compare`; ``notes``.
 
     Raises:
         DataError: the systems were decoded on different utterances or references.
     """
-    table = _Table(texts, metrics, question, split)
-    sums = resampled_sums(table.columns, resamples=resamples, seed=seed)
-    known = [speakers.get(u) for u in table.ids] if speakers else [None]
-    groups = [str(s) for s in known] if None not in known and len(set(known)) > 1 else None
-    by_speaker = (
-        resampled_sums(table.columns, groups=groups, resamples=resamples, seed=seed) if groups else None
-    )
+    table = _Table(texts, metrics, question, split, speakers)
     systems: dict[str, dict[str, Any]] = {}
     for system in table.texts:
-        row = systems[system] = {m: _rate(table, sums, by_speaker, m, system) for m in metrics}
+        row = systems[system] = {m: _rate(table, m, system) for m in metrics}
         row.update(table.details.get(system, {}))
         if (teacher := question.teachers.get(system)) in table.texts:
-            row["fidelity"] = _fidelity(table, sums, system, str(teacher))
+            row["fidelity"] = _fidelity(table, system, str(teacher))
             if (baseline := question.baselines.get(system)) in table.texts:
-                row["gap_recovered"] = _gap(table, sums, system, str(baseline), str(teacher))
+                row["gap_recovered"] = _gap(table, system, str(baseline), str(teacher))
     pairs = [pair for pair in question.compare if pair[0] in table.texts and pair[1] in table.texts]
-    comparisons = [_compare(table, sums, a, b, resamples, seed) for a, b in pairs]
+    comparisons = [_compare(table, a, b) for a, b in pairs]
     for found, p in zip(comparisons, holm([c["p"] for c in comparisons]), strict=True):
         found["p_adjusted"] = p
-    num_speakers = len(set(known)) if groups else None
-    notes = []
-    if num_speakers and num_speakers < FEW_SPEAKERS:
-        notes.append(
-            f"{split} has {num_speakers} speakers only: intervals over speakers are rough, "
-            "and those over utterances leave out how much speakers differ"
-        )
     return {
         "utterances": len(table.ids),
-        "words": int(table.columns["length", table.primary].sum()),
-        "speakers": num_speakers,
+        "words": table.words,
+        "speakers": table.units.speakers,
+        "units": table.units.kind,
         "systems": systems,
         "comparisons": comparisons,
-        "notes": notes,
+        "notes": [table.units.note] if table.units.note else [],
     }
 
 
-class _Table:
-    """Figures per utterance of one split, in one order for all systems.
+@dataclass(frozen=True)
+class _Units:
+    """What the utterances of a split are divided into: ``of_N`` numbers the unit of each."""
 
-    ``columns``: ("errors", metric, system): errors, averaged over seeds; ("length", metric);
-    ("differing" | "taught" | "agreeing", student): differing words, teacher's words, 1 if alike.
+    of_N: NDArray[np.intp]
+    kind: str
+    speakers: int | None
+    note: str | None = None
+
+
+def _units(ids: Sequence[str], speakers: Mapping[str, str] | None, split: str) -> _Units:
+    """Speakers where all are known and they are not too few, else each utterance by itself."""
+    known = [(speakers or {}).get(utterance) for utterance in ids]
+    alone_N = np.arange(len(ids))
+    rest = "intervals and p-values rest on single utterances and leave out how much speakers differ"
+    if None in known:
+        return _Units(alone_N, "utterances", None, f"{split} does not name every speaker: {rest}")
+    names, of_N = np.unique([str(speaker) for speaker in known], return_inverse=True)
+    if len(names) < MIN_SPEAKERS:
+        few = f"{split} has {'one speaker' if len(names) == 1 else f'{len(names)} speakers'} only"
+        return _Units(alone_N, "utterances", len(names), f"{few}: {rest}")
+    return _Units(of_N, "speakers", len(names))
+
+
+class _Table:
+    """Figures of one split with what each sampling unit contributes, in one order for all systems.
+
+    ``rates``: (metric, system) -> its error rate; ``unlike``: student -> the rate of words in which
+    it differs from its teacher, None where that says nothing; ``alike``: the share of same texts.
     """
 
     def __init__(
         self,
-        texts: Mapping[str, Mapping[int, Mapping[str, tuple[str, str]]]],
+        texts: Texts,
         metrics: Mapping[str, Metric],
         question: Question,
         split: str,
+        speakers: Mapping[str, str] | None,
     ) -> None:
         self.split, self.texts, self.metrics = split, texts, metrics
         self.primary = next(iter(metrics))
+        self.families = question.families
         self.references = _references(texts, split)
         self.ids = list(self.references)
-        self.columns: dict[Any, Array] = {}
-        self.rates: dict[tuple[str, str], dict[int, float]] = {}  # (metric, system) -> seed -> rate
+        self.units = _units(self.ids, speakers, split)
+        self.words = 0
+        self.rates: dict[tuple[str, str], Estimate] = {}
         self.details: dict[str, dict[str, float]] = {}
+        self.unlike: dict[str, Estimate | None] = {}
+        self.alike: dict[str, float] = {}
         for name, metric in metrics.items():
             for system in texts:
                 self._count(name, metric, system)
@@ -168,44 +194,52 @@ class _Table:
             if student in texts and teacher in texts:
                 self._count_differences(metrics[self.primary], student, teacher)
 
+    def key(self, system: str) -> tuple[str, tuple[int, ...]]:
+        """Of the system's set of seeds: the same where systems are paired over seeds."""
+        return self.families.get(system, system), tuple(sorted(self.texts[system]))
+
+    def seed_rates(self, metric: str, system: str) -> dict[int, float]:
+        """Seed -> error rate, in ascending order of seeds."""
+        key = self.key(system)
+        values_R, _ = self.rates[metric, system].parts[key]
+        return dict(zip(key[1], values_R.tolist(), strict=True))
+
     def _count(self, name: str, metric: Metric, system: str) -> None:
-        errors = {}
-        for seed, said in self.texts[system].items():
-            pairs = [metric.errors(ref, said[u][1]) for u, ref in self.references.items()]
-            errors[seed], length = (np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True))
-        if not length.sum():
+        seeds = [self.texts[system][seed] for seed in self.key(system)[1]]
+        counted = [[metric.errors(ref, said[u][1]) for u, ref in self.references.items()] for said in seeds]
+        errors_RN, lengths_RN = np.moveaxis(np.array(counted, dtype=np.float64), -1, 0)
+        if not lengths_RN[0].sum():
             raise DataError(
                 f"the references of {self.split!r} are all empty",
                 where=self.split,
                 remedy="check the transcripts",
             )
-        self.columns["length", name] = length
-        self.columns["errors", name, system] = np.mean(list(errors.values()), axis=0)
-        self.rates[name, system] = {seed: float(e.sum() / length.sum()) for seed, e in errors.items()}
-        if name == self.primary and hasattr(metric, "details"):
+        self.rates[name, system] = rate(errors_RN, lengths_RN, self.units.of_N, self.key(system))
+        if name != self.primary:
+            return
+        self.words = int(lengths_RN[0].sum())
+        if hasattr(metric, "details"):
             total: dict[str, float] = dict.fromkeys(("sub", "ins", "del"), 0.0)
-            for said in self.texts[system].values():
+            for said in seeds:
                 for utterance, ref in self.references.items():
                     edits = metric.details(ref, said[utterance][1])
                     total = {key: value + edits[key] for key, value in total.items()}
-            words = length.sum() * len(errors)
-            self.details[system] = {key: _rounded(value / words) for key, value in total.items()}
+            self.details[system] = {key: _rounded(x / lengths_RN.sum()) for key, x in total.items()}
 
     def _count_differences(self, metric: Metric, student: str, teacher: str) -> None:
         found = []
-        for seed, said in self.texts[student].items():
-            seeds = self.texts[teacher]
+        for seed in self.key(student)[1]:
+            said, seeds = self.texts[student][seed], self.texts[teacher]
             taught = seeds.get(seed) or next(iter(seeds.values()))
-            pairs = [metric.errors(taught[u][1], said[u][1]) for u in self.ids]
-            found.append([(errors, length, errors == 0) for errors, length in pairs])
-        means_N3 = np.array(found, dtype=np.float64).mean(axis=0)
-        for i, what in enumerate(("differing", "taught", "agreeing")):
-            self.columns[what, student] = means_N3[:, i]
+            found.append([metric.errors(taught[u][1], said[u][1]) for u in self.ids])
+        differing_RN, taught_RN = np.moveaxis(np.array(found, dtype=np.float64), -1, 0)
+        self.alike[student] = float((differing_RN == 0).mean())
+        known = bool(taught_RN.sum(axis=1).all())
+        key = self.key(student)
+        self.unlike[student] = rate(differing_RN, taught_RN, self.units.of_N, key) if known else None
 
 
-def _references(
-    texts: Mapping[str, Mapping[int, Mapping[str, tuple[str, str]]]], split: str
-) -> dict[str, str]:
+def _references(texts: Texts, split: str) -> dict[str, str]:
     """Utterance id -> reference, sorted; all systems must agree on them."""
     every = [
         (f"{system}, seed {seed}, {split}", said) for system, s in texts.items() for seed, said in s.items()
@@ -230,94 +264,77 @@ def _references(
     return {utterance: first[utterance][0] for utterance in sorted(first)}
 
 
-def _rate(
-    table: _Table,
-    sums: Mapping[Any, Array],
-    by_speaker: Mapping[Any, Array] | None,
-    metric: str,
-    system: str,
-) -> dict[str, Any]:
-    """A rate with its spread over seeds and its intervals."""
-    rates = list(table.rates[metric, system].values())
-    row: dict[str, Any] = {
-        "mean": _rounded(float(np.mean(rates))),
-        "std": _rounded(float(np.std(rates, ddof=1))) if len(rates) > 1 else None,
-        "ci95": _ratio_interval(sums, ("errors", metric, system), ("length", metric)),
-        "seeds": {str(seed): _rounded(rate) for seed, rate in table.rates[metric, system].items()},
+def _rate(table: _Table, metric: str, system: str) -> dict[str, Any]:
+    """A rate with its spread over seeds and its interval."""
+    found, seeds = table.rates[metric, system], table.seed_rates(metric, system)
+    return {
+        "mean": _rounded(found.value),
+        "std": _rounded(float(np.std(list(seeds.values()), ddof=1))) if len(seeds) > 1 else None,
+        "ci95": _rounded_pair(found.positive_interval()),
+        "seeds": {str(seed): _rounded(value) for seed, value in seeds.items()},
     }
-    if by_speaker is not None:
-        row["ci95_speakers"] = _ratio_interval(by_speaker, ("errors", metric, system), ("length", metric))
-    return row
 
 
-def _fidelity(table: _Table, sums: Mapping[Any, Array], student: str, teacher: str) -> dict[str, Any]:
+def _fidelity(table: _Table, student: str, teacher: str) -> dict[str, Any]:
     """How much a student says what its teacher says, right or wrong."""
-    differing, taught = table.columns["differing", student].sum(), table.columns["taught", student].sum()
+    unlike = table.unlike[student]
     return {
         "teacher": teacher,
-        table.primary: _rounded(float(differing / taught)) if taught else None,
-        "ci95": _ratio_interval(sums, ("differing", student), ("taught", student)),
-        "agreement": _rounded(float(table.columns["agreeing", student].mean())),
+        table.primary: None if unlike is None else _rounded(unlike.value),
+        "ci95": None if unlike is None else _rounded_pair(unlike.positive_interval()),
+        "agreement": _rounded(table.alike[student]),
     }
 
 
-def _gap(
-    table: _Table, sums: Mapping[Any, Array], student: str, baseline: str, teacher: str
-) -> dict[str, Any] | None:
+def _gap(table: _Table, student: str, baseline: str, teacher: str) -> dict[str, Any] | None:
     """(baseline - student) / (baseline - teacher), or None where the teacher is no better.
 
-    The interval is None where the gap is too small to divide by: resamples in which the
-    teacher is no better than the baseline make up more than 2.5 %.
+    The interval is None where the gap is too small to divide by: its own interval reaches 0.
     """
-    rates = [
-        float(np.mean(list(table.rates[table.primary, name].values())))
-        for name in (baseline, student, teacher)
-    ]
-    if rates[0] <= rates[2]:
+    before, after, best = (table.rates[table.primary, name] for name in (baseline, student, teacher))
+    gained, gap = before - after, before - best
+    if gap.value <= 0:
         return None
-    of = {name: sums["errors", table.primary, name] for name in (baseline, student, teacher)}
-    gaps = of[baseline] - of[teacher]
-    recovered = np.full_like(gaps, np.nan)
-    np.divide(of[baseline] - of[student], gaps, out=recovered, where=gaps > 0)
     return {
-        "mean": _rounded((rates[0] - rates[1]) / (rates[0] - rates[2])),
-        "ci95": _rounded_pair(interval(recovered)),
+        "mean": _rounded(gained.value / gap.value),
+        "ci95": _rounded_pair(quotient_interval(gained, gap)),
         "baseline": baseline,
         "teacher": teacher,
     }
 
 
-def _compare(
-    table: _Table, sums: Mapping[Any, Array], a: str, b: str, resamples: int, seed: int
-) -> dict[str, Any]:
+def _compare(table: _Table, a: str, b: str) -> dict[str, Any]:
     """Test system ``a`` against ``b`` on the same utterances; negative differences favour ``a``.
 
-    ``seed_pairs``: how many pairs of one seed of each ``a`` wins, and of how many: the test
-    asks about these trained models, the seeds tell about training them again.
+    Also ``seeds_won``: with how many seeds ``a`` has the lower rate, with how many ``b``, and the
+    number of all; or, where the seeds of the two have nothing to do with each other,
+    ``seed_pairs``: the same for all pairs of one seed of each.
     """
     metric = table.primary
-    errors_a, errors_b = table.columns["errors", metric, a], table.columns["errors", metric, b]
-    length = sums["length", metric]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        difference = (sums["errors", metric, a] - sums["errors", metric, b]) / length
-    rates_a, rates_b = (list(table.rates[metric, name].values()) for name in (a, b))
+    ours, theirs = table.rates[metric, a], table.rates[metric, b]
+    difference = ours - theirs
     return {
         "split": table.split,
         "metric": metric,
         "a": a,
         "b": b,
-        "a_mean": _rounded(float(np.mean(rates_a))),
-        "b_mean": _rounded(float(np.mean(rates_b))),
-        "difference": _rounded(float(np.mean(rates_a) - np.mean(rates_b))),
-        "ci95": _rounded_pair(interval(difference)),
-        "p": sign_flip_p(errors_a - errors_b, resamples=resamples, seed=seed),
-        "seed_pairs": [sum(x < y for x in rates_a for y in rates_b), len(rates_a) * len(rates_b)],
+        "a_mean": _rounded(ours.value),
+        "b_mean": _rounded(theirs.value),
+        "difference": _rounded(difference.value),
+        "ci95": _rounded_pair(difference.interval()),
+        "p": difference.p_value(),
+        **_won(table, a, b),
     }
 
 
-def _ratio_interval(sums: Mapping[Any, Array], over: Hashable, under: Hashable) -> list[float] | None:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return _rounded_pair(interval(sums[over] / sums[under]))
+def _won(table: _Table, a: str, b: str) -> dict[str, list[int]]:
+    """``seeds_won`` or ``seed_pairs``, see :func:`_compare`."""
+    ours, theirs = (list(table.seed_rates(table.primary, name).values()) for name in (a, b))
+    paired = table.key(a) == table.key(b)
+    pairs = list(zip(ours, theirs, strict=True) if paired else product(ours, theirs))
+    won = [sum(x < y for x, y in pairs), sum(x > y for x, y in pairs), len(pairs)]
+    crossed = not paired and min(len(ours), len(theirs)) > 1
+    return {"seed_pairs" if crossed else "seeds_won": won}
 
 
 def _rounded_pair(pair: list[float] | None) -> list[float] | None:
@@ -325,4 +342,4 @@ def _rounded_pair(pair: list[float] | None) -> list[float] | None:
 
 
 def _rounded(value: float) -> float:
-    return round(float(value), 6)  # the last digits depend on the order of additions
+    return round(float(value), 6) + 0.0  # the last digits depend on the order of additions; no -0.0

@@ -12,7 +12,6 @@ from typing import Any
 
 from kdrecipe.interfaces import Metric
 from kdrecipe.score.hypotheses import read_hypotheses
-from kdrecipe.score.resampling import RESAMPLES
 from kdrecipe.score.scoring import Question, score
 
 LM_OPTIONS = ("lm_", "length_bonus")  # beginnings of options that a language model brings with it
@@ -24,8 +23,6 @@ def score_searches(
     metrics: Mapping[str, Metric],
     *,
     speakers: Mapping[str, str] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Score every search of the systems that have more than one.
 
@@ -33,13 +30,13 @@ def score_searches(
         hyps: system -> label of the search, the main one first -> seed -> split -> hypotheses file.
         facts: system -> label -> ``decoder``, ``options``, ``lm`` (whether it uses one).
         metrics: by name; the first is the one that searches are compared by.
-        speakers, resamples, seed: see :func:`kdrecipe.score.scoring.score`.
+        speakers: see :func:`kdrecipe.score.scoring.score`.
 
     Returns:
         Per system and search ``{"system", "search", "splits", "comparisons"}``: ``splits`` as of a
         system; ``comparisons`` with the system's main search, and of one with a language model
-        with the same search without, p-values allowing for all comparisons of searches. Their
-        ``seed_pairs`` are of the same seed, since it is the same model.
+        with the same search without, p-values allowing for all comparisons of searches. They are
+        paired over seeds, since it is the same model.
 
     Raises:
         DataError: hypotheses files that are broken or do not agree.
@@ -49,16 +46,13 @@ def score_searches(
         return []
     files = {_name(system, x): seeds for system, labels in several.items() for x, seeds in labels.items()}
     compare = [(_name(s, a), _name(s, b)) for s in several for a, b in pairs(facts[s])]
-    scored = score(
-        files, metrics, Question(compare=compare), speakers=speakers, resamples=resamples, seed=seed
-    )["splits"]
+    question = Question(compare=compare, families={_name(s, x): s for s in several for x in several[s]})
+    scored = score(files, metrics, question, speakers=speakers)["splits"]
     rows = []
     for system, labels in several.items():
         for label in labels:
             name = _name(system, label)
-            found = [
-                _of_labels(c, part) for part in scored.values() for c in part["comparisons"] if c["a"] == name
-            ]
+            found = [_of_labels(c) for part in scored.values() for c in part["comparisons"] if c["a"] == name]
             splits = {split: part["systems"][name] for split, part in scored.items()}
             rows.append({"system": system, "search": label, "splits": splits, "comparisons": found})
     return rows
@@ -109,9 +103,6 @@ def _name(system: str, label: str) -> str:
     return f"{system}/{label}"  # names of systems have no slash
 
 
-def _of_labels(found: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
-    """A comparison with labels in place of names, and the seeds paired."""
-    rates_a, rates_b = (part["systems"][found[x]][found["metric"]]["seeds"] for x in ("a", "b"))
-    won = sum(rates_a[seed] < rates_b[seed] for seed in rates_a)
-    labels = {x: found[x].partition("/")[2] for x in ("a", "b")}
-    return {**found, **labels, "seed_pairs": [won, len(rates_a)]}
+def _of_labels(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison with labels in place of names."""
+    return {**found, **{x: found[x].partition("/")[2] for x in ("a", "b")}}

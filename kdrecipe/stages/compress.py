@@ -54,7 +54,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
 
 
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
-    """Apply the steps in turn; a step that fine-tunes does so with its ancestor's own objective."""
+    """Apply the steps in order; a step that fine-tunes does so with its ancestor's own objective."""
     from kdrecipe.interfaces import CompressContext
     from kdrecipe.model.bundle import Bundle, build_compressor, compressor_state, provenance
     from kdrecipe.stages.session import Session

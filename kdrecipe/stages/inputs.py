@@ -41,7 +41,7 @@ def utterances_of(
     Args:
         system: trained or distilled.
         ids: of all training cuts, perturbed copies included.
-        subsets: name -> ids, likewise.
+        subsets: name -> ids of the subset's utterances.
         left_out: cuts that are too short for their text; they serve where the text is not used.
     """
     labelled = set(ids if system.data is None else subsets[system.data]) - set(left_out)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies below a recipe's work directory."""
+    """Where everything is below a recipe's work directory."""
 
     root: Path
 

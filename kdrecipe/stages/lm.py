@@ -2,7 +2,7 @@
 
 ``tokens.arpa`` is over the pieces of the recipe's tokens, ``words.arpa`` over words, both as
 :func:`kdrecipe.data.ngram.escape` writes symbols; ``lm.json`` says what they are made of and how
-well they foretell the development split's text.
+well they predict the development split's text.
 """
 
 from __future__ import annotations

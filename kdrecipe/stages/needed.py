@@ -33,7 +33,7 @@ def missing(recipe: Recipe) -> list[Problem]:
             if not (path := recipe.corpus.list_path(name)).exists():
                 what = f"there is no {path} to list the subset {name!r}"
                 problems.append(Problem(what, location.where))
-    except RecipeError:  # an environment variable: that has been told
+    except RecipeError:  # an environment variable: already reported
         pass
     if kenlm := missing_kenlm(recipe):
         problems += kenlm.problems
@@ -41,7 +41,7 @@ def missing(recipe: Recipe) -> list[Problem]:
 
 
 def missing_kenlm(recipe: Recipe) -> MissingExtra | None:
-    """What to tell if some search uses the language model and KenLM is not installed."""
+    """What to report if some search uses the language model and KenLM is not installed."""
     from kdrecipe.data.ngram import INSTALL_KENLM
 
     users = [label for label, decoder in recipe.decode.decoders.items() if uses_lm(decoder.options)]

@@ -62,13 +62,13 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
         raise DataError(
             f"corpus.root is not a directory: {root}",
             where=corpus.location.where if corpus.location else "",
-            remedy="set it to where the corpus lies, in the file or with --set corpus.root=DIR",
+            remedy="set it to the directory of the corpus, in the file or with --set corpus.root=DIR",
         )
     for name in corpus.lists:
         path = corpus.list_path(name)
         if not path.exists():  # stage 1 reads it; better to know now
             raise DataError(
-                f"the utterances of the subset {name!r} are to be listed in {path}, which is not there",
+                f"the utterances of the subset {name!r} should be listed in {path}, which does not exist",
                 where=corpus.lists[name].where,
                 remedy="put it there, or say with listed_in: where it is",
             )

@@ -20,7 +20,7 @@ from kdrecipe.stages.timing import outlook, seconds_before
 if TYPE_CHECKING:
     from kdrecipe.recipe.load import Recipe
 
-MAX_JOBS = 8  # more processes than this need a machine and a thought of their own
+MAX_JOBS = 8  # more processes than this need a large machine, and a deliberate choice (--jobs)
 
 
 def run_recipe(

@@ -25,6 +25,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
         "plugins": {m.name: registry.fingerprint("metrics", m.name) for m in recipe.decode.metrics},
         "compare": comparisons(recipe),
         "baselines": baselines(recipe),
+        "families": families(recipe),
     }
     needs = tuple(
         f"decode/{name}/seed{seed}" for name in recipe.build_order() for seed in recipe.systems[name].seeds
@@ -77,7 +78,12 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
         metrics[wanted.name] = cls(cls.Config.model_validate(wanted.options))
     hyps = hypotheses(recipe, layout)
     teachers = {n: s.teachers[0] for n, s in recipe.systems.items() if s.teachers}
-    question = Question(teachers=teachers, baselines=baselines(recipe), compare=comparisons(recipe))
+    question = Question(
+        teachers=teachers,
+        baselines=baselines(recipe),
+        compare=comparisons(recipe),
+        families=families(recipe),
+    )
     speakers = _speakers(hyps)
     result = score(hyps, metrics, question, speakers=speakers)
     facts = search_facts(recipe, layout)
@@ -92,15 +98,29 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
         print(f"  {name:20s} {metric.upper()} {100 * facts[metric]['mean']:6.2f} % on {first}", flush=True)
 
 
-def _speakers(hyps: dict[str, dict[int, dict[str, Path]]]) -> dict[str, str] | None:
-    """Speaker of every utterance, None where some are not known."""
+def _speakers(hyps: dict[str, dict[int, dict[str, Path]]]) -> dict[str, str]:
+    """Utterance id -> speaker, of those whose cuts name one: stage 8 wrote it beside the hypothesis."""
     found: dict[str, str] = {}
     for path in next(iter(next(iter(hyps.values())).values())).values():
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            if row.get("speaker") is None:
-                return None
-            found[row["id"]] = row["speaker"]
+            if row.get("speaker") is not None:
+                found[row["id"]] = row["speaker"]
+    return found
+
+
+def families(recipe: Recipe) -> dict[str, str]:
+    """System -> its family: systems whose models of the same seed have to do with each other.
+
+    These are a system of several seeds and what it is made from with the same seed: its parent,
+    its teachers, what it starts from. A single model that all seeds are made from pairs nothing.
+    """
+    found = {name: name for name in recipe.build_order()}
+    for name, system in recipe.systems.items():
+        for other in system.needs:
+            if min(len(system.seeds), len(recipe.systems[other].seeds)) > 1:
+                mine, theirs = found[name], found[other]
+                found = {member: theirs if f == mine else f for member, f in found.items()}
     return found
 
 

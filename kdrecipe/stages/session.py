@@ -46,7 +46,7 @@ class Session:
 
     Args:
         recipe: the recipe.
-        layout: where its artefacts lie.
+        layout: where its artefacts are.
         system: the system, trained or distilled.
         seed: seed of initialisation, order of the data and augmentation.
     """
@@ -123,7 +123,7 @@ class Session:
     def objective(self, student: ModelInfo) -> Objective:
         """The weighted terms; a term that names no teacher is shared evenly among all.
 
-        Terms of one loss are told apart by what they learn from: ``kl:attention``, ``kl:ctc``.
+        Terms of one loss are distinguished by what they learn from: ``kl:attention``, ``kl:ctc``.
 
         Raises:
             RecipeError: a teacher can't give what a loss needs.

@@ -9,10 +9,10 @@ A cache is a directory::
 A cache of other targets than those asked for is refused, and so is one whose frames do not fit the
 batch. Nothing is ever cropped. (Lhotse's ``perturb_speed`` keeps a cut's arrays as they were.)
 
-Targets that go along a text are kept along the transcript, along the teacher's own hypothesis, or
+Targets that depend on a text are stored for the transcript, for the teacher's own hypothesis, or
 both, as the students need: one may have a cut's transcript, another may not.
 
-B utterances, T frames, U tokens, P = U + 1 places between them, K kept classes, V vocabulary, D width.
+B utterances, T frames, U tokens, P = U + 1 positions between them, K kept classes, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ from kdrecipe.targets.live import LiveTargets, padded_tokens
 
 FORMAT = 2
 DEFAULT_FRAME_SHIFT_S = 0.04
-RECOMPUTE = "compute the targets anew (stage 4)"
+RECOMPUTE = "compute the targets again (stage 4)"
 
 Along = Literal["", "transcript", "own"]
-"""The text that a target goes along; '' for those that need none."""
+"""The text that a target depends on; '' for those that need none."""
 
 
 class Batches(Protocol):
@@ -70,10 +70,10 @@ class TargetCache:
     """A teacher's targets on disk for a set of cuts, kept in memory after the first use.
 
     Args:
-        directory: where they lie.
+        directory: where they are stored.
         specs: what there is of each cut.
         cuts: the cuts with their arrays; each must be as it was when they were computed.
-        max_memory_bytes: kept in memory at most, the rest is read anew each time; None: as much as
+        max_memory_bytes: kept in memory at most, the rest is read again each time; None: as much as
             this process's budget allows, see :mod:`kdrecipe.data.memory`.
 
     Raises:
@@ -159,7 +159,7 @@ class TargetCache:
 
         Raises:
             DataError: a cut is missing, has another number of feature frames or another transcript,
-                or its targets do not go along the text that the batch asks for.
+                or its targets follow another text than the batch needs.
         """
         for cut_id, num_frames in zip(batch.ids, batch.lens_B.tolist(), strict=True):
             if cut_id not in self._cuts:
@@ -169,7 +169,7 @@ class TargetCache:
                 raise DataError(
                     f"{num_frames} feature frames, its cached targets were computed from {expected}",
                     where=cut_id,
-                    remedy=f"{RECOMPUTE}; perturb speed before, as cuts of their own",
+                    remedy=f"{RECOMPUTE}; perturb speed before, as separate cuts",
                 )
         labelled = batch.labelled_B.tolist()
         sides: list[Along] = ["transcript" if known else "own" for known in labelled]
@@ -182,7 +182,7 @@ class TargetCache:
         return found.map(lambda x: x.to(device))
 
     def _texts(self, batch: Batch, sides: Sequence[Along]) -> list[list[int]]:
-        """The texts that the targets go along; a transcript must be the batch's own."""
+        """The texts that the targets follow; a transcript must be the batch's own."""
         texts: list[list[int]] = []
         rows = zip(batch.ids, sides, batch.tokens_BU.tolist(), batch.token_lens_B.tolist(), strict=True)
         for cut_id, along, tokens, length in rows:
@@ -203,9 +203,9 @@ class TargetCache:
             n[len(prefix) :]: a for n, a in self._cuts[cut_id].custom.items() if n.startswith(prefix)
         }
         if not manifests:
-            what = "its cached targets do not go along its transcript"
+            what = "its cached targets do not follow its transcript"
             if name.endswith("own"):
-                what = "its cached targets do not go along the teacher's own hypothesis"
+                what = "its cached targets do not follow the teacher's own hypothesis"
             raise DataError(what, where=cut_id, remedy=RECOMPUTE)
         # Lhotse's cut.load_custom() would crop to the cut's duration; this reads what was written.
         arrays = {part: a.with_path_prefix(self.directory).load() for part, a in manifests.items()}
@@ -276,7 +276,7 @@ def write_targets(
             found = live.targets(part).map(lambda x: x.cpu())
             for row, cut_id in enumerate(part.ids):
                 for name, (values, shift_s) in _stored(found, row, specs, along, cut_id).items():
-                    if name not in custom[cut_id]:  # frames do not hang on the text
+                    if name not in custom[cut_id]:  # frames do not depend on the text
                         custom[cut_id][name] = _store(writer, cut_id, name, values, shift_s)
         done |= {cut_id: fastcopy(by_id[cut_id], custom=custom[cut_id]) for cut_id in batch.ids}
         if progress is not None:
@@ -290,7 +290,7 @@ def write_targets(
 
 
 def _sides(batch: Batch, own_ids: Collection[str]) -> list[tuple[Batch, Along]]:
-    """The utterances to go along their transcripts, and those along the teacher's own words."""
+    """The utterances that follow their transcripts, and those that follow the teacher's own words."""
     own = torch.tensor([cut_id in own_ids for cut_id in batch.ids]) | ~batch.labelled_B.cpu()
     own_B = own.to(batch.labelled_B.device)
     sides: list[tuple[Batch, Along]] = []
@@ -340,7 +340,7 @@ def _stored(
 def _store(
     writer: NumpyFilesWriter, cut_id: str, name: str, values: np.ndarray, shift_s: float | None
 ) -> Any:
-    # Cut ids may hold what file names may not; the directory may be moved.
+    # Cut ids may contain characters that file names can't; the directory may be moved.
     key = f"{fingerprint(cut_id)[:16]}-{name}"
     if shift_s is None:
         return fastcopy(writer.store_array(key, values), storage_path="arrays")
@@ -360,8 +360,8 @@ def _parts(
     if isinstance(target, Hidden):
         parts = {"values": values(target.values_BTD, spec.dtype)}
     elif isinstance(target, LatticePosteriors):
-        places = int(target.token_lens_B[row]) + 1
-        parts = {"log_probs": values(target.log_probs_BTP2[:, :, :places], spec.dtype)}
+        positions = int(target.token_lens_B[row]) + 1
+        parts = {"log_probs": values(target.log_probs_BTP2[:, :, :positions], spec.dtype)}
     else:
         parts = {"log_probs": values(target.log_probs_BTK, spec.dtype)}
         if target.indices_BTK is not None and target.log_tail_BT is not None:

@@ -35,7 +35,7 @@ def perturbed(cut: Any, record: Mapping[str, Any]) -> Problem | None:
     return Problem(
         "the cut was changed (speed, volume, cropping) after its targets had been computed",
         cut.id,
-        "perturb first, as cuts of their own (features: {speed_perturb: [...]}), then compute targets",
+        "perturb first, as separate cuts (features: {speed_perturb: [...]}), then compute targets",
     )
 
 

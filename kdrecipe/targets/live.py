@@ -5,10 +5,10 @@ posteriors cut to the top k, hidden states, lattices, all rounded to the type in
 stored. Given the same batches they agree bit for bit; a batch put together differently can move a
 value by one step of that type, since matrix products depend on the shapes.
 
-Attention decoders and transducers speak along a text. For a labelled utterance that is its
+Targets of attention decoders and transducers depend on a text. For a labelled utterance that is its
 transcript, for any other the teacher's own hypothesis, by greedy search of its first head.
 
-B utterances, T frames, U tokens, P = U + 1 places between them, K kept classes, V vocabulary, D width.
+B utterances, T frames, U tokens, P = U + 1 positions between them, K kept classes, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LiveTargets:
     Args:
         model: the teacher, a :class:`kdrecipe.model.asr.AsrModel`, on the device of the batches; it is
             frozen here.
-        specs: what it is asked for.
+        specs: the targets to compute.
 
     Raises:
         DataError: a kind of target that can't be computed.
@@ -61,7 +61,7 @@ class LiveTargets:
     @torch.no_grad()
     def targets(self, batch: Batch) -> Targets:
         """All targets for ``batch``, whose features must not be augmented."""
-        model = self.model.eval()  # whoever shares the module may have set it back
+        model = self.model.eval()  # other users of the module may have set it back
         taps = [spec.tap for spec in self.specs if spec.kind == "hidden"]
         forced = any(spec.kind in FORCED_KINDS for spec in self.specs)
         with torch.autocast(batch.features_BTF.device.type, enabled=False):
@@ -125,12 +125,12 @@ def _target(out: ModelOutput, batch: Batch, spec: TargetSpec) -> Posteriors | Hi
 
 
 def _lattice(out: ModelOutput, head: str, dtype: torch.dtype) -> LatticePosteriors:
-    """Rounded as on disk; 0 beyond the last frame and place, and for the next token of the last place."""
+    """Rounded as on disk; 0 beyond the last frame and position, and for the last position's next token."""
     found = full_lattice_posteriors(out.lattices[head])
     frames_BT = frame_mask(found.lens_B, int(found.lens_B.max()) if len(found.lens_B) else 0)
     values = found.log_probs_BTP2[:, : frames_BT.shape[1]].clamp(min=MIN_LOG_PROB).to(dtype).float()
-    places_BP = frame_mask(found.token_lens_B + 1, values.shape[2])
+    positions_BP = frame_mask(found.token_lens_B + 1, values.shape[2])
     has_next_BP = frame_mask(found.token_lens_B, values.shape[2])
-    means_BP2 = torch.stack([has_next_BP, places_BP], dim=-1)
+    means_BP2 = torch.stack([has_next_BP, positions_BP], dim=-1)
     valid = frames_BT[:, :, None, None] & means_BP2[:, None]
     return LatticePosteriors(values.masked_fill(~valid, 0.0), found.lens_B, found.token_lens_B)

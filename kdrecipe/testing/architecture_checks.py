@@ -49,7 +49,7 @@ def _largest_difference(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def check_padding_invariance(case: ArchitectureCase) -> None:
-    """Output on valid frames does not depend on what lies in the padding, nor on how much there is."""
+    """Output on valid frames does not depend on the content or the amount of padding."""
     encoder = case.build()
     features_BTF, lens_B = case.features()
     want = valid_frames(*encoder(features_BTF, lens_B))
@@ -63,7 +63,7 @@ def check_padding_invariance(case: ArchitectureCase) -> None:
 
 @torch.no_grad()
 def check_lens_rule(case: ArchitectureCase) -> None:
-    """``output_len`` tells the frames that ``forward`` gives, for every length; so does ``subsampling``."""
+    """``output_len``, and ``subsampling`` too, give as many frames as ``forward``, for every length."""
     encoder = case.build()
     for length in range(16, 33):
         features_BTF, lens_B = case.features((length,))

@@ -1,6 +1,6 @@
 """A tiny spoken corpus made of tones, for tests: no download, no synthesiser, learnt in seconds.
 
-Every letter is a pair of tones of its own, a "formant" pattern that only a letter has; a word is
+Every letter is its own pair of tones, a "formant" pattern that only a letter has; a word is
 its letters one after the other, a sentence its words with pauses. Speakers differ in pitch,
 tempo and level, and there is a little noise. A CTC model of a few thousand weights reads it after
 a few epochs, and one that is wired up wrongly never does, which is all that a test needs.
@@ -69,7 +69,7 @@ def make_corpus(
         ValueError: if there are too few speakers for the splits, or none of the layouts is meant.
     """
     if num_speakers < max(3, len(parts) if layout == "librispeech" else 3):
-        raise ValueError(f"num_speakers is {num_speakers}: too few to give each split one of its own")
+        raise ValueError(f"num_speakers is {num_speakers}: too few to give each split its own")
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, 0])

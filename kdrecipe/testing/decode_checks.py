@@ -117,9 +117,9 @@ class SureAttention(AttentionHead):
     def step(self, tokens_N: Tensor, state: Any, memory: Any) -> tuple[Tensor, Any]:
         """All but certain of the next token, or the end."""
         log_probs_NV, state = super().step(tokens_N, state, memory)
-        place = state.keys[0].shape[2] - 1
+        position = state.keys[0].shape[2] - 1
         sure_NV = torch.full_like(log_probs_NV, -20.0)
-        sure_NV[:, self.text[place] if place < len(self.text) else SOS_EOS_ID] = 20.0
+        sure_NV[:, self.text[position] if position < len(self.text) else SOS_EOS_ID] = 20.0
         return sure_NV.log_softmax(-1), state
 
 
@@ -153,7 +153,7 @@ def check_well_formed(case: DecoderCase) -> None:
 
 
 def check_padding_invariance(case: DecoderCase) -> None:
-    """Hypotheses do not depend on what lies in the padding."""
+    """Hypotheses do not depend on the content of the padding."""
     out = case.output()
     padding_BT1 = ~frame_mask(out.lens_B, out.hidden_BTD.shape[1])[..., None]
 
@@ -205,7 +205,7 @@ def check_language_model(case: DecoderCase) -> None:
     if "lm_weight" not in case.cls.Config.model_fields:
         raise CheckSkipped("it has no option lm_weight")
     if getattr(case.cls, "needs_lm", False):
-        raise CheckSkipped("it needs a language model of its own kind")
+        raise CheckSkipped("it needs its own kind of language model")
     out = case.output()
     said = Counter(token for h in case.decode(out) for token in h.tokens)
     lm = SpitefulModel(hated=said.most_common(1)[0][0])

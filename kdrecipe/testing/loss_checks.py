@@ -131,7 +131,7 @@ def _values(result: LossOutput) -> tuple[float, float]:
 
 
 def check_padding_invariance(case: LossCase) -> None:
-    """Total and count do not depend on what lies in the padding, nor on how much there is."""
+    """Total and count do not depend on the content or the amount of padding."""
     loss, example = case.build(), case.example()
     want, got = _values(call(loss, example)), _values(call(loss, _other_padding(example)))
     for name, a, b in zip(("total", "count"), want, got, strict=True):
@@ -185,7 +185,7 @@ def check_minimum_at_teacher(case: LossCase) -> None:
     case.needs_teacher()
     loss = case.build()
     if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
-        raise CheckSkipped("it has weights of its own between student and teacher")
+        raise CheckSkipped("it has its own weights between student and teacher")
     equal = cast(case.example(noise=0.0), torch.float64)
     student = leaves(equal.out)
     result = call(loss, Example(student, equal.targets, equal.batch))

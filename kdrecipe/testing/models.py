@@ -217,7 +217,7 @@ def random_output(
         num_padding: frames behind the longest utterance.
         num_views: different copies of the batch, one after the other.
         info: gives vocabulary and widths; None: :func:`model_info`.
-        batch: one view; with it, the heads that go along a text speak, too.
+        batch: one view; with it, heads that need a text give outputs, too.
         seed: of the noise.
     """
     info = info or model_info()
@@ -232,8 +232,8 @@ def random_output(
     out = ModelOutput(hidden[WIDTH].clone(), lens_B, {"ctc": logits_BTV}, tapped, num_views)
     if batch is not None:
         batch = batch.repeat(num_views)
-        num_places = batch.tokens_BU.shape[1] + 1
-        out.logits["attention"] = 2 * torch.randn(rows, num_places, info.vocab_size, generator=rng)
+        num_positions = batch.tokens_BU.shape[1] + 1
+        out.logits["attention"] = 2 * torch.randn(rows, num_positions, info.vocab_size, generator=rng)
         out.lattices["rnnt"] = _random_lattice(num_frames, lens_B, batch, info.vocab_size, rng)
     return out
 
@@ -241,7 +241,7 @@ def random_output(
 def _random_lattice(
     num_frames: int, lens_B: Tensor, batch: Batch, vocab_size: int, rng: torch.Generator
 ) -> Lattice:
-    rows, num_places = len(lens_B), batch.tokens_BU.shape[1] + 1
+    rows, num_positions = len(lens_B), batch.tokens_BU.shape[1] + 1
     weight_JV = torch.randn(WIDTH, vocab_size, generator=rng)
 
     def noise(length: int, width: int) -> Tensor:
@@ -249,9 +249,9 @@ def _random_lattice(
 
     return Lattice(
         am_BTV=noise(num_frames, vocab_size),
-        lm_BPV=noise(num_places, vocab_size),
+        lm_BPV=noise(num_positions, vocab_size),
         encoder_BTJ=noise(num_frames, WIDTH),
-        predictor_BPJ=noise(num_places, WIDTH),
+        predictor_BPJ=noise(num_positions, WIDTH),
         tokens_BU=batch.tokens_BU,
         lens_B=lens_B,
         token_lens_B=batch.token_lens_B,

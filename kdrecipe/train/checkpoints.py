@@ -1,6 +1,6 @@
 """Checkpoints: the state of an unfinished run, and the weights of its last epochs.
 
-``checkpoints/last.pt`` is all that is needed to go on; ``checkpoints/epoch-<n>.pt`` (n from 1) are
+``checkpoints/last.pt`` is all that is needed to resume; ``checkpoints/epoch-<n>.pt`` (n from 1) are
 weights only, to be averaged. Every file is whole or absent.
 """
 
@@ -21,7 +21,7 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        work_dir: of the run; they lie in ``checkpoints`` below it.
+        work_dir: of the run; they are in ``checkpoints`` below it.
         keep: weights of how many epochs stay (the number that is averaged).
     """
 
@@ -100,4 +100,4 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
-_REMEDY = "delete the directory it lies in and run again; training then starts anew"
+_REMEDY = "delete its directory and run again; training then starts from the beginning"

@@ -91,7 +91,7 @@ class Workers:
         return {name: sum(part.get(name, 0.0) for part in gathered) for name in names}
 
     def agree_on(self, decision: bool) -> bool:
-        """The first process's ``decision``, so that clocks can't part the processes."""
+        """The first process's ``decision``, so that processes whose clocks differ do the same."""
         if self.world_size == 1:
             return decision
         value = torch.tensor(int(decision), device=self.device)
@@ -105,6 +105,6 @@ class Workers:
                 dist.broadcast(tensor.data, src=0)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()

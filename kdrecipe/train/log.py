@@ -21,7 +21,7 @@ from kdrecipe.artifacts import disk_errors, write_atomic
 from kdrecipe.interfaces import LossOutput
 from kdrecipe.report.reading import duration
 
-_LINE_EVERY_S = 10.0  # without a terminal: often enough to see that it lives
+_LINE_EVERY_S = 10.0  # without a terminal: often enough to see that it runs
 
 
 class TrainLog:
@@ -80,11 +80,11 @@ class Meter:
         return {key: float(value) for key, value in self.sums.items()}
 
     def load(self, numbers: Mapping[str, float]) -> None:
-        """Go on from :meth:`numbers`."""
+        """Resume from :meth:`numbers`."""
         self.sums = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Start again."""
         self.sums = {}
 
 
@@ -146,12 +146,12 @@ class Progress:
         return f", about {duration(seconds)} left" if seconds >= 1 else ""
 
     def note(self, text: str) -> None:
-        """A line of its own, unless there was one a moment ago."""
+        """A separate line, unless there was one a moment ago."""
         if self._bar is not None or time.monotonic() - self._said_at >= _LINE_EVERY_S:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """A separate line."""
         self._said_at = time.monotonic()
         if self._bar is not None:
             self._bar.write(f"{self.label}{text}", file=sys.stderr)
@@ -159,6 +159,6 @@ class Progress:
             print(f"{self.label}{text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """No more to come."""
+        """Finish the bar."""
         if self._bar is not None:
             self._bar.close()

@@ -1,7 +1,7 @@
 """The one training loop: teachers, students, and fine-tuning under compression.
 
 What depends on what: an epoch's batches on (seed, epoch), a step's random numbers on (seed, step).
-So a run that was killed goes on where its last checkpoint was as if nothing had happened, on a CPU
+So a killed run resumes from its last checkpoint as if nothing had happened, on a CPU
 bit for bit.
 """
 
@@ -38,7 +38,7 @@ MetricsHook = Callable[..., Iterable[Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run was.
+    """The result of a finished run.
 
     Args:
         steps: optimiser steps.
@@ -88,7 +88,7 @@ def train(
 ) -> TrainResult:
     """Train ``model`` in place; on return it holds the mean of the last epochs' weights.
 
-    An unfinished run in ``work_dir`` is taken up where its last checkpoint was, provided that it
+    An unfinished run in ``work_dir`` resumes from its last checkpoint, provided that it
     was started with the same data, options and model; another one's checkpoints are discarded.
 
     Args:
@@ -138,7 +138,7 @@ def train(
 def num_averaged(options: Training) -> int:
     """Epochs whose weights are averaged: ``average``, but at most a quarter of all epochs.
 
-    In a short run, the weights of some epochs ago are no neighbours of the last ones.
+    In a short run, the weights of some epochs ago are far from the last ones.
     """
     return min(options.average, max(1, options.epochs // 4))
 
@@ -270,13 +270,13 @@ class _Run:
     # ------------------------------------------------------------ checkpoints
 
     def resume(self) -> None:
-        """Take up an unfinished run of the same kind, if there is one."""
+        """Resume an unfinished run of the same kind, if there is one."""
         state = self.checkpoints.load()
         signature = self._signature()
         if state and state["signature"] != signature:
             changed = sorted(k for k, v in signature.items() if state["signature"].get(k) != v)
             self.progress = Progress(self.label, self.num_steps, 0, self._talks)
-            self.progress.say(f"starting anew: the checkpoint's {', '.join(changed)} differ")
+            self.progress.say(f"starting from the beginning: the checkpoint's {', '.join(changed)} differ")
             self.workers.wait()  # all have read it
             if self.workers.is_first:
                 self.checkpoints.clear()
@@ -286,14 +286,14 @@ class _Run:
         self.log.rewind(self.step)
         self.progress = Progress(self.label, self.num_steps, self.step, self._talks)
         if state:
-            self.progress.say(f"going on after step {self.step} of {self.num_steps}")
+            self.progress.say(f"resuming after step {self.step} of {self.num_steps}")
 
     @property
     def _talks(self) -> bool:
         return self.show_progress and self.workers.is_first
 
     def _signature(self) -> dict[str, str]:
-        """What a checkpoint must agree on to be taken up."""
+        """What must agree for a checkpoint to be resumed."""
         ignored = {"log_every", "checkpoint_every_s", "dev_every"}
         options = {k: v for k, v in self.options.model_dump(mode="json").items() if k not in ignored}
         shapes = {name: list(p.shape) for name, p in self.stepper.model.state_dict().items()}
@@ -309,7 +309,7 @@ class _Run:
         }
 
     def _save(self) -> None:
-        if self.workers.world_size > 1:  # a collective operation: before rank 0 goes on alone
+        if self.workers.world_size > 1:  # a collective operation: before rank 0 continues alone
             numbers = self.workers.sum_numbers(self.stepper.meter.numbers())
         else:
             numbers = self.stepper.meter.numbers()

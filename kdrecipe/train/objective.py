@@ -118,7 +118,7 @@ class Objective:
         return outputs
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The losses' own parameters, trained along."""
+        """The losses' own parameters, trained with the student."""
         for name, parameter in self.module.named_parameters():
             yield f"losses.{name}", parameter
 

@@ -72,7 +72,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     ``auto`` is bf16 where the hardware multiplies in it: GPUs from Ampere on, CPUs with AMX or
     AVX512-BF16 (a Conformer of width 48 trains 1.1 times as fast there, of width 144 1.6 times). Older
     GPUs only emulate bf16, slower than float32: they get fp16. The choice depends on the machine
-    only, so that a resumed run computes alike. Weights, losses and updates stay float32.
+    only, so that a resumed run computes the same. Weights, losses and updates stay float32.
 
     Args:
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16`` (for GPUs; on a CPU it means bf16).
@@ -100,7 +100,7 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 def seed_step(seed: int, step: int, slot: int) -> int:
     """Set all random states to what (seed, step, slot) determine; returns the number used.
 
-    A step's random numbers then hang on nothing that came before: a resumed run draws what an
+    A step's random numbers then do not depend on anything before: a resumed run draws what an
     uninterrupted one would have.
 
     Args:

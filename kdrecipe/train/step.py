@@ -28,8 +28,8 @@ from kdrecipe.train.optimisation import autocast_dtype, clip_gradients, seed_ste
 if TYPE_CHECKING:
     from kdrecipe.recipe.sections import Training
 
-# fp16's loss scale starts high and is halved after each overflow: that many in a row are no search
-# for the right scale any more.
+# fp16's loss scale starts high and is halved after each overflow: so many in a row mean
+# that no scale works.
 _MAX_OVERFLOWS = 20
 
 _PROVISIONAL_COUNT = 1000.0  # about a step's: keeps gradients in fp16's range
@@ -131,7 +131,7 @@ class Stepper:
     def try_out(self, batch: Batch) -> None:
         """Do all of a step but the update, to see whether memory suffices; nothing is changed.
 
-        The optimiser's state is there meanwhile, as it is from the second step on; so are the
+        The optimiser's state is allocated meanwhile, as it is from the second step on; so are the
         gradients, if there is more than one micro-batch per step.
         """
         modules = (self.model, self.objective.module)
@@ -177,13 +177,13 @@ class Stepper:
         """Gradients of ``sum_i weight_i * total_i / count_i``, totals and counts over the whole step.
 
         The counts of *all* micro-batches on *all* processes must be known before the first backward
-        pass, or each micro-batch would be normalised by itself, and a mean of means weighs a token
+        pass, or each micro-batch would be normalised separately, and a mean of means weighs a token
         in a short batch more than one in a long batch. Three cases, all exact:
 
         - one micro-batch per process: forward, sum the counts over processes, backward;
         - several, but a single term: normalise by a provisional count and set the gradient right
           afterwards, since it is proportional to 1 / count;
-        - several, and several terms with counts of their own: a forward pass without gradients
+        - several, and several terms with their own counts: a forward pass without gradients
           over all micro-batches finds the counts first. It draws the same random numbers, and costs
           about a quarter of the step. Keeping every graph until the counts are known would cost the
           memory that accumulation is there to save; a gradient per term would cost more time.
@@ -343,12 +343,12 @@ def _detached(output: LossOutput) -> LossOutput:
 
 
 def along_with(batch: Batch, targets: Mapping[str, Targets]) -> Batch:
-    """The batch with the texts that its teachers' targets go along, so that the student goes along them, too.
+    """The batch with the texts that its teachers' targets follow, so that the student follows them too.
 
     Labelled utterances have their transcripts there; the others stay unlabelled.
 
     Raises:
-        TrainingError: two teachers go along different texts.
+        TrainingError: two teachers follow different texts.
     """
     spoken = {name: t for name, t in targets.items() if t.tokens_BU is not None}
     if not spoken or bool(batch.labelled_B.all()):
@@ -361,7 +361,7 @@ def along_with(batch: Batch, targets: Mapping[str, Targets]) -> Batch:
         if not torch.equal(first.tokens_BU, other.tokens_BU):
             raise TrainingError(
                 f"the teachers {' and '.join(spoken)} hear different words in an unlabelled utterance, and "
-                "a student's decoder can go along one text only",
+                "a student's decoder can follow one text only",
                 where="training",
                 remedy="give all but one of them a loss on frames (kl with head: ctc, hidden_mse)",
             )

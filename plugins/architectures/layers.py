@@ -106,7 +106,7 @@ class SelfAttention(nn.Module):
 
 
 class ConvModule(nn.Module):
-    """The Conformer's convolution module, with LayerNorm in the place of BatchNorm.
+    """The Conformer's convolution module, with LayerNorm instead of BatchNorm.
 
     Args:
         dim: D.

@@ -64,7 +64,7 @@ class Int8Linear(nn.Module):
         rows_NI = x.reshape(-1, self.in_features).float()
         scale_N1 = (rows_NI.abs().amax(1, keepdim=True) / QMAX).clamp_min(MIN_SCALE)
         quantised_NI = (rows_NI / scale_N1).round()
-        if x.is_cuda:  # its int8 product wants multiples of 8; whole numbers this small are exact in fp32
+        if x.is_cuda:  # its int8 product needs multiples of 8; whole numbers this small are exact in fp32
             product_NO = quantised_NI @ self.weight.float().t()
         else:
             product_NO = torch._int_mm(quantised_NI.to(torch.int8), self.weight.t()).float()

@@ -1,4 +1,4 @@
-"""Prune the weights of least magnitude, at once or bit by bit while training goes on.
+"""Prune the weights of least magnitude, at once or step by step during training.
 
 The share of zeros rises along the cubic of Zhu & Gupta (2017), "To prune, or not to prune":
 s_t = s (1 - (1 - t / T)^3), reached after ``ramp`` of the fine-tuning. What is pruned stays so.
@@ -51,7 +51,7 @@ class MagnitudePrune:
         self._report: dict[str, float] = {}
 
     def apply(self, model: nn.Module, context: CompressContext) -> nn.Module:
-        """Put masks in place, all ones: pruning begins with the first step of training.
+        """Add masks, all ones: pruning starts with the first step of training.
 
         Raises:
             KdrecipeError: there is nothing to prune.
@@ -68,7 +68,7 @@ class MagnitudePrune:
 
     @torch.no_grad()
     def on_step(self, model: nn.Module, step: int, num_steps: int) -> None:
-        """Choose anew which weights go if it is time to, and zero all that have gone."""
+        """Choose again which weights to remove if it is time, and zero all that are removed."""
         layers = self._layers(model)
         ramp_steps = max(1, round(self.config.ramp * num_steps))
         if step % self.config.every == 0 or step in (ramp_steps, num_steps):

@@ -5,7 +5,7 @@ A text y with U tokens scores
     (1 - ctc_weight) log p_att(y) + ctc_weight log p_ctc(y) + lm_weight log p_lm(y) + length_bonus U
 
 Texts grow by a token per step. A text that is not yet complete scores with CTC's probability of its
-prefix. With a beam that nothing falls out of, the search is exact.
+prefix. If the beam drops nothing, the search is exact.
 
 K hypotheses, C candidates for the next token, T frames, V vocabulary.
 """
@@ -181,8 +181,8 @@ class _Search:
     def best_text(self, max_len: int) -> tuple[list[int], float]:
         """The best text of at most ``max_len`` tokens that was found, and its score.
 
-        No score grows with the text but by the bonus. So what can't beat the best complete text, all
-        tokens that it may still have granted, is dropped, and the search ends when nothing is left.
+        Only the bonus makes a score grow with the text. So a text that can't beat the best complete text,
+        even with all tokens that it may still get, is dropped; the search ends when nothing is left.
         """
         beam = self._start()
         best: tuple[list[int], float] = [], -inf

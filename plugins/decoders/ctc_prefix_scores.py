@@ -5,7 +5,7 @@ alignments (Graves 2012, section 7.5.2; Watanabe 2017, algorithm 2). Two log-pro
 per prefix and frame: of all paths up to this frame that spell the prefix and end in its last token,
 and of those that end in a blank.
 
-K prefixes, C candidates for the next token, T frames, V vocabulary. Place t of the forward
+K prefixes, C candidates for the next token, T frames, V vocabulary. Index t of the forward
 variables is after t frames.
 """
 

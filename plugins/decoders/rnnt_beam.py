@@ -1,7 +1,7 @@
 """Transducer beam search with at most one token per frame (``modified_beam_search`` of icefall, sherpa-onnx).
 
 Per frame a hypothesis takes the blank or a token; those that become the same text are added up. So
-with a beam that nothing falls out of, a hypothesis scores with the log-probability of all its paths of
+if the beam drops nothing, a hypothesis scores with the log-probability of all its paths of
 that kind. In the end, as there, the best score per token wins. With a language model this is
 shallow fusion.
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Recognise speech with an exported attention encoder-decoder: ``python recognise.py speech.wav``.
 
-This file stands by itself: Python 3.10, numpy, onnxruntime and kaldi-native-fbank. It lies beside what
+This file needs nothing else but Python 3.10, numpy, onnxruntime and kaldi-native-fbank. It lies beside what
 it runs::
 
     encoder.onnx  decoder.onnx  tokens.txt          in float32

@@ -1,4 +1,4 @@
-"""ONNX of an attention encoder-decoder, in fp32 and int8, with a program that runs it by itself.
+"""ONNX of an attention encoder-decoder, in fp32 and int8, with a program that runs it.
 
 ::
 

@@ -65,7 +65,7 @@ class OnnxCtc:
             onnx_files.example_batch(int(bundle.meta["features"]["num_mel_bins"])),
             {"x": ("N", "T", ""), "x_lens": ("N",)},
             {"log_probs": ("N", "T_out", ""), "log_probs_len": ("N",)},
-            # what sherpa-onnx goes by if nobody names the slot
+            # how sherpa-onnx finds the kind of model if none is named
             onnx_files.metadata(bundle, "zipformer2_ctc", subsampling_factor=sherpa.SUBSAMPLING),
         )
         return onnx_files.write([part], bundle, self.config, directory)

@@ -139,7 +139,7 @@ def example_batch(num_bins: int) -> tuple[Tensor, Tensor]:
 
 
 def metadata(bundle: BundleLike, model_type: str, **more: Any) -> dict[str, str]:
-    """What a person wants to know, with what the runtime wants to know as ``more``."""
+    """What is useful to a person, with what the runtime needs as ``more``."""
     kind = bundle.meta["model"]["name"]
     return {
         "model_type": model_type,

@@ -246,7 +246,7 @@ def _parts(
     encoder_proj: Any = model.get_submodule("heads.rnnt.encoder_proj")
     joiner_dim = encoder_proj.out_features
     sides = torch.zeros(2, joiner_dim), torch.zeros(2, joiner_dim)
-    # sherpa-onnx reads the predictor's sizes here, and by the type it knows the slot if nobody names it
+    # sherpa-onnx reads the predictor's sizes here, and finds the kind of model by its type if none is named
     about = onnx_files.metadata(
         bundle, "conformer", context_size=context_size, joiner_dim=joiner_dim, subsampling_factor=4
     )

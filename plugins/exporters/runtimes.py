@@ -61,7 +61,7 @@ def _sherpa(recogniser: Any) -> Recognise:
 
 
 def attention() -> Started:
-    """onnxruntime, with the program that lies beside an attention model's files."""
+    """onnxruntime, with the program beside an attention model's files."""
     import onnxruntime
 
     from . import attention_runtime

@@ -31,7 +31,7 @@ def register_decoders(register: Callable[[str, type], None]) -> None:
 
 @hookimpl
 def check_recipe(recipe: Any) -> list[Problem]:
-    """k2 must be there if the recipe names something of it: one problem, at the first such place."""
+    """k2 must be installed if the recipe names a part of it: one problem, at the first such line."""
     for who, instead, path in _named(recipe):
         try:
             import_k2(who, instead)
@@ -43,7 +43,7 @@ def check_recipe(recipe: Any) -> list[Problem]:
 
 
 def _named(recipe: Any) -> Iterator[tuple[str, str, tuple[str | int, ...]]]:
-    """What of this plugin the recipe names: its name, what may stand instead, its place."""
+    """What the recipe names of this plugin: its name, what to write instead, its key path."""
     for system in recipe.systems.values():
         section = "distill" if system.kind == "distilled" else "train"
         for number, term in enumerate(system.terms):

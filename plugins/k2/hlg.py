@@ -28,7 +28,7 @@ class K2Hlg:
         config: its options.
         tokens: of the bundle.
         frame_shift_s: seconds per encoder frame.
-        lm: the recipe's n-gram; the graph is made of ``words.arpa``, which lies beside its file.
+        lm: the recipe's n-gram; the graph is made from ``words.arpa``, beside its file.
 
     Raises:
         MissingExtra: k2 is not installed.

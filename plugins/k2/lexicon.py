@@ -19,7 +19,7 @@ def spell(words: Iterable[str], tokens: TokenTable) -> dict[str, Spelling]:
 
 
 def disambiguate(spellings: Mapping[str, Spelling], first_id: int) -> dict[str, Spelling]:
-    """Spellings of which none is another one or the beginning of one, so that they can be told apart.
+    """Spellings of which none is another one or the beginning of one, so that they can be distinguished.
 
     Where that is not so, one of the symbols ``#1``, ``#2``, ... is put behind (Mohri 2002): without
     them a transducer of words can't be made deterministic.

@@ -16,7 +16,7 @@ def import_k2(who: str, instead: str) -> Any:
 
     Args:
         who: what needs it, as the recipe writes it.
-        instead: what to write in its place.
+        instead: what to write instead of it.
 
     Raises:
         MissingExtra: it is not installed.

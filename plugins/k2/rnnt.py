@@ -1,6 +1,6 @@
 """The loss ``rnnt`` in k2's kernels: the same options, the same numbers.
 
-B utterances, T frames, U tokens, P = U + 1 places, R places kept per frame, V vocabulary, J width
+B utterances, T frames, U tokens, P = U + 1 positions, R positions kept per frame, V vocabulary, J width
 of the joiner.
 """
 
@@ -35,12 +35,12 @@ class K2RnntOptions(Options):
     """Options of ``{name: k2_rnnt}``: those of ``{name: rnnt}``.
 
     Args:
-        range: places per frame at which the joiner is asked, at least 2.
-        simple_scale: weight of the simple joiner's loss, which finds these places.
+        range: lattice positions per frame at which the joiner is computed, at least 2.
+        simple_scale: weight of the simple joiner's loss, which finds these positions.
         lm_scale: share of the predictor's own posteriors in the simple joiner's.
         am_scale: share of the encoder's own. Above 0 k2 differs from ``rnnt``: it smooths by the mean
             of the batch, padding included, so that an utterance's loss depends on its neighbours.
-        full: ask the joiner at all places.
+        full: compute the joiner at all positions.
     """
 
     range: int = Field(default=5, ge=MIN_RANGE)
@@ -106,7 +106,7 @@ class K2Rnnt:
         return LossOutput(pruned + self.config.simple_scale * simple, count, metrics)
 
     def _simple(self, lattice: Lattice) -> tuple[Tensor, Tensor]:
-        """The simple joiner's loss of each utterance, and the places that it chooses, (B, T, R)."""
+        """The simple joiner's loss of each utterance, and the positions that it chooses, (B, T, R)."""
         simple_B, (next_BUT, blank_BPT) = self.k2.rnnt_loss_smoothed(
             lm=full_precision(lattice.lm_BPV),
             am=full_precision(lattice.am_BTV),
@@ -118,12 +118,12 @@ class K2Rnnt:
             reduction="none",
             return_grad=True,
         )
-        num_places, num_frames = blank_BPT.shape[1:]
+        num_positions, num_frames = blank_BPT.shape[1:]
         needed_B = (lattice.token_lens_B - 1).div(lattice.lens_B.clamp(min=1), rounding_mode="floor") + 2
         size = max(self.config.range, int(needed_B.max()))
-        if self.config.full or size >= num_places:
-            all_P = torch.arange(num_places, device=blank_BPT.device)
-            return simple_B, all_P.expand(len(simple_B), num_frames, num_places).contiguous()
+        if self.config.full or size >= num_positions:
+            all_P = torch.arange(num_positions, device=blank_BPT.device)
+            return simple_B, all_P.expand(len(simple_B), num_frames, num_positions).contiguous()
         return simple_B, self.k2.get_rnnt_prune_ranges(next_BUT, blank_BPT, _boundary(lattice), size)
 
 

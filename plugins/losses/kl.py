@@ -41,7 +41,7 @@ class KlLoss:
     KL would be infinite, it counts as a log-posterior of -1e4.
 
     With top-k targets, the K kept classes and the mass of all others together are K + 1 classes,
-    in teacher and student alike: the loss is 0 where they agree, and the full KL for K = V.
+    in both teacher and student: the loss is 0 where they agree, and the full KL for K = V.
 
     Count: the frames or tokens used. Metric ``agree``: those whose best class is the teacher's.
 
@@ -54,7 +54,7 @@ class KlLoss:
         """Options of ``kl``.
 
         Args:
-            head: whose posteriors: ``ctc`` or ``attention``, of teacher and student alike.
+            head: whose posteriors: ``ctc`` or ``attention``, of both teacher and student.
             temperature: T, above 0; 1 leaves the posteriors as they are.
             blank: of ``head: ctc``; ``keep``: all frames; ``drop``: not where the teacher's blank
                 posterior is above ``blank_threshold``; ``select``: the others of ``drop`` and

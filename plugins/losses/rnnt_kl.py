@@ -28,17 +28,17 @@ from kdrecipe.lattice import MIN_RANGE, Cells, joined_cells, simple_pass, three_
 
 
 class RnntKlLoss:
-    """``T^2 * sum over frames of the mean of KL(teacher || student)`` over the frame's kept places.
+    """``T^2 * sum over frames of the mean of KL(teacher || student)`` over the frame's kept positions.
 
     The three classes are the text's next token, the blank, and all other tokens together
     (Panchapagesan 2020, arXiv 2011.06110); after the last token there is no next one and there are
-    two. The places are those of the student's pruned lattice, which the loss ``rnnt`` needs as well:
+    two. The positions are those of the student's pruned lattice, which the loss ``rnnt`` needs as well:
     both share one forward pass, if their ranges are the same and ``rnnt`` has its default ``lm_scale`` and
     ``am_scale``. The text is the transcript, or the teacher's hypothesis where there is none.
 
-    The mean over the places of a frame, not the sum, so that a frame weighs as much as in ``kl``.
+    The mean over the positions of a frame, not the sum, so that a frame has the same weight as in ``kl``.
 
-    Count: the frames. Metric ``agree``: that share of the frames (by the places' weights) whose best
+    Count: the frames. Metric ``agree``: that share of the frames (by the positions' weights) whose best
     class is the teacher's.
 
     Raises:
@@ -50,11 +50,11 @@ class RnntKlLoss:
         """Options of ``rnnt_kl``.
 
         Args:
-            range: places per frame, at least 2.
+            range: positions per frame, at least 2.
             temperature: T, above 0; it softens the three classes.
-            places: weights of a frame's places: ``uniform``, or ``occupancy``: the probability that a path
-                of the student's simple joiner passes there, divided by its sum over the places.
-            full: all places of the lattice: far more memory, for comparisons.
+            places: weights of a frame's positions: ``uniform``, or ``occupancy``: the probability that a path
+                of the student's simple joiner passes there, divided by its sum over the positions.
+            full: all positions of the lattice: far more memory, for comparisons.
         """
 
         range: int = Field(5, ge=MIN_RANGE)
@@ -84,7 +84,7 @@ class RnntKlLoss:
         check_same_lattice(lattice, targets)
         cells = joined_cells(lattice, None if self.config.full else self.config.range)
         log_q_NR3 = cells.log_probs_NR3
-        has_next_NR = cells.places_NR < lattice.token_lens_B[cells.rows_N, None]
+        has_next_NR = cells.positions_NR < lattice.token_lens_B[cells.rows_N, None]
         log_p_NR3 = _at_cells(teacher, cells, has_next_NR).to(log_q_NR3.dtype)
         absent_NR3 = F.pad(~has_next_NR[..., None], (0, 2), value=False)
         log_p_NR3, log_q_NR3 = (
@@ -99,13 +99,13 @@ class RnntKlLoss:
         return LossOutput(total, len(kl_NR), {"agree": (agree_NR * weights_NR).sum()})
 
     def _weights(self, lattice: Lattice, cells: Cells) -> Tensor:
-        """(N, R) of the places; those of a frame sum to 1."""
+        """(N, R) of the positions; those of a frame sum to 1."""
         weights_NR = cells.valid_NR.float()
         if self.config.places == "occupancy":
             simple = simple_pass(lattice)
             occupancy_BPT = simple.next_occupancy_BPT + simple.blank_occupancy_BPT
-            at = cells.rows_N[:, None], cells.places_NR, cells.frames_N[:, None]
-            # not 0: a frame whose places no path visits is still a frame
+            at = cells.rows_N[:, None], cells.positions_NR, cells.frames_N[:, None]
+            # not 0: a frame whose positions no path visits is still a frame
             weights_NR = weights_NR * occupancy_BPT[at].float().clamp(min=1e-6)
         return weights_NR / weights_NR.sum(1, keepdim=True)
 
@@ -113,8 +113,9 @@ class RnntKlLoss:
 def _at_cells(teacher: LatticePosteriors, cells: Cells, has_next_NR: Tensor) -> Tensor:
     """(N, R, 3) of the teacher at the student's cells, without gradient."""
     log_probs_BTP2 = teacher.log_probs_BTP2.detach()
-    places_NR = cells.places_NR.clamp(max=log_probs_BTP2.shape[2] - 1)  # the student's may be padded more
-    two_NR2 = log_probs_BTP2[cells.rows_N[:, None], cells.frames_N[:, None], places_NR]
+    # the student's may be padded more
+    positions_NR = cells.positions_NR.clamp(max=log_probs_BTP2.shape[2] - 1)
+    two_NR2 = log_probs_BTP2[cells.rows_N[:, None], cells.frames_N[:, None], positions_NR]
     next_NR = two_NR2[..., 0].where(has_next_NR, -torch.inf)
     found = three_classes(torch.stack([next_NR, two_NR2[..., 1]], dim=-1))
     return found.clamp(min=MIN_LOG_PROB)  # a teacher may rule classes out

@@ -12,7 +12,7 @@ from kdrecipe.interfaces import Options
 
 
 class TextOptions(Options):
-    """How texts are made alike before they are compared.
+    """How texts are normalised before they are compared.
 
     Args:
         lowercase: take upper and lower case for the same.

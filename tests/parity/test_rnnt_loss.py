@@ -17,11 +17,11 @@ V, J = 20, 16
 def make_lattice() -> Lattice:
     """Random sides that take gradients; logits spread over some nats."""
     rng = torch.Generator().manual_seed(1)
-    num_rows, num_frames, num_places = len(LENS), max(LENS), max(TOKEN_LENS) + 1
-    shapes = ((num_frames, V), (num_places, V), (num_frames, J), (num_places, J))
+    num_rows, num_frames, num_positions = len(LENS), max(LENS), max(TOKEN_LENS) + 1
+    shapes = ((num_frames, V), (num_positions, V), (num_frames, J), (num_positions, J))
     sides = [torch.randn(num_rows, *shape, generator=rng).requires_grad_() for shape in shapes]
     weight_JV = torch.randn(J, V, generator=rng)
-    tokens_BU = torch.randint(1, V, (num_rows, num_places - 1), generator=rng)
+    tokens_BU = torch.randint(1, V, (num_rows, num_positions - 1), generator=rng)
     return Lattice(
         *sides,
         tokens_BU,
@@ -42,11 +42,11 @@ def assert_same(got: list[torch.Tensor | None], want: list[torch.Tensor | None])
             torch.testing.assert_close(a, b, rtol=RELATIVE, atol=RELATIVE * float(b.abs().max()), msg=name)
 
 
-@pytest.mark.parametrize("num_places", [None, 10])
-def test_at_all_places_it_is_torchaudios(num_places):
+@pytest.mark.parametrize("num_positions", [None, 10])
+def test_at_all_positions_it_is_torchaudios(num_positions):
     torchaudio = pytest.importorskip("torchaudio")
     ours, theirs = make_lattice(), make_lattice()
-    got_B = -cells_log_likelihood(ours, joined_cells(ours, num_places))
+    got_B = -cells_log_likelihood(ours, joined_cells(ours, num_positions))
     logits_BTPV = theirs.join(theirs.encoder_BTJ[:, :, None], theirs.predictor_BPJ[:, None])
     want_B = torchaudio.functional.rnnt_loss(
         logits_BTPV,
@@ -62,12 +62,12 @@ def test_at_all_places_it_is_torchaudios(num_places):
     assert_same(gradients(got_B @ weights_B, ours), gradients(want_B @ weights_B, theirs))
 
 
-@pytest.mark.parametrize("num_places", [3, 5])
-def test_pruned_it_is_k2s(num_places):
+@pytest.mark.parametrize("num_positions", [3, 5])
+def test_pruned_it_is_k2s(num_positions):
     k2 = pytest.importorskip("k2")
     ours, theirs = make_lattice(), make_lattice()
     simple_B = -simple_pass(ours, 0.25, 0.0).log_likelihood_B
-    pruned_B = -cells_log_likelihood(ours, joined_cells(ours, num_places, 0.25, 0.0))
+    pruned_B = -cells_log_likelihood(ours, joined_cells(ours, num_positions, 0.25, 0.0))
     zeros_B = torch.zeros_like(theirs.lens_B)
     boundary_B4 = torch.stack([zeros_B, zeros_B, theirs.token_lens_B, theirs.lens_B], dim=1)
     want_simple_B, (px_grad, py_grad) = k2.rnnt_loss_smoothed(
@@ -82,7 +82,7 @@ def test_pruned_it_is_k2s(num_places):
         return_grad=True,
     )
     torch.testing.assert_close(simple_B, want_simple_B, rtol=RELATIVE, atol=0)
-    ranges_BTR = k2.get_rnnt_prune_ranges(px_grad, py_grad, boundary_B4, num_places)
+    ranges_BTR = k2.get_rnnt_prune_ranges(px_grad, py_grad, boundary_B4, num_positions)
     encoder, predictor = k2.do_rnnt_pruning(theirs.encoder_BTJ, theirs.predictor_BPJ, ranges_BTR)
     want_pruned_B = k2.rnnt_loss_pruned(
         theirs.join(encoder, predictor), theirs.tokens_BU, ranges_BTR, 0, boundary_B4, reduction="none"

@@ -70,11 +70,11 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(recipe, corpus, wh
     assert checkpoint("teacher").read_bytes() == before
 
     kill_when(lambda said: checkpoint("kd").exists(), log, *one, CORPUS_ROOT=corpus)
-    assert "teacher/seed1 ... (interrupted before, goes on)" in log.read_text()
-    assert "going on after step" in log.read_text()
+    assert "teacher/seed1 ... (interrupted before, resumes)" in log.read_text()
+    assert "resuming after step" in log.read_text()
 
     kill_when(lambda said: "stage 8 decode: decode/teacher/seed1 ..." in said, log, *one, CORPUS_ROOT=corpus)
-    assert "kd/seed1 ... (interrupted before, goes on)" in log.read_text()
+    assert "kd/seed1 ... (interrupted before, resumes)" in log.read_text()
 
     done = kdrecipe(*one, CORPUS_ROOT=corpus)
     assert done.status == 0, done.said
@@ -272,7 +272,7 @@ def test_a_file_in_the_way_of_the_work_directory(recipe, corpus, tmp_path):
     (tmp_path / "file").write_text("")
     done = kdrecipe("run", recipe, "--work", tmp_path / "file", CORPUS_ROOT=corpus)
     assert done.status == 2
-    assert "choose another place with --work DIR" in done.err
+    assert "choose another directory with --work DIR" in done.err
     assert not has_traceback(done.said)
 
 

@@ -45,14 +45,14 @@ def test_steps_say_what_the_forced_pass_says():
     forced = model(hidden(), LENS, text).log_softmax(-1)
     memory, state = model.memory(hidden(), LENS), model.start(3)
     last = torch.full((3,), SOS_EOS_ID)
-    for place in range(6):
+    for position in range(6):
         found, state = model.step(last, state, memory)
-        torch.testing.assert_close(found, forced[:, place], atol=1e-5, rtol=1e-5)
-        last = text.tokens_BU[:, min(place, 4)]
+        torch.testing.assert_close(found, forced[:, position], atol=1e-5, rtol=1e-5)
+        last = text.tokens_BU[:, min(position, 4)]
 
 
 @torch.no_grad()
-def test_a_place_sees_no_later_token_and_no_padding():
+def test_a_position_sees_no_later_token_and_no_padding():
     model, text = head(), batch()
     forced = model(hidden(), LENS, text)
     later = text.tokens_BU.clone()
@@ -112,15 +112,15 @@ def test_greedy_search_stops_at_the_end_and_never_says_more_tokens_than_frames()
 @given(st.lists(st.integers(1, 6), min_size=3, max_size=3), st.floats(0.0, 0.9), st.integers(0, 99))
 def test_loss_is_the_smoothed_cross_entropy_of_every_token_and_the_end(num_tokens, smoothing, seed):
     text = batch(num_tokens, seed)
-    places = max(num_tokens) + 1
-    logits = torch.randn(3, places, V, generator=torch.Generator().manual_seed(seed))
+    positions = max(num_tokens) + 1
+    logits = torch.randn(3, positions, V, generator=torch.Generator().manual_seed(seed))
     options = AttentionLossOptions(label_smoothing=smoothing)
     result = AttentionLoss(options)(ModelOutput(hidden(), LENS, {"attention": logits}), Targets(), text)
     want = 0.0
     log_probs = logits.log_softmax(-1)
     for row, length in enumerate(num_tokens):
-        for place, token in enumerate([*text.tokens_BU[row, :length].tolist(), SOS_EOS_ID]):
-            one = log_probs[row, place]
+        for position, token in enumerate([*text.tokens_BU[row, :length].tolist(), SOS_EOS_ID]):
+            one = log_probs[row, position]
             want -= float((1 - smoothing) * one[token] + smoothing * one.mean())
     assert float(result.total) == pytest.approx(want, rel=1e-4)
     assert result.count == sum(num_tokens) + 3

@@ -171,7 +171,7 @@ def test_interruption(recipe, monkeypatch, capsys):
 
     monkeypatch.setattr("kdrecipe.stages.run.run_recipe", interrupt)
     assert main(["run", "toy/first"]) == 130
-    assert capsys.readouterr().err.strip() == "kdrecipe: interrupted; the same command goes on from here"
+    assert capsys.readouterr().err.strip() == "kdrecipe: interrupted; the same command resumes from here"
 
 
 def test_a_reader_that_has_left():

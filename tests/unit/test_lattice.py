@@ -32,20 +32,20 @@ B, T, U, V, J = 4, 7, 3, 6, 5
 
 def make_lattice(lens=(7, 5, 6, 2), token_lens=(3, 1, 0, 3), *, seed=0, dtype=torch.float64, grad=False):
     rng = torch.Generator().manual_seed(seed)
-    num_rows, num_frames, num_places = len(lens), max([*lens, 1]), max(token_lens) + 1
+    num_rows, num_frames, num_positions = len(lens), max([*lens, 1]), max(token_lens) + 1
 
     def noise(*shape):
         return torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype).requires_grad_(grad)
 
-    tokens_BU = torch.randint(3, V, (num_rows, num_places - 1), generator=rng)
+    tokens_BU = torch.randint(3, V, (num_rows, num_positions - 1), generator=rng)
     token_lens_B = torch.tensor(token_lens)
-    tokens_BU = tokens_BU.where(torch.arange(num_places - 1) < token_lens_B[:, None], 0)
+    tokens_BU = tokens_BU.where(torch.arange(num_positions - 1) < token_lens_B[:, None], 0)
     weight_JV = 2 * torch.randn(J, V, generator=rng, dtype=torch.float64).to(dtype)
     return Lattice(
         noise(num_rows, num_frames, V),
-        noise(num_rows, num_places, V),
+        noise(num_rows, num_positions, V),
         noise(num_rows, num_frames, J),
-        noise(num_rows, num_places, J),
+        noise(num_rows, num_positions, J),
         tokens_BU,
         torch.tensor(lens),
         token_lens_B,
@@ -70,20 +70,20 @@ def brute_force(next_PT, blank_PT, num_frames, num_tokens):
     """log P and both occupancies by listing all paths."""
     scores, visits = [], []
     for moves in all_paths(num_frames, num_tokens):
-        frame = place = 0
+        frame = position = 0
         score, seen = 0.0, []
         for is_token in moves:
-            score = score + (next_PT if is_token else blank_PT)[place, frame]
-            seen.append((is_token, place, frame))
-            place, frame = (place + 1, frame) if is_token else (place, frame + 1)
-        assert (place, frame) == (num_tokens, num_frames)
+            score = score + (next_PT if is_token else blank_PT)[position, frame]
+            seen.append((is_token, position, frame))
+            position, frame = (position + 1, frame) if is_token else (position, frame + 1)
+        assert (position, frame) == (num_tokens, num_frames)
         scores.append(score)
         visits.append(seen)
     scores = torch.stack(scores)
     occupancy = torch.zeros(2, *blank_PT.shape, dtype=blank_PT.dtype)
     for share, seen in zip(scores.softmax(0), visits, strict=True):
-        for is_token, place, frame in seen:
-            occupancy[0 if is_token else 1, place, frame] += share
+        for is_token, position, frame in seen:
+            occupancy[0 if is_token else 1, position, frame] += share
     return scores.logsumexp(0), occupancy[0], occupancy[1]
 
 
@@ -108,7 +108,7 @@ def test_gradient_is_the_occupancy():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 6), st.integers(0, 4))
-def test_blanks_leave_every_frame_and_tokens_every_place_once(seed, num_frames, num_tokens):
+def test_blanks_leave_every_frame_and_tokens_every_position_once(seed, num_frames, num_tokens):
     _, next_occ_BPT, blank_occ_BPT = lattice_pass(*grids(seed, (num_frames,), (num_tokens,)))
     torch.testing.assert_close(blank_occ_BPT.sum(1), torch.ones(1, num_frames, dtype=torch.float64))
     torch.testing.assert_close(next_occ_BPT[:, :-1].sum(2), torch.ones(1, num_tokens, dtype=torch.float64))
@@ -122,8 +122,8 @@ def test_padding_and_order_do_not_matter(seed, filling):
     order = torch.randperm(B, generator=torch.Generator().manual_seed(seed))
     padded = [torch.nn.functional.pad(x, (0, 3, 0, 2), value=filling)[order] for x in (next_BPT, blank_BPT)]
     for x in padded:
-        frames, places = torch.arange(x.shape[2]), torch.arange(x.shape[1])[:, None]
-        valid = (frames < lens_B[order, None, None]) & (places <= token_lens_B[order, None, None])
+        frames, positions = torch.arange(x.shape[2]), torch.arange(x.shape[1])[:, None]
+        valid = (frames < lens_B[order, None, None]) & (positions <= token_lens_B[order, None, None])
         x[~valid] = filling
     got_B = lattice_log_likelihood(*padded, lens_B[order], token_lens_B[order])
     torch.testing.assert_close(got_B, want_B[order])
@@ -206,12 +206,12 @@ def test_ranges_hold_a_path(data):
     next_BPT, blank_BPT, lens_B, token_lens_B = grids(data.draw(st.integers(0, 10**6)), lens, token_lens)
     _, *occupancies = lattice_pass(4 * next_BPT, 4 * blank_BPT, lens_B, token_lens_B)
     ranges_BTR = prune_ranges(*occupancies, lens_B, token_lens_B, wanted)
-    all_places, size = max(token_lens) + 1, ranges_BTR.shape[2]
-    assert size == all_places or wanted <= size <= all_places
+    all_positions, size = max(token_lens) + 1, ranges_BTR.shape[2]
+    assert size == all_positions or wanted <= size <= all_positions
     begin_BT = ranges_BTR[..., 0]
     assert (begin_BT[:, 0] == 0).all()
     assert ((begin_BT.diff(dim=1) >= 0) & (begin_BT.diff(dim=1) < size)).all()
-    assert (ranges_BTR < all_places).all()
+    assert (ranges_BTR < all_positions).all()
     torch.testing.assert_close(ranges_BTR, begin_BT[..., None] + torch.arange(size))
     for i, (num_frames, num_tokens) in enumerate(zip(lens, token_lens, strict=True)):
         assert num_tokens in ranges_BTR[i, num_frames - 1]
@@ -269,8 +269,8 @@ def test_pruned_likelihood_rises_to_that_of_all_paths():
         ll, _, _ = brute_force(next_PT, full[i, ..., 0].T, int(lattice.lens_B[i]), num_tokens)
         torch.testing.assert_close(want_B[i], ll)
     before_B = torch.full_like(want_B, -torch.inf)
-    for num_places in range(2, 6):
-        got_B = cells_log_likelihood(lattice, joined_cells(lattice, num_places))
+    for num_positions in range(2, 6):
+        got_B = cells_log_likelihood(lattice, joined_cells(lattice, num_positions))
         assert (got_B <= want_B + 1e-9).all()
         assert got_B.isfinite().all()
         before_B = got_B
@@ -337,7 +337,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_grows_with_frames_times_places_times_tokens():
+def test_no_tensor_grows_with_frames_times_positions_times_tokens():
     rng = torch.Generator().manual_seed(0)
     num_rows, num_frames, num_tokens, vocab, width, kept = 2, 300, 60, 400, 64, 5
 

@@ -118,6 +118,7 @@ def make_inputs(
         teachers={"kd": "teacher", "kd_unlabelled": "teacher", "kd_int8": "teacher"},
         baselines={"kd": "scratch", "kd_unlabelled": "scratch"},
         compare=[("kd", "scratch"), ("kd", "cr_ctc"), ("kd_unlabelled", "kd"), ("kd_int8", "kd")],
+        families={"kd": "kd", "kd_int8": "kd"},
     )
     speakers = {f"spk{i % 7}-{i:04}": f"spk{i % 7}" for i in range(num_utterances)}
     systems = [
@@ -172,7 +173,7 @@ def make_inputs(
             "notes": ["25 of 99 test sentences occur in train"],
         },
         "systems": systems,
-        "scores": score(hyps, METRICS, question, speakers=speakers, resamples=500),
+        "scores": score(hyps, METRICS, question, speakers=speakers),
         "searches": make_searches(directory, hyps),
         "sections": [
             {
@@ -218,7 +219,7 @@ def make_searches(directory: Path, hyps: Hyps) -> list[dict[str, Any]]:
             file = directory / f"hyps/scratch/seed{seed}/beam/{split}.jsonl"
             better.setdefault(seed, {})[split] = write_jsonl(file, rows)
     files = {"scratch": {"greedy": hyps["scratch"], "beam": better}}
-    rows = score_searches(files, {"scratch": searches}, METRICS, resamples=500)
+    rows = score_searches(files, {"scratch": searches}, METRICS)
     return [{**row, **searches[row["search"]]} for row in rows]
 
 
@@ -276,8 +277,7 @@ def test_reading_follows_the_figures(made: tuple[Path, Any]) -> None:
         text.startswith("kd_int8 takes 1.12 MB where kd takes 3.41 MB; how fast they are does not differ")
         for text in said  # 1.2 times: two runs of one model are that far apart
     )
-    assert any("One seed only for teacher:" in text for text in said)
-    assert any("7 speakers only" in text for text in said)
+    assert any("Fewer than three seeds of teacher: intervals and p-values leave out" in text for text in said)
 
 
 def test_reading_turns_with_the_figures(made: tuple[Path, Any]) -> None:
@@ -285,7 +285,7 @@ def test_reading_turns_with_the_figures(made: tuple[Path, Any]) -> None:
 
     def verdicts(**changes: Any) -> tuple[str, str]:
         found = {"split": "test", "metric": "wer", "a": "kd", "b": "scratch", "a_mean": 0.2, "b_mean": 0.3}
-        found |= {"difference": -0.1, "ci95": [-0.12, -0.08], "p": 0.0001, "seed_pairs": [9, 9]} | changes
+        found |= {"difference": -0.1, "ci95": [-0.12, -0.08], "p": 0.0001, "seed_pairs": [9, 0, 9]} | changes
         item = assemble(data | {"comparisons": [found]})["reading"][0]
         return item["verdict"], item["text"]
 
@@ -294,10 +294,16 @@ def test_reading_turns_with_the_figures(made: tuple[Path, Any]) -> None:
     assert "Every seed agrees (9 of 9 pairs)" in verdicts()[1]
     assert verdicts(p=0.06)[0] == "same"
     assert verdicts(p=0.01, p_adjusted=0.06)[0] == "same"
-    verdict, text = verdicts(a_mean=0.3, b_mean=0.2, difference=0.1, seed_pairs=[3, 9])
+    verdict, text = verdicts(a_mean=0.3, b_mean=0.2, difference=0.1, seed_pairs=[3, 6, 9])
     assert verdict == "worse"
     assert "kd is worse than scratch" in text
     assert "it holds in 6 of 9 pairs" in text
+    paired = verdicts(seed_pairs=None, seeds_won=[3, 0, 3])[1]
+    assert "Every seed agrees (3 of 3)." in paired
+    assert "it holds in 2 of 3, " in verdicts(seed_pairs=None, seeds_won=[2, 0, 3])[1], "one is even"
+    assert "seeds" not in paired, "three of each"
+    text = verdicts(b="teacher")[1]
+    assert text.endswith(" That is about these models: fewer than three seeds of teacher.")
 
 
 def test_reading_names_rows_that_other_code_made() -> None:
@@ -342,7 +348,8 @@ def test_reading_warns_of_what_is_missing() -> None:
     assert said == [
         "kd has no gap to recover on test: its teacher is no better than its baseline.",
         "small takes 2 MB where kd takes 4 MB, and is slower: 0.50 times the speed.",
-        "One seed only for kd: how far another would move these figures is not known.",
+        "Fewer than three seeds of kd, kd2 and small: "
+        "intervals and p-values leave out how far another would move these figures.",
         "Not tested against any other system: kd and kd2.",
         "No baseline of the same model and data, without a teacher, beside kd2.",
     ]
@@ -386,6 +393,11 @@ def test_markdown(made: tuple[Path, Any]) -> None:
     for name, (kind, *_) in SYSTEMS.items():
         assert any(re.match(rf"\| {name} +\| {kind} ", line) for line in table)
     assert "25 of 99 test sentences occur in train" in text
+    varied = "Intervals and p-values: variance over 7 speakers with their 40 utterances, and over 3 seeds; "
+    assert re.search(rf"^40 utterances by 7 speakers, \d+ words. {varied}seeds of systems with", text, re.M)
+    assert "as crossed random effects (Clark 1973)" in text
+    assert re.search(r"\| kd +\| scratch +\|.* \d of 9 pairs \|", text), "independent seeds"
+    assert re.search(r"\| kd_int8 +\| kd +\|.* \d of 3 \|", text), "paired seeds"
     assert "2 × empty text" in text
     assert "Nothing was left out" not in text
     assert "run.sh recipes/an4/kd --set corpus.root=…/an4" in text

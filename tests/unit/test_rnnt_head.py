@@ -80,11 +80,11 @@ def test_search_steps_are_the_forward_pass(predictor):
     head, batch = make_head(predictor, context_size=3), make_batch()
     lattice = head(batch.features_BTF, batch.lens_B, batch)
     state = head.start(len(batch))
-    for place in range(batch.tokens_BU.shape[1] + 1):
-        if place:
-            state = head.advance(state, batch.tokens_BU[:, place - 1])
-        used_B = place <= batch.token_lens_B
-        torch.testing.assert_close(head.predict(state)[used_B], lattice.predictor_BPJ[used_B, place])
+    for position in range(batch.tokens_BU.shape[1] + 1):
+        if position:
+            state = head.advance(state, batch.tokens_BU[:, position - 1])
+        used_B = position <= batch.token_lens_B
+        torch.testing.assert_close(head.predict(state)[used_B], lattice.predictor_BPJ[used_B, position])
     torch.testing.assert_close(head.encode(batch.features_BTF), lattice.encoder_BTJ)
     rows = torch.tensor([2, 0, 0])
     torch.testing.assert_close(head.predict(state.select(rows)), head.predict(state)[rows])
@@ -163,8 +163,8 @@ def test_it_learns(predictor):
         batch = make_batch((18, 12, 15) * 4, (5, 3, 4) * 4, seed)
         batch.features_BTF *= 0.1
         for row, length in enumerate(batch.token_lens_B.tolist()):
-            for place in range(length):
-                batch.features_BTF[row, 3 * place + 1] += patterns_VD[batch.tokens_BU[row, place]]
+            for position in range(length):
+                batch.features_BTF[row, 3 * position + 1] += patterns_VD[batch.tokens_BU[row, position]]
         return batch
 
     optimizer, loss, values = torch.optim.Adam(head.parameters(), 3e-2), rnnt(range=4), []
@@ -261,9 +261,9 @@ def test_kl_is_the_formula(options):
     cells, simple = joined_cells(out.lattices["rnnt"], 2), simple_pass(out.lattices["rnnt"])
     occupancy_BPT = simple.next_occupancy_BPT + simple.blank_occupancy_BPT
     total = 0.0
-    for i, t, places in zip(cells.rows_N, cells.frames_N, cells.places_NR, strict=True):
+    for i, t, positions in zip(cells.rows_N, cells.frames_N, cells.positions_NR, strict=True):
         values, weights = [], []
-        for u in places:
+        for u in positions:
             if u > batch.token_lens_B[i]:
                 continue
             classes = [0] if u == batch.token_lens_B[i] else [int(batch.tokens_BU[i, u]), 0]

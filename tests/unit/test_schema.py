@@ -914,7 +914,7 @@ def test_frames_that_do_not_fall_together_are_found(load, plugins):
     [found] = problems(load, data)
     assert "'soft' can't learn from 'teacher'" in found
     assert "needs frame_shift_s 0.04, the teacher's is 0.08" in found
-    assert "subsample alike" in found
+    assert "need equal subsampling" in found
 
 
 def test_random_state_is_left_alone(load):

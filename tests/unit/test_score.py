@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import Metric
+from kdrecipe.recipe.load import load_recipe
 from kdrecipe.score.hypotheses import read_hypotheses
-from kdrecipe.score.resampling import holm, interval, resampled_sums, sign_flip_p
 from kdrecipe.score.scoring import Question, score, score_split
+from kdrecipe.stages.score import _speakers, families
 from kdrecipe_plugins.metrics.cer import Cer
 from kdrecipe_plugins.metrics.wer import TextOptions, Wer
 
@@ -80,7 +81,7 @@ def test_rates_over_seeds_and_splits(tmp_path: Path) -> None:
         rows = [{"id": u, "ref": r, "hyp": h} for u, (r, h) in say(0.2, seed).items()]
         path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
         hyps.setdefault("kd", {})[seed] = {"test": path}
-    found = score(hyps, METRICS, Question(), resamples=500)["splits"]["test"]
+    found = score(hyps, METRICS, Question())["splits"]["test"]
     row = found["systems"]["kd"]
     said = {seed: list(say(0.2, seed).values()) for seed in (1, 2, 3)}
     rates = [jiwer.wer([r for r, _ in pairs], [h for _, h in pairs]) for pairs in said.values()]
@@ -90,79 +91,20 @@ def test_rates_over_seeds_and_splits(tmp_path: Path) -> None:
     lo, hi = row["wer"]["ci95"]
     assert lo < row["wer"]["mean"] < hi
     assert found["utterances"] == 60
-    assert score(hyps, METRICS, Question(), resamples=500)["splits"]["test"] == found  # deterministic
+    assert score(hyps, METRICS, Question())["splits"]["test"] == found  # deterministic
 
 
 def test_one_seed_has_no_std() -> None:
-    row = score_split({"kd": {7: say(0.2, 7)}}, METRICS, Question(), resamples=100)["systems"]["kd"]
+    row = score_split({"kd": {7: say(0.2, 7)}}, METRICS, Question())["systems"]["kd"]
     assert row["wer"]["std"] is None
     assert row["wer"]["seeds"].keys() == {"7"}
     assert "gap_recovered" not in row
 
 
 def test_more_seeds_do_not_pretend_to_be_more_utterances() -> None:
-    one = score_split({"kd": {1: say(0.2, 1)}}, METRICS, Question(), resamples=2000)
-    same = score_split({"kd": {s: say(0.2, 1) for s in (1, 2, 3)}}, METRICS, Question(), resamples=2000)
+    one = score_split({"kd": {1: say(0.2, 1)}}, METRICS, Question())
+    same = score_split({"kd": {s: say(0.2, 1) for s in (1, 2, 3)}}, METRICS, Question())
     assert one["systems"]["kd"]["wer"]["ci95"] == same["systems"]["kd"]["wer"]["ci95"]
-
-
-def test_bootstrap_interval_covers_the_truth() -> None:
-    rng = np.random.default_rng(5)
-    truth, covered, trials = 0.3, 0, 200
-    for trial in range(trials):
-        lengths = rng.integers(3, 15, size=80).astype(float)
-        errors = rng.binomial(lengths.astype(int), truth).astype(float)
-        sums = resampled_sums({"e": errors, "n": lengths}, resamples=400, seed=trial)
-        found = interval(sums["e"] / sums["n"])
-        assert found is not None
-        covered += found[0] <= truth <= found[1]
-    assert 0.89 <= covered / trials <= 0.99
-
-
-def test_bootstrap_by_group_is_wider_where_groups_differ() -> None:
-    rng = np.random.default_rng(0)
-    speakers = [f"s{i // 20}" for i in range(200)]
-    rates = np.repeat(rng.uniform(0.05, 0.6, size=10), 20)
-    errors, lengths = rng.binomial(10, rates).astype(float), np.full(200, 10.0)
-    widths = []
-    for groups in (None, speakers):
-        sums = resampled_sums({"e": errors, "n": lengths}, groups=groups, resamples=2000)
-        assert sums["n"].mean() == pytest.approx(2000)
-        lo, hi = interval(sums["e"] / sums["n"]) or [0, 0]
-        widths.append(hi - lo)
-    assert widths[1] > 2 * widths[0]
-
-
-def test_chunks_do_not_change_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    column = {"e": np.arange(50.0)}
-    whole = resampled_sums(column, resamples=300, seed=3)["e"]
-    monkeypatch.setattr("kdrecipe.score.resampling._CHUNK_CELLS", 50 * 7)
-    parts = resampled_sums(column, resamples=300, seed=3)["e"]
-    assert np.array_equal(whole, parts)
-
-
-def test_sign_flips() -> None:
-    rng = np.random.default_rng(1)
-    same = rng.integers(0, 4, size=300).astype(float)
-    assert sign_flip_p(same - same) == 1.0
-    clearly = rng.binomial(1, 0.5, size=300).astype(float)
-    assert sign_flip_p(clearly, resamples=2000) == pytest.approx(1 / 2001)
-    mixed = rng.normal(0.1, 1.0, size=300)
-    assert sign_flip_p(mixed) == sign_flip_p(-mixed)
-    assert sign_flip_p(np.array([1.0]), resamples=1000) == 1.0  # one utterance proves nothing
-
-
-def test_sign_flip_p_is_uniform_when_nothing_differs() -> None:
-    rng = np.random.default_rng(2)
-    p_values = [sign_flip_p(rng.normal(size=60), resamples=300, seed=i) for i in range(300)]
-    assert 0.02 <= np.mean(np.array(p_values) <= 0.05) <= 0.09
-    assert 0.4 <= np.mean(p_values) <= 0.6
-
-
-def test_holm() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.6, 0.9]) == [1.0, 1.0]
-    assert holm([]) == []
 
 
 def test_comparisons() -> None:
@@ -172,17 +114,61 @@ def test_comparisons() -> None:
         "twin": {s: say(0.1, s) for s in (1, 2)},
     }
     question = Question(compare=[("kd", "scratch"), ("scratch", "kd"), ("kd", "twin"), ("kd", "absent")])
-    better, worse, equal = score_split(texts, METRICS, question, resamples=2000)["comparisons"]
+    better, worse, equal = score_split(texts, METRICS, question)["comparisons"]
     assert better["p"] < 0.001
     assert better["p"] <= better["p_adjusted"] <= 3 * better["p"]
     assert better["difference"] < 0 > better["ci95"][1]
-    assert better["seed_pairs"] == [4, 4]
+    assert better["seed_pairs"] == [4, 0, 4]
     assert worse["p"] == better["p"]
     assert worse["difference"] == -better["difference"]
     assert worse["ci95"] == [-better["ci95"][1], -better["ci95"][0]]
     assert equal["p"] == 1.0
     assert equal["difference"] == 0
     assert equal["ci95"] == [0, 0]
+
+
+def test_seeds_of_one_family_are_paired() -> None:
+    """An int8 copy a bit worse than each of its three parents, which lie far apart."""
+    rates = {1: 0.1, 2: 0.3, 3: 0.5}
+    parents = {seed: say(rate, seed, 200) for seed, rate in rates.items()}
+    copies = {
+        seed: {u: (r, "oh" if int(u[3:]) % 20 == seed else h) for u, (r, h) in said.items()}
+        for seed, said in parents.items()
+    }
+    texts = {"kd": parents, "kd_int8": copies}
+    families = {"kd": "kd", "kd_int8": "kd"}
+    [paired] = score_split(texts, METRICS, Question(compare=[("kd_int8", "kd")], families=families))[
+        "comparisons"
+    ]
+    [crossed] = score_split(texts, METRICS, Question(compare=[("kd_int8", "kd")]))["comparisons"]
+    assert paired["difference"] == crossed["difference"] > 0
+    assert paired["p"] < 0.05 < crossed["p"]
+    assert paired["seeds_won"] == [0, 3, 3]
+    assert "seed_pairs" not in paired
+    assert crossed["seed_pairs"][2] == 9
+    assert "seeds_won" not in crossed
+
+
+def test_one_seed_against_three_is_no_crossing() -> None:
+    texts = {"kd": {s: say(0.2, s) for s in (1, 2, 3)}, "teacher": {1: say(0.1, 9)}}
+    [found] = score_split(texts, METRICS, Question(compare=[("kd", "teacher")]))["comparisons"]
+    assert found["seeds_won"] == [0, 3, 3]
+
+
+def test_seeds_far_apart_show_nothing() -> None:
+    """99 utterances and three seeds from 52 to 80 % errors against three near 85 %."""
+    texts = {
+        "kd": {s: say(rate, s, 99) for s, rate in ((1, 0.52), (2, 0.66), (3, 0.8))},
+        "scratch": {s: say(0.85, 10 + s, 99) for s in (1, 2, 3)},
+    }
+    speakers = {u: f"spk{i % 8}" for i, u in enumerate(texts["kd"][1])}
+    question = Question(compare=[("kd", "scratch")])
+    [found] = score_split(texts, METRICS, question, speakers=speakers)["comparisons"]
+    assert found["p"] > 0.05
+    assert found["ci95"][0] < 0 < found["ci95"][1]
+    single = {name: {1: seeds[2]} for name, seeds in texts.items()}
+    [found] = score_split(single, METRICS, question, speakers=speakers)["comparisons"]
+    assert found["p"] < 0.001, "of one seed each: what seeds vary is left out"
 
 
 def test_gap_and_fidelity() -> None:
@@ -192,7 +178,7 @@ def test_gap_and_fidelity() -> None:
         teachers={"kd": "teacher", "parrot": "teacher", "scratch": "absent"},
         baselines={"kd": "scratch", "parrot": "scratch"},
     )
-    rows = score_split(texts, METRICS, question, resamples=1000)["systems"]
+    rows = score_split(texts, METRICS, question)["systems"]
     wer = {name: row["wer"]["mean"] for name, row in rows.items()}
     gap = rows["kd"]["gap_recovered"]
     assert gap["mean"] == pytest.approx(
@@ -211,23 +197,56 @@ def test_gap_and_fidelity() -> None:
 def test_no_gap_to_recover() -> None:
     texts = {"teacher": {1: say(0.5, 1)}, "scratch": {1: say(0.1, 2)}, "kd": {1: say(0.1, 3)}}
     question = Question(teachers={"kd": "teacher"}, baselines={"kd": "scratch"})
-    rows = score_split(texts, METRICS, question, resamples=200)["systems"]
+    rows = score_split(texts, METRICS, question)["systems"]
     assert rows["kd"]["gap_recovered"] is None
     near = {"teacher": {1: say(0.3, 1)}, "scratch": {1: say(0.31, 5)}, "kd": {1: say(0.3, 3)}}
-    gap = score_split(near, METRICS, question, resamples=500)["systems"]["kd"]["gap_recovered"]
+    gap = score_split(near, METRICS, question)["systems"]["kd"]["gap_recovered"]
     assert gap is None or gap["ci95"] is None
 
 
 def test_speakers() -> None:
     said = say(0.2, 1)
     speakers = {u: f"spk{i % 6}" for i, u in enumerate(said)}
-    found = score_split({"kd": {1: said}}, METRICS, Question(), speakers=speakers, resamples=300)
-    assert found["speakers"] == 6
-    assert len(found["systems"]["kd"]["wer"]["ci95_speakers"]) == 2
-    assert "6 speakers only" in found["notes"][0]
-    del speakers["utt000"]  # one unknown: no interval over speakers, rather than a wrong one
-    found = score_split({"kd": {1: said}}, METRICS, Question(), speakers=speakers, resamples=300)
-    assert found["speakers"] is None
+    found = score_split({"kd": {1: said}}, METRICS, Question(), speakers=speakers)
+    assert (found["speakers"], found["units"], found["notes"]) == (6, "speakers", [])
+    alone = score_split({"kd": {1: said}}, METRICS, Question())
+    assert found["systems"]["kd"]["wer"]["ci95"] != alone["systems"]["kd"]["wer"]["ci95"]
+    assert (alone["speakers"], alone["units"]) == (None, "utterances")
+    assert "test does not name every speaker: " in alone["notes"][0]
+    del speakers["utt000"]  # one unknown: utterances in place of a wrong division
+    assert score_split({"kd": {1: said}}, METRICS, Question(), speakers=speakers) == alone
+
+
+def test_too_few_speakers_fall_back_to_utterances() -> None:
+    said = say(0.2, 1)
+    alone = score_split({"kd": {1: said}}, METRICS, Question())["systems"]
+    for number, words in ((1, "one speaker only"), (2, "2 speakers only")):
+        speakers = {u: f"spk{i % number}" for i, u in enumerate(said)}
+        found = score_split({"kd": {1: said}}, METRICS, Question(), speakers=speakers)
+        assert (found["speakers"], found["units"]) == (number, "utterances")
+        assert words in found["notes"][0]
+        assert found["systems"] == alone
+    each = {u: u for u in said}
+    found = score_split({"kd": {1: said}}, METRICS, Question(), speakers=each)
+    assert (found["units"], found["notes"], found["systems"]) == ("speakers", [], alone)
+
+
+def test_speakers_come_with_the_hypotheses(tmp_path: Path) -> None:
+    rows = [{"id": "a", "speaker": "anna"}, {"id": "b", "speaker": None}, {"id": "c", "speaker": "carl"}]
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert _speakers({"kd": {1: {"test": path}}}) == {"a": "anna", "c": "carl"}
+
+
+def test_who_is_paired_over_seeds() -> None:
+    """Compressed systems with their parents; students with a teacher of as many seeds, not of one."""
+    file = Path(__file__).parents[2] / "recipes/an4/ctc_kd/recipe.yaml"
+    found = families(load_recipe(file))
+    assert found["kd_int8"] == found["kd_pruned_int8"] == found["kd_unlabelled"]
+    assert len({found[name] for name in ("teacher", "scratch", "kd", "kd_unlabelled", "kd_full")}) == 5
+    found = families(load_recipe(file, overrides=["systems.teacher.train.seeds=[1, 2, 3]"]))
+    assert len({found[name] for name in ("teacher", "kd", "kd_unlabelled", "kd_full", "kd_int8")}) == 1
+    assert found["scratch"] != found["kd"]
 
 
 def test_systems_must_share_utterances() -> None:

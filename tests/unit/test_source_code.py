@@ -64,6 +64,7 @@ def changed(plugin: Path, file: Path, text: str) -> bool:
         ("architectures", "conformer", "architectures/layers.py"),
         ("exporters", "onnx_transducer", "exporters/onnx_graph.py"),
         ("exporters", "onnx_ctc", "exporters/shared.py"),
+        ("exporters", "onnx_ctc", "exporters/runtimes.py"),
         ("metrics", "cer", "metrics/wer.py"),
         ("corpora", "voice_commands", "espeak.py"),
     ],
@@ -96,6 +97,7 @@ def test_imports_within_functions_and_through_others_are_followed(package):
         "from .. import deep as d",
         "import importlib\nimportlib.import_module('strangers_kd.deep')",
         "if True:\n    from strangers_kd.deep import *",
+        "start = 'strangers_kd.deep:norm'",
     ],
 )
 def test_every_way_to_import(package, statement):

@@ -239,7 +239,7 @@ def test_a_full_disk_is_told_with_a_remedy(work):
     assert "--work" in error.value.problems[0].remedy
 
 
-# ---------------------------------------------------------------- going on
+# ---------------------------------------------------------------- resuming
 
 
 class Interrupted(BaseException):
@@ -278,7 +278,7 @@ def resumable(tmp_path):
 def test_an_interrupted_job_goes_on(resumable):
     job = resumable.plan.jobs["b"]
     interrupt(job, resumable.plan.jobs)
-    assert resumable.reasons("b") == {"b": "interrupted before, goes on"}
+    assert resumable.reasons("b") == {"b": "interrupted before, resumes"}
     assert found_on_start(job, resumable.plan.jobs) == ["checkpoint"]
     assert "started.json" not in read_json(job.stamp)["files"]
     assert resumable.reasons("ab") == {}

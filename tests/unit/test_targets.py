@@ -373,7 +373,7 @@ def test_a_text_that_the_cache_does_not_go_along_is_refused(cuts, tmp_path):
     cache = TargetCache.open(tmp_path / "t", KEY, cuts=cuts)
     batch = Batches().load(["a", "c"])
     cache.targets(withheld(batch, 1))
-    with pytest.raises(DataError, match=r"a: .*do not go along the teacher's own hypothesis"):
+    with pytest.raises(DataError, match=r"a: .*do not follow the teacher's own hypothesis"):
         cache.targets(withheld(batch, 0))
     changed = replace(batch, tokens_BU=batch.tokens_BU.where(batch.tokens_BU == 0, 5))
     changed.tokens_BU[0, 0] = 4 if int(batch.tokens_BU[0, 0]) != 4 else 3

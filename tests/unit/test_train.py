@@ -154,7 +154,7 @@ def test_a_checkpoint_of_another_run_is_not_taken_up(tmp_path, capfd):
     steps = []
     toy_run(tmp_path, options=toy_options(lr=1e-3), on_step=lambda m, s, n: steps.append(s), progress=True)
     assert steps[0] == 1
-    assert "starting anew: the checkpoint's options differ" in capfd.readouterr().err
+    assert "starting from the beginning: the checkpoint's options differ" in capfd.readouterr().err
     assert [e["epoch"] for e in lines(tmp_path, "epoch")] == [1, 2, 3]
 
 

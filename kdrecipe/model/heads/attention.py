@@ -4,7 +4,7 @@ Given the encoder's output and the tokens so far, it says which token comes next
 begins and ends every sentence.
 
 B utterances, N hypotheses, T frames, U tokens, V vocabulary, D width, H attention heads, d width of
-a head, L layers, P places of a hypothesis so far.
+a head, L layers, P positions of a hypothesis so far.
 """
 
 from __future__ import annotations
@@ -137,12 +137,12 @@ class DecoderLayer(nn.Module):
         memory: tuple[Tensor, Tensor],
         memory_bias_N11T: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(N, P, D) to (N, P, D), and the keys and values of all places, those of ``past`` first.
+        """(N, P, D) to (N, P, D), and the keys and values of all positions, those of ``past`` first.
 
         Args:
-            x_NPD: the new places.
-            past: keys and values of the places before; None: there are none.
-            bias: on the scores of new places to all places; None: all may be looked at.
+            x_NPD: the new positions.
+            past: keys and values of the positions before; None: there are none.
+            bias: on the scores of new positions to all positions; None: all may be looked at.
             memory: of :meth:`memory`.
             memory_bias_N11T: on the scores of frames.
         """
@@ -201,8 +201,8 @@ class AttentionHead(nn.Module):
             return None
         sos_B1 = batch.tokens_BU.new_full((len(hidden_BTD), 1), SOS_EOS_ID)
         x = self.embed(torch.cat([sos_B1, batch.tokens_BU], dim=1), 0)
-        num_places = x.shape[1]
-        causal = torch.ones(num_places, num_places, dtype=torch.bool, device=x.device).tril()
+        num_positions = x.shape[1]
+        causal = torch.ones(num_positions, num_positions, dtype=torch.bool, device=x.device).tril()
         memory = self.memory(hidden_BTD, lens_B)
         bias = attention_bias(causal, memory.keys[0].dtype)[None, None]
         for number, layer in enumerate(self.layers):
@@ -213,8 +213,8 @@ class AttentionHead(nn.Module):
     def embed(self, tokens_NP: Tensor, position: int | Tensor) -> Tensor:
         """(N, P, D) of tokens whose first stands at ``position``."""
         x = self.embedding(tokens_NP) * math.sqrt(self.dim)
-        places_P = torch.arange(tokens_NP.shape[1], device=x.device) + position
-        return self.dropout(x + sinusoids(places_P, self.dim).to(x.dtype))  # type: ignore[no-any-return]
+        positions_P = torch.arange(tokens_NP.shape[1], device=x.device) + position
+        return self.dropout(x + sinusoids(positions_P, self.dim).to(x.dtype))  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------ search
 
@@ -276,11 +276,11 @@ class AttentionHead(nn.Module):
         return [row[: row.index(SOS_EOS_ID)] if SOS_EOS_ID in row else row for row in rows], scores_B
 
 
-def sinusoids(places_P: Tensor, dim: int) -> Tensor:
+def sinusoids(positions_P: Tensor, dim: int) -> Tensor:
     """(P, D) positions as sines and cosines of falling frequency (Vaswani 2017, section 3.5)."""
     half = (dim + 1) // 2
-    rates = torch.exp(torch.arange(half, device=places_P.device) * (-math.log(10000.0) / half))
-    angles = places_P[:, None].float() * rates
+    rates = torch.exp(torch.arange(half, device=positions_P.device) * (-math.log(10000.0) / half))
+    angles = positions_P[:, None].float() * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :dim]
 
 
@@ -322,9 +322,9 @@ class AttentionLoss:
         """Total in nats, count in tokens; unlabelled and empty utterances are left out."""
         logits_BPV = full_precision(out.logits["attention"])
         used_B = batch.labelled_B & (batch.token_lens_B > 0)
-        places_BP = frame_mask(batch.token_lens_B + 1, logits_BPV.shape[1]) & used_B[:, None]
-        logits_NV = logits_BPV[places_BP]
-        wanted_N = with_end(batch.tokens_BU, batch.token_lens_B)[places_BP]
+        positions_BP = frame_mask(batch.token_lens_B + 1, logits_BPV.shape[1]) & used_B[:, None]
+        logits_NV = logits_BPV[positions_BP]
+        wanted_N = with_end(batch.tokens_BU, batch.token_lens_B)[positions_BP]
         smoothing = self.config.label_smoothing
         total = F.cross_entropy(logits_NV, wanted_N, reduction="sum", label_smoothing=smoothing)
         correct = (logits_NV.argmax(-1) == wanted_N).sum()
@@ -333,8 +333,8 @@ class AttentionLoss:
 
 def with_end(tokens_BU: Tensor, token_lens_B: Tensor) -> Tensor:
     """(B, U + 1) tokens with ``<sos/eos>`` after the last one of each row."""
-    places_BP = F.pad(tokens_BU, (0, 1), value=BLANK_ID)
-    return places_BP.scatter(1, token_lens_B[:, None], SOS_EOS_ID)
+    positions_BP = F.pad(tokens_BU, (0, 1), value=BLANK_ID)
+    return positions_BP.scatter(1, token_lens_B[:, None], SOS_EOS_ID)
 
 
 @hookimpl

@@ -5,7 +5,7 @@ which token comes next, or the blank: on to the next frame. The shape is icefall
 without state that sees the last few tokens (Ghodsi 2020), a joiner of a sum under tanh. Every matrix
 product is an ``nn.Linear``.
 
-B utterances, N hypotheses, T frames, U tokens, P = U + 1 places, V vocabulary, D width of the encoder,
+B utterances, N hypotheses, T frames, U tokens, P = U + 1 positions, V vocabulary, D width of the encoder,
 E of the predictor, J of the joiner, C tokens that the predictor sees.
 """
 
@@ -102,8 +102,8 @@ class StatelessPredictor(nn.Module):
         """(B, U) tokens to (B, P, E), before each token and after the last."""
         padded = F.pad(tokens_BU, (self.context_size, 0), value=BLANK_ID)
         x_BPE: Tensor = self.embed(padded)
-        num_places = tokens_BU.shape[1] + 1
-        shifted = [x_BPE[:, i : i + num_places] for i in range(self.context_size)]
+        num_positions = tokens_BU.shape[1] + 1
+        shifted = [x_BPE[:, i : i + num_positions] for i in range(self.context_size)]
         return F.relu(self.conv(torch.cat(shifted, dim=-1)))
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -301,11 +301,11 @@ class RnntLossOptions(Options):
     """Options of ``{name: rnnt}``.
 
     Args:
-        range: places per frame at which the joiner is asked, at least 2.
-        simple_scale: weight of the simple joiner's loss, which finds these places.
+        range: lattice positions per frame at which the joiner is computed, at least 2.
+        simple_scale: weight of the simple joiner's loss, which finds these positions.
         lm_scale: share of the predictor's own posteriors in the simple joiner's.
         am_scale: share of the encoder's own.
-        full: ask the joiner at all places: far more memory, for comparisons.
+        full: compute the joiner at all positions: far more memory, for comparisons.
     """
 
     range: int = Field(default=5, ge=MIN_RANGE)
