@@ -21,7 +21,7 @@ from kdrecipe.recipe.yaml import Document, KeyPath
 NAME = "tiny"
 WHERE = f"--profile {NAME}"
 
-_TRAINING = {"epochs": 2, "batch_duration_s": 20.0, "accumulate": 1}
+_TRAINING = {"epochs": 2, "batch_duration_s": 5.0, "accumulate": 1}
 _SECTIONS: Mapping[str, tuple[type[BaseModel] | None, Mapping[str, Any]]] = {
     "corpus": (Corpus, {"max_utterances": 48}),
     "features": (None, {"speed_perturb": [1.0]}),
