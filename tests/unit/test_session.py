@@ -40,7 +40,7 @@ RECIPE = """
 corpus:
   {name: manifests, root: ".", subsets: {few: {utterances: 2}, more: {utterances: 4}, rest: {except: few}}}
 features: {num_mel_bins: 16, speed_perturb: [0.9, 1.0]}
-tokens: {name: char}
+tokens: {name: char, data: all}
 seeds: [1]
 training: {epochs: 1, precision: fp32}
 systems:
@@ -201,6 +201,8 @@ def test_lengths_are_held_against_the_encoders_as_built(tmp_path, registry):
     recordings, supervisions, _ = gather(listed)
     layout = Layout(tmp_path)
     layout.features.mkdir()
+    layout.manifests.mkdir()
+    supervisions.to_file(layout.manifests / "train_supervisions.jsonl.gz")
     CutSet.from_manifests(recordings, supervisions).to_file(layout.features / "train.jsonl.gz")
     models = [{**MODEL, "name": "wide", "wide": wide} for wide in (False, True)]
     plugins = load_plugins()
@@ -211,7 +213,7 @@ def test_lengths_are_held_against_the_encoders_as_built(tmp_path, registry):
             systems={str(i): SimpleNamespace(model=model) for i, model in enumerate(models)},
             plugins=plugins,
             features=SimpleNamespace(num_mel_bins=16),
-            tokens=SimpleNamespace(name="char", vocab_size=None, model_dump=lambda mode: {}),
+            tokens=SimpleNamespace(name="char", vocab_size=None, data=None, model_dump=lambda mode: {}),
             corpus=SimpleNamespace(on_error="skip"),
         )
 
@@ -221,7 +223,7 @@ def test_lengths_are_held_against_the_encoders_as_built(tmp_path, registry):
 
     def inputs(*models):
         plan = Plan()
-        plan.jobs["features"] = SimpleNamespace(name="features")
+        plan.jobs |= {name: SimpleNamespace(name=name) for name in ("prepare", "features")}
         stage_2.add_jobs(plan, recipe(*models), layout)
         return plan.jobs["tokens"].inputs
 
