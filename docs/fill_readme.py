@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrecipe.recipe.load import Recipe, load_recipe
+from kdrecipe.report.write import FORMAT
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -23,11 +24,21 @@ README = ROOT / "README.md"
 SHOWN, TEACHER = "an4/ctc_kd", "teacher"
 FEW, FULL, INT8 = ("kd_unlabelled", "cr_ctc"), ("kd_full", "scratch_full"), "kd_int8"
 
+EARLIER = (
+    "made by an earlier version: its error rates are those of the bundles in torch, not of what ships, "
+    "and its intervals and p-values cover utterances only, so they claim too much"
+)
+
 
 def results_of(name: str) -> dict[str, Any] | None:
     """The results that are committed beside a recipe; None before its first whole run."""
     path = ROOT / "recipes" / name / "results.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def is_earlier(results: dict[str, Any]) -> bool:
+    """Whether a table was made before rows were what ships and intervals knew speakers and seeds."""
+    return bool(results["format"] < FORMAT)
 
 
 # ---------------------------------------------------------------- the headline
@@ -70,6 +81,7 @@ def headline() -> str:
             f"The teacher has the labels of all speakers. `{FEW[0]}` also hears the other speakers, without "
             f"labels; `{FEW[1]}` teaches itself. "
             f"All rows, and what the intervals cover: [RESULTS.md]({path}/RESULTS.md).",
+            *([f"This table was {EARLIER}."] if is_earlier(results) else []),
         ]
     )
 
@@ -89,6 +101,7 @@ def seeds(system: dict[str, Any]) -> str:
 def recipes() -> str:
     """A row per recipe: its README's title, its heads, systems and seeds, and its table if it has one."""
     lines = ["| recipe | what it is | heads | systems | seeds | table |", "|---|---|---|---:|---:|---|"]
+    earlier = False
     for path in sorted((ROOT / "recipes").glob("*/*/recipe.yaml"), key=order):
         recipe = load_recipe(path)
         title = path.with_name("README.md").read_text(encoding="utf-8").splitlines()[0]
@@ -96,9 +109,11 @@ def recipes() -> str:
         results = results_of(recipe.name)
         here = f"recipes/{recipe.name}"
         table = f"[{results['recipe']['date']}]({here}/RESULTS.md)" if results else "none yet"
+        if results and is_earlier(results):
+            table, earlier = f"{table} †", True
         figures = f"{heads(recipe)} | {len(recipe.systems)} | {len(recipe.seeds)} | {table}"
         lines.append(f"| [{recipe.name}]({here}/README.md) | {what} | {figures} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", f"† {EARLIER}."] if earlier else [])])
 
 
 def order(path: Path) -> tuple[int, str]:
