@@ -80,6 +80,10 @@ class Plugins:
         callers = self.pm.get_hookcallers(self.pm.get_plugin(name)) or []
         return sorted(c.name for c in callers)
 
+    def fingerprints(self, hook: str) -> list[str]:
+        """Fingerprints of all loaded plugins that implement a hook, sorted."""
+        return sorted(s.fingerprint() for name, s in self.sources.items() if hook in self.hooks_of(name))
+
     def load(self, name: str, source: Source, find: Callable[[], Any]) -> None:
         """Register the object that ``find`` returns; on failure note the reason and clean up."""
         if name in self.sources:

@@ -72,7 +72,9 @@ def merge_specs(specs: Iterable[TargetSpec]) -> list[TargetSpec]:
 def system_inputs(recipe: Recipe, system: System) -> Mapping[str, Any]:
     """What determines a trained system's weights, besides data, tokens and teachers."""
     registry = recipe.plugins.registry
-    plugins = {}
+    plugins: dict[str, Any] = {}
+    if optimisers := recipe.plugins.fingerprints("build_optimizer"):
+        plugins["build_optimizer"] = optimisers
     if system.model:
         plugins[f"architectures/{system.model['name']}"] = registry.fingerprint(
             "architectures", system.model["name"]

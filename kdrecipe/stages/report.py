@@ -30,13 +30,20 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     each = [f"{name}/seed{seed}" for name in recipe.build_order() for seed in recipe.systems[name].seeds]
     needs = ("score", *each, *(f"{verb}/{e}" for verb in ("export", "decode") for e in each))
     claims = [claim.model_dump(mode="json") for claim in recipe.claims]
-    inputs = {"systems": list(recipe.systems), "profile": recipe.profile, "claims": claims}
+    inputs = {
+        "systems": list(recipe.systems),
+        "profile": recipe.profile,
+        "claims": claims,
+        "command": recipe.command,
+        "learnt_from": [recipe.tokens.data, recipe.lm.data if recipe.lm else None],
+        "sections": recipe.plugins.fingerprints("report_sections"),
+    }
     before = tuple(plan.jobs.values())
     plan.add(Job(10, "report", layout.report, inputs, lambda out: run(recipe, layout, out, before), needs))
 
 
 def run(recipe: Recipe, layout: Layout, out: Path, before: Sequence[Job]) -> None:
-    """Write the report; that of the recipe as it stands also renews the recipe's own tables.
+    """Write the report.
 
     ``before``: all other jobs, which the results say the seconds of.
     """
@@ -55,12 +62,15 @@ def run(recipe: Recipe, layout: Layout, out: Path, before: Sequence[Job]) -> Non
     found = recipe.plugins.pm.hook.report_sections(recipe=recipe, results=data)
     data["sections"] = [{"title": title, "markdown": text} for part in found for title, text in part or ()]
     write_report(data, hypotheses(recipe, layout), _logs(recipe, layout), out, audio=_audio(layout))
-    if recipe.as_it_stands:
-        for name in ("RESULTS.md", "results.json"):
-            shutil.copyfile(out / name, recipe.dir / name)
     shown = (out / "RESULTS.md").read_text(encoding="utf-8").split("\n## ")
     shown = shown[: SECTIONS_PRINTED + bool(recipe.claims)]
     print("\n## ".join(shown).rstrip(), flush=True)
+
+
+def publish(recipe: Recipe, layout: Layout) -> None:
+    """Renew the tables beside the recipe, if the report is of the recipe as it stands."""
+    for name in ("RESULTS.md", "results.json") if recipe.as_it_stands else ():
+        shutil.copyfile(layout.report / name, recipe.dir / name)
 
 
 def closing(recipe: Recipe, layout: Layout) -> str:

@@ -14,7 +14,7 @@ from kdrecipe.jobs.stamps import Job, locked, run_job
 from kdrecipe.stages import STAGES
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.plan import build_plan
-from kdrecipe.stages.report import closing
+from kdrecipe.stages.report import closing, publish
 from kdrecipe.stages.timing import outlook, seconds_before
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def run_recipe(
             print(outlook(forecast), flush=True)
         Run(plan, selected, reasons, verbs, command, number, force, forecast).run()
     if last == len(STAGES) - 1:
+        publish(recipe, layout)
         print(f"\n{closing(recipe, layout)}", flush=True)
 
 

@@ -21,6 +21,8 @@ from kdrecipe.model.asr import build_model
 from kdrecipe.model.bundle import Bundle
 from kdrecipe.plugin.loader import load_plugins
 from kdrecipe.recipe.load import load_recipe
+from kdrecipe.stages.layout import Layout
+from kdrecipe.stages.plan import build_plan
 from kdrecipe.stages.run import run_recipe
 from kdrecipe.testing.corpus import make_corpus
 
@@ -177,6 +179,43 @@ def test_audio_within_a_work_directory_moves_with_it(tmp_path):
 # ---------------------------------------------------------------- imported bundles
 
 IMPORTING = RECIPE.replace("  scratch:", "  big: {pretrained: {bundle: bundle}}\n  scratch:")
+
+
+HOOKS = """
+from kdrecipe import hookimpl
+
+@hookimpl
+def build_optimizer(params, config):
+    return None
+
+@hookimpl
+def report_sections(recipe, results):
+    return [("Licence", "CC0")]
+"""
+
+
+def test_code_of_the_optimiser_and_of_report_sections_counts(place):
+    def inputs() -> list[str]:
+        plan = build_plan(load_recipe(place.recipe), Layout(place.work))
+        return [json.dumps(plan.jobs[name].inputs) for name in ("scratch/seed1", "report", "features")]
+
+    recipe, plugin = place.recipe / "recipe.yaml", place.recipe / "plugin.py"
+    plugin.write_text(HOOKS)
+    recipe.write_text(recipe.read_text() + "plugins: {files: [plugin.py]}\n")
+    trained, report, features = inputs()
+    plugin.write_text(HOOKS.replace("CC0", "CC BY 4.0"))
+    now = inputs()
+    assert trained != now[0]
+    assert report != now[1]
+    assert features == now[2]
+
+
+def test_the_report_names_the_command_that_made_it(place):
+    def report(*overrides: str) -> dict:
+        recipe = load_recipe(place.recipe, overrides=overrides)
+        return build_plan(recipe, Layout(place.work)).jobs["report"].inputs
+
+    assert report() != report("training.epochs=30"), "the default, said once more"
 
 
 @pytest.fixture

@@ -117,6 +117,11 @@ def test_a_run_outside_the_recipe_renews_its_table_and_ends_with_what_one_wants(
     assert "Systems on test" in (folder / "RESULTS.md").read_text()
     assert json.loads((folder / "results.json").read_text())["systems"] == results["systems"]
 
+    (folder / "RESULTS.md").write_text(TABLE.format(name="first"))
+    assert main(["regenerate", "toy/first", "--work", str(work)]) == 0
+    assert "report up to date" in capfd.readouterr().out
+    assert "Systems on test" in (folder / "RESULTS.md").read_text(), "also if nothing had to run"
+
 
 @pytest.mark.parametrize("change", [["--set", "training.epochs=2"], ["--profile", "tiny"]])
 def test_a_changed_recipe_leaves_the_table_alone(recipes, corpus, tmp_path, change):
