@@ -21,6 +21,7 @@ from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Decoder, LanguageModel
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
+from kdrecipe.plugin.source_code import plugin_hash
 from kdrecipe.recipe.load import Named, Recipe, System
 from kdrecipe.recipe.sections import uses_lm
 from kdrecipe.recipe.suitable import (
@@ -95,7 +96,11 @@ def _exporter_input(recipe: Recipe, system: str) -> dict[str, str] | None:
     wanted = measured_exporter(heads, recipe.export, registry) if heads else None
     if wanted is None:
         return None
-    return {"name": wanted.name, "plugin": registry.fingerprint("exporters", wanted.name)}
+    found = {"name": wanted.name, "plugin": registry.fingerprint("exporters", wanted.name)}
+    program = Path(registry.get("exporters", wanted.name).runtime.start.rpartition(":")[0])
+    if program.suffix == ".py" and program.is_file():  # by its path, which the plugin's own code computes
+        found["runtime"] = plugin_hash(program)
+    return found
 
 
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
@@ -229,6 +234,8 @@ def _row(
     cls, variant, label = registry.get("exporters", wanted.name), _variant(bundle), search[0]
     about = {"label": label, "decoder": search[1].name, "options": search[1].options, "variant": variant}
     why = unfit(registry, wanted.name, bundle.meta["model"])
+    if why is None and variant not in cls.files:
+        why = f"{wanted.name} writes no {variant} files"
     if why is None:
         files = [exports / wanted.name / name for name in cls.files[variant].values()]
         size_mb = sum(file.stat().st_size for file in files) / 1e6
