@@ -14,6 +14,7 @@ from kdrecipe.recipe.load import load_recipe
 from kdrecipe.stages.needed import missing
 
 _COMMAND = re.compile(r"^## How this was made\n+```sh\n(kdrecipe run .+)\n```$", re.MULTILINE)
+TRUST = "--trust-plugins"
 RENDER = ["--stage", "score", "--force"]
 """Nothing is trained or decoded again: scores and report, from what lies in the work directory."""
 
@@ -34,7 +35,7 @@ def regenerate(
         TrainingError: recipes that failed.
     """
     commands = {recipe: command(recipe, work, render) for recipe in recipes}
-    problems = [problem for recipe in recipes for problem in _lacking(recipe, work, render)]
+    problems = [problem for recipe in recipes for problem in _lacking(recipe, work, render, TRUST in commands[recipe])]
     for words in commands.values():
         print(shlex.join(["kdrecipe", *words]), flush=True)
     if problems:
@@ -70,8 +71,9 @@ def command(recipe: Path, work: Path | None, render: bool) -> list[str]:
     return [run, str(recipe), *options, *place, *(RENDER if render else [])]
 
 
-def _lacking(recipe: Path, work: Path | None, render: bool) -> list[Problem]:
-    lacking = [Problem(f"{_name(recipe)}: {p.what}", p.where, p.remedy) for p in missing(load_recipe(recipe))]
+def _lacking(recipe: Path, work: Path | None, render: bool, trust: bool) -> list[Problem]:
+    found = missing(load_recipe(recipe, trust_plugins=trust))
+    lacking = [Problem(f"{_name(recipe)}: {p.what}", p.where, p.remedy) for p in found]
     place = work / _name(recipe) if work else recipe / "exp"
     if render and not (place / "scores").is_dir():
         what = f"{_name(recipe)}: nothing to render, {place} holds no finished run"

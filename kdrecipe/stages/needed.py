@@ -13,15 +13,20 @@ if TYPE_CHECKING:
 
 
 def missing(recipe: Recipe) -> list[Problem]:
-    """Environment variables that are not set, lists and corpora that are not there, packages."""
+    """What is not there: environment variables, corpora, lists, bundles, packages."""
     lists = recipe.corpus.lists
     text = recipe.lm.text if recipe.lm else None
-    bundles = (system.location for system in recipe.systems.values())
     problems = []
-    for location in (recipe.corpus.location, *lists.values(), text, *bundles):
+    for location in (recipe.corpus.location, *lists.values(), text):
         try:
             if location is not None:
                 location.path()
+        except RecipeError as error:
+            problems += error.problems
+    for location in (system.location for system in recipe.systems.values()):
+        try:
+            if location is not None and not (location.path() / "bundle.json").is_file():
+                problems.append(Problem(f"there is no bundle {location.path()}", location.where))
         except RecipeError as error:
             problems += error.problems
     try:

@@ -70,6 +70,14 @@ def test_what_is_missing_is_told_of_all_recipes_before_anything_runs(recipes, ca
     assert not list(recipes.rglob("exp"))
 
 
+def test_a_bundle_that_is_missing_is_told_too(recipes, corpus, capsys):
+    file = recipes / "toy" / "second" / "recipe.yaml"
+    importing = "systems:\n  big: {pretrained: {bundle: made/elsewhere}}\n"
+    file.write_text(file.read_text(encoding="utf-8").replace("systems:\n", importing), encoding="utf-8")
+    assert main(["regenerate", "toy/second"]) == 2
+    assert f"toy/second: there is no bundle {recipes / 'toy/second/made/elsewhere'}" in capsys.readouterr().err
+
+
 def test_without_finished_runs_there_is_nothing_to_render(recipes, corpus, capsys):
     assert main(["regenerate", "--render", "toy/first"]) == 2
     assert "toy/first: nothing to render" in capsys.readouterr().err

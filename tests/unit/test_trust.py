@@ -106,6 +106,16 @@ def test_with_consent_it_does(place):
     assert recipe.command.endswith("--trust-plugins")
 
 
+def test_a_table_made_with_consent_is_made_again_with_it(place, capsys):
+    command = load_recipe(place.folder, trust_plugins=True).command
+    (place.folder / "RESULTS.md").write_text(f"## How this was made\n\n```sh\n{command}\n```\n")
+    assert main(["regenerate", str(place.folder)]) == 2, "there is no corpus"
+    said = capsys.readouterr()
+    assert said.out.rstrip().endswith("--trust-plugins")
+    assert "there is no directory" in said.err
+    assert "code of its own" not in said.err
+
+
 def test_a_recipe_that_names_the_same_file_has_said_so(place):
     write_atomic(place.folder / "mine" / "plugin.py", place.plugin)
     place.add("plugins: {files: [mine/plugin.py]}\n")
