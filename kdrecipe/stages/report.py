@@ -78,16 +78,22 @@ def closing(recipe: Recipe, layout: Layout) -> str:
     from kdrecipe.report.text import brief
 
     results = read_json(layout.report / "results.json")
-    model = _shown(_to_try(recipe, layout, results))
+    model = _to_try(recipe, layout, results)
+    carries = (model / "bundle.json").is_file() and read_json(model / "bundle.json")["plugin_files"]
+    consent = "--trust-plugins " if carries else ""
     command = "kdrecipe" if shutil.which("kdrecipe") else f"{_shown(Path(sys.executable))} -m kdrecipe.cli"
     return (
         f"{brief(results)}\n\nreport: {_shown(layout.report / 'report.html')}"
-        f"\nrecognise a recording of your own: {command} transcribe {model} your.wav"
+        f"\nrecognise a recording of your own: {command} transcribe {consent}{_shown(model)} your.wav"
     )
 
 
 def _to_try(recipe: Recipe, layout: Layout, results: Mapping[str, Any]) -> Path:
-    """The export of the best student; of the best other system if no student has one; or else a bundle."""
+    """The export of the best student; of the best other system if no student has one; or else a bundle.
+
+    The command knows installed exporters only, not those of the recipe's own files.
+    """
+    registry = recipe.plugins.registry
 
     def rank(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
         scores: Mapping[str, Any] = next(iter(row["splits"].values()), {})
@@ -99,8 +105,9 @@ def _to_try(recipe: Recipe, layout: Layout, results: Mapping[str, Any]) -> Path:
     for row in rows:
         exports = layout.export(row["name"], row["seeds"][0])
         heads = recipe.heads_of(row["name"])
-        named = measured_exporter(heads, recipe.export, recipe.plugins.registry) if heads else None
-        if named is not None and (exports / named.name).is_dir():
+        named = measured_exporter(heads, recipe.export, registry) if heads else None
+        installed = named is not None and registry.source("exporters", named.name).package
+        if named is not None and installed and (exports / named.name).is_dir():
             return exports / named.name
     return layout.system(rows[0]["name"], rows[0]["seeds"][0])
 

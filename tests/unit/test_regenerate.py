@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 
+from kdrecipe.artifacts import write_json
 from kdrecipe.cli import regenerate
 from kdrecipe.cli.main import main
+from kdrecipe.interfaces import Options, Runtime
+from kdrecipe.plugin.registry import Registry, Source
+from kdrecipe.recipe.sections import Named
+from kdrecipe.stages.layout import Layout
+from kdrecipe.stages.report import closing
 from kdrecipe.testing.corpus import make_corpus
 
 RECIPE = """
@@ -129,6 +136,31 @@ def test_a_run_outside_the_recipe_renews_its_table_and_ends_with_what_one_wants(
     assert main(["regenerate", "toy/first", "--work", str(work)]) == 0
     assert "report up to date" in capfd.readouterr().out
     assert "Systems on test" in (folder / "RESULTS.md").read_text(), "also if nothing had to run"
+
+
+@pytest.mark.parametrize("package", ["", "strangers-kd"], ids=["a file", "installed"])
+def test_the_command_at_the_end_works_without_the_recipes_own_files(tmp_path, monkeypatch, package):
+    class Mine:
+        head = "ctc"
+        runtime = Runtime("box", "nowhere:start", {})
+
+        class Config(Options):
+            """None."""
+
+    registry = Registry()
+    registry.add("exporters", "mine", Mine, Source("plugin.py", package))
+    recipe = SimpleNamespace(
+        plugins=SimpleNamespace(registry=registry), export=[Named("mine")], heads_of=lambda name: ("ctc",)
+    )
+    layout = Layout(tmp_path)
+    layout.export("kd", 1).joinpath("mine").mkdir(parents=True)
+    write_json(layout.system("kd", 1) / "bundle.json", {"plugin_files": {"plugin.py": "00"}})
+    row = {"name": "kd", "kind": "distilled", "seeds": [1], "splits": {"test": {"wer": {"mean": 0.1}}}}
+    write_json(layout.report / "results.json", {"systems": [row]})
+    monkeypatch.setattr("kdrecipe.report.text.brief", lambda results: "the table")
+    monkeypatch.chdir(tmp_path)
+    expected = "exports/kd/seed1/mine" if package else "--trust-plugins systems/kd/seed1"
+    assert closing(recipe, layout).endswith(f"transcribe {expected} your.wav")
 
 
 @pytest.mark.parametrize("change", [["--set", "training.epochs=2"], ["--profile", "tiny"]])
