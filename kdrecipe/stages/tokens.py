@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kdrecipe.artifacts import read_json, write_json
-from kdrecipe.interfaces import UNK_ID, Architecture
+from kdrecipe.artifacts import fingerprint, read_json, write_json
+from kdrecipe.interfaces import UNK_ID
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe
 from kdrecipe.stages.layout import Layout
 
+LENGTHS = range(50, 450)  # feature frames, at which encoders are asked what they leave of them
+
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """Add the stage's one job."""
+    fewest = fewest_frames(recipe)
     inputs = {
         "tokens": recipe.tokens.model_dump(mode="json"),
         "on_error": recipe.corpus.on_error,
-        "subsampling": sorted({encoder.subsampling for encoder in encoders(recipe)}),
+        "frames": fingerprint([fewest(num_frames) for num_frames in LENGTHS]),
     }
     needs = ("prepare", "features")
     plan.add(Job(2, "tokens", layout.tokens, inputs, lambda out: run(recipe, layout, out), needs))
@@ -41,13 +45,7 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     ids = read_json(layout.features / "subsets.json")[subset] if subset else None
     texts = transcripts(layout.manifests, "train", ids)
     tokenizer = Tokenizer.train(sorted(set(texts)), recipe.tokens.name, recipe.tokens.vocab_size, out)
-    built = encoders(recipe)
-
-    def fewest(num_frames: int) -> int:
-        """Frames of the encoder that leaves the fewest."""
-        return min((encoder.output_len(num_frames) for encoder in built), default=num_frames)
-
-    problems = check_lengths(cuts, tokenizer, fewest)
+    problems = check_lengths(cuts, tokenizer, fewest_frames(recipe))
     out_ids = settle(problems, recipe.corpus.on_error)
     write_json(out / "left_out.json", sorted(out_ids))
     left_out = f"; {len(out_ids)} cuts are too short for their text and left out" if out_ids else ""
@@ -57,14 +55,15 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
         print(f"  {unknown} training transcripts have characters that no token stands for", flush=True)
 
 
-def encoders(recipe: Recipe) -> list[Architecture]:
-    """The encoders of all systems that train, each once; not initialised.
+def fewest_frames(recipe: Recipe) -> Callable[[int], int]:
+    """Feature frames -> frames that the encoder gives which leaves the fewest, of all systems that train.
 
-    Built, since an option may decide how much an encoder subsamples.
+    Encoders are built, not initialised, since an option may decide how much one subsamples.
     """
     from kdrecipe.recipe.checks import build_encoder
 
     models = [system.model for system in recipe.systems.values() if system.model]
     distinct = {json.dumps({k: v for k, v in m.items() if k != "heads"}, sort_keys=True): m for m in models}
     bins = recipe.features.num_mel_bins
-    return [build_encoder(recipe.plugins.registry, model, bins) for model in distinct.values()]
+    built = [build_encoder(recipe.plugins.registry, model, bins) for model in distinct.values()]
+    return lambda num_frames: min((e.output_len(num_frames) for e in built), default=num_frames)

@@ -191,7 +191,7 @@ class Wide(Conformer):
         return -(-num_frames // self.subsampling)
 
 
-def test_lengths_are_held_against_the_encoders_as_built(tmp_path, registry):
+def test_lengths_are_held_against_the_encoders_as_built(tmp_path, registry, monkeypatch):
     for name, length in (("a", 6400), ("b", 6560)):  # 40 and 41 feature frames
         soundfile.write(tmp_path / f"{name}.wav", np.zeros(length, np.int16), 16000)
     listed = [
@@ -231,6 +231,9 @@ def test_lengths_are_held_against_the_encoders_as_built(tmp_path, registry):
     assert left_out(models[1]) == {"a"}  # 5 frames for 5 letters and a mark ahead; 41 give 6
     assert left_out(*models) == {"a"}
     assert inputs(models[0]) == inputs(models[0], {**models[0], "dim": 16}) != inputs(*models)
+    before = inputs(models[0])
+    monkeypatch.setattr(Wide, "output_len", lambda self, num_frames: num_frames // self.subsampling)
+    assert inputs(models[0]) != before, "the same subsampling, another rounding"
 
 
 # ---------------------------------------------------------------- imported teachers
