@@ -35,7 +35,7 @@ def regenerate(
         TrainingError: recipes that failed.
     """
     commands = {recipe: command(recipe, work, render) for recipe in recipes}
-    problems = [problem for recipe in recipes for problem in _lacking(recipe, work, render, TRUST in commands[recipe])]
+    problems = [p for recipe in recipes for p in _lacking(recipe, work, render, TRUST in commands[recipe])]
     for words in commands.values():
         print(shlex.join(["kdrecipe", *words]), flush=True)
     if problems:

@@ -82,7 +82,8 @@ def test_a_bundle_that_is_missing_is_told_too(recipes, corpus, capsys):
     importing = "systems:\n  big: {pretrained: {bundle: made/elsewhere}}\n"
     file.write_text(file.read_text(encoding="utf-8").replace("systems:\n", importing), encoding="utf-8")
     assert main(["regenerate", "toy/second"]) == 2
-    assert f"toy/second: there is no bundle {recipes / 'toy/second/made/elsewhere'}" in capsys.readouterr().err
+    absent = recipes / "toy" / "second" / "made" / "elsewhere"
+    assert f"toy/second: there is no bundle {absent}" in capsys.readouterr().err
 
 
 def test_without_finished_runs_there_is_nothing_to_render(recipes, corpus, capsys):
