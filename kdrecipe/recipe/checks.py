@@ -384,6 +384,20 @@ class FitChecker:
                         parser, path = self.checker.parser, self.checker._path(system, "losses", i)
                         parser.problem(path, problem.what, problem.remedy)
 
+        self._language_model()
+
+    def _language_model(self) -> None:
+        """A bundle with its own tokens can't be searched with a language model over the recipe's."""
+        decoders, registry = self.checker.decode.decoders, self.checker._registry
+        for system in self.checker.systems.values():
+            heads = list((bundle_model(system) or {}).get("heads", ())) if system.kind == "pretrained" else []
+            why = self._other_tokens(system.name)
+            for label, decoder in searches(heads, decoders, registry).items() if heads and why else ():
+                if uses_lm(decoder.options):
+                    what = f"the language model is over the recipe's tokens, and {system.name!r} has {why}"
+                    remedy = "set tokens as they were for the bundle, or lm_weight: 0"
+                    self.checker.parser.problem(("decode", "decoders", label, "lm_weight"), what, remedy)
+
     def _misfit(
         self, term: Term, needs: list[TargetSpec], student: ModelInfo, name: str | None
     ) -> Problem | None:

@@ -16,6 +16,7 @@ from kdrecipe.jobs.stamps import Job
 from kdrecipe.model.bundle import DATA_FILES
 from kdrecipe.plugin.carried import carry, refusal
 from kdrecipe.recipe.load import Recipe, System
+from kdrecipe.recipe.sections import uses_lm
 from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def _add(plan: Plan, recipe: Recipe, layout: Layout, system: System, stage: int)
         name = f"{system.name}/seed{seed}"
         if system.kind == "pretrained":
             inputs = {"bundle": _content(system)}
-            needs = ("tokens",) if _lends_posteriors(recipe, system) else ()
+            needs = ("tokens",) if _why_same_tokens(recipe, system) else ()
             plan.add(Job(stage, name, out, inputs, _importer(recipe, layout, system, seed), needs))
             continue
         plan.add(
@@ -152,19 +153,20 @@ def _counts(file: Path) -> bool:
     return file.is_file() and (file.name in DATA_FILES or file.suffix == ".py")
 
 
-def _lends_posteriors(recipe: Recipe, system: System) -> bool:
-    """Whether some student compares posteriors over tokens with it."""
+def _why_same_tokens(recipe: Recipe, system: System) -> str | None:
+    """Why an imported bundle must have the recipe's tokens; None: it may have its own."""
     from kdrecipe.stages.inputs import needs_of
 
-    return any(
-        need.kind in VOCABULARY_KINDS
-        for student in recipe.systems.values()
-        if system.name in student.teachers
-        for need in needs_of(recipe, student, system.name)
-    )
+    students = [student for student in recipe.systems.values() if system.name in student.teachers]
+    needs = [need for student in students for need in needs_of(recipe, student, system.name)]
+    if any(need.kind in VOCABULARY_KINDS for need in needs):
+        return "a loss compares posteriors over them"
+    if any(uses_lm(decoder.options) for decoder in recipe.searches_of(system.name).values()):
+        return "a search has a language model over them"
+    return None
 
 
-def _refuse_other_tokens(recipe: Recipe, layout: Layout, system: System, bundle: Bundle) -> None:
+def _refuse_other_tokens(recipe: Recipe, layout: Layout, system: System, bundle: Bundle, why: str) -> None:
     """What the check of the recipe can't know: which tokens stage 2 makes of the corpus."""
     from kdrecipe.data.tokens import Tokenizer
 
@@ -172,10 +174,10 @@ def _refuse_other_tokens(recipe: Recipe, layout: Layout, system: System, bundle:
     if bundle.meta["vocab_id"] != mine.vocab_id:
         raise RecipeError(
             f"the bundle's tokens ({len(bundle.tokens)}) are not those that the recipe makes of its corpus "
-            f"({len(mine)}), and a loss compares posteriors over them",
+            f"({len(mine)}), and {why}",
             where=recipe.document.where(("systems", system.name, "pretrained", "bundle")),
             remedy="set tokens and data as they were for the bundle, or use a loss on hidden states "
-            "(hidden_mse)",
+            "(hidden_mse) and no lm_weight",
         )
 
 
@@ -184,8 +186,8 @@ def _importer(recipe: Recipe, layout: Layout, system: System, seed: int):  # typ
         from kdrecipe.model.bundle import Bundle
 
         bundle = Bundle.load(Path(str(system.bundle)), recipe.plugins.registry)
-        if _lends_posteriors(recipe, system):
-            _refuse_other_tokens(recipe, layout, system, bundle)
+        if why := _why_same_tokens(recipe, system):
+            _refuse_other_tokens(recipe, layout, system, bundle, why)
         known = {sha256_file(path) for path in recipe.plugin_files if path.is_file()}
         # Those that were there when the recipe was read are known; this one has changed since.
         if strange := [path.name for path, digest in bundle.plugin_files.items() if digest not in known]:

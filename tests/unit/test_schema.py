@@ -874,6 +874,23 @@ def test_a_bundle_whose_tokens_may_be_the_recipes_passes(load, tmp_path):
     load(change(pretrained(tmp_path), "tokens", {"name": "unigram", "vocab_size": 5}))
 
 
+def test_a_bundle_of_another_vocabulary_can_not_be_searched_with_the_language_model(load, plugins, tmp_path):
+    class Fused(Search):
+        class Config(Options):
+            lm_weight: float = 0.0
+
+    plugins.registry.add("decoders", "fused", Fused, "stand-in")
+    data = pretrained(tmp_path, ["<blk>", "<sos/eos>", "<unk>", "▁THE", "A"])
+    change(data, "tokens", {"name": "char"})
+    change(data, "systems.kd.distill.losses.1", {"name": "hidden"})
+    change(data, "lm", {"name": "ngram"})
+    change(data, "decode.decoders", {"fused": {"name": "fused", "lm_weight": 0.3}})
+    [found] = problems(load, data)
+    assert found.startswith(line_of(tmp_path, "lm_weight"))
+    assert "the language model is over the recipe's tokens, and 'teacher' has 5 tokens such as" in found
+    load(change(data, "decode.decoders.fused.lm_weight", 0))
+
+
 def test_training_under_compression_needs_an_objective(load, tmp_path):
     data = pretrained(tmp_path)
     change(data, "systems.pruned", {"compress": {"from": "teacher", "steps": [{"name": "halve"}]}})

@@ -261,6 +261,27 @@ def test_a_bundle_of_other_tokens_is_refused_when_it_is_imported(made, tmp_path)
     assert not (tmp_path / "refused").exists()
 
 
+def test_a_bundle_that_is_searched_with_the_language_model_needs_the_recipes_tokens(made, tmp_path):
+    pytest.importorskip("kenlm")
+    recipe = recipe_with(tmp_path, FEW.replace("{name: kl}", "{name: hidden_mse, layers: {front: front}}"))
+    text = recipe.path.read_text(encoding="utf-8").replace(
+        "teacher: {train: {model: &small", "big: {train: {model: &small"
+    )
+    bundle = made.layout.system("teacher", 1)
+    text = text.replace("  s0:", f"  teacher: {{pretrained: {{bundle: {bundle}}}}}\n  s0:")
+    recipe.path.write_text(text, encoding="utf-8")
+    assert build_plan(load_recipe(tmp_path), made.layout).jobs["teacher/seed1"].needs == ()
+    text += "lm: {name: ngram}\ndecode: {decoders: {beam: {name: ctc_prefix_beam, lm_weight: 0.3}}}\n"
+    recipe.path.write_text(text, encoding="utf-8")
+    recipe = load_recipe(tmp_path)
+    other = Layout(tmp_path / "other")
+    Tokenizer.train(["XYZ"], "char", None, other.tokens)
+    job = build_plan(recipe, other).jobs["teacher/seed1"]
+    assert job.needs == ("tokens",)
+    with pytest.raises(RecipeError, match=r"and a search has a language model over them"):
+        job.run(tmp_path / "refused")
+
+
 def test_heads_over_other_tokens_start_anew(made, tmp_path, monkeypatch):
     recipe = recipe_with(tmp_path)
     student = recipe.systems["teacher"]
