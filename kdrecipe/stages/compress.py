@@ -17,20 +17,19 @@ NUM_CALIBRATION_BATCHES = 16
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """One job per compressed system and seed."""
-    from kdrecipe.stages.inputs import system_inputs
+    from kdrecipe.stages.inputs import model_plugins, system_inputs
 
     for name in recipe.build_order():
         system = recipe.systems[name]
         if system.kind != "compressed":
             continue
-        registry = recipe.plugins.registry
         trained = recipe.trained_ancestor(name)
         for seed in system.seeds:
             assert system.parent is not None
             parent = f"{system.parent}/seed{recipe.seed_of(system.parent, seed)}"
             inputs = {
                 "steps": [{"name": s.name, **s.options} for s in system.steps],
-                "plugins": {s.name: registry.fingerprint("compressors", s.name) for s in system.steps},
+                "plugins": model_plugins(recipe, name),
                 "training": dict(system_inputs(recipe, trained)) if trained else None,
                 "fine_tuning": system.training.model_dump(mode="json"),
             }

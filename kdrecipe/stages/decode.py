@@ -33,6 +33,7 @@ from kdrecipe.recipe.suitable import (
     unfit,
 )
 from kdrecipe.score.hypotheses import bundle_hyps_file, hyps_file
+from kdrecipe.stages.inputs import model_plugins
 from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                 "searches": [{"label": label, "name": d.name, **d.options} for label, d in found.items()],
                 "plugins": {d.name: registry.fingerprint("decoders", d.name) for d in found.values()},
                 "exporter": _exporter_input(recipe, name),
+                "model": model_plugins(recipe, name),
             }
             plan.add(
                 Job(

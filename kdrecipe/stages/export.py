@@ -12,6 +12,7 @@ from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Named, Recipe, System
 from kdrecipe.recipe.suitable import exporters_for
+from kdrecipe.stages.inputs import model_plugins
 from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
             inputs = {
                 "export": [{"name": e.name, **e.options} for e in exporters],
                 "plugins": {e.name: registry.fingerprint("exporters", e.name) for e in exporters},
+                "model": model_plugins(recipe, name),
                 "parity": recipe.parity.model_dump(mode="json"),
                 "compared_on": COMPARED_ON,
             }

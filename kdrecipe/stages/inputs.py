@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.interfaces import TargetSpec
+from kdrecipe.recipe.suitable import bundle_meta
 
 if TYPE_CHECKING:
     from kdrecipe.recipe.load import Recipe, System
@@ -69,18 +70,31 @@ def merge_specs(specs: Iterable[TargetSpec]) -> list[TargetSpec]:
     return list(merged.values())
 
 
+def model_plugins(recipe: Recipe, name: str) -> dict[str, str]:
+    """Fingerprints of the plugins that a system's model consists of.
+
+    They are inputs of whatever runs it: their code may change what the same weights compute.
+    """
+    registry, system, used = recipe.plugins.registry, recipe.systems[name], []
+    while system.parent is not None:
+        used += [("compressors", step.name) for step in system.steps]
+        system = recipe.systems[system.parent]
+    meta = bundle_meta(system) if system.kind == "pretrained" else None
+    used += [("compressors", step["name"]) for step in (meta or {}).get("compression", ())]
+    if model := recipe.model_of(name):
+        used += [("architectures", model["name"]), *(("heads", head) for head in model["heads"])]
+    known = [(kind, plugin) for kind, plugin in used if registry.problem(kind, plugin) is None]
+    return {f"{kind}/{plugin}": registry.fingerprint(kind, plugin) for kind, plugin in known}
+
+
 def system_inputs(recipe: Recipe, system: System) -> Mapping[str, Any]:
     """What determines a trained system's weights, besides data, tokens and teachers."""
     registry = recipe.plugins.registry
     plugins: dict[str, Any] = {}
     if optimisers := recipe.plugins.fingerprints("build_optimizer"):
         plugins["build_optimizer"] = optimisers
-    if system.model:
-        plugins[f"architectures/{system.model['name']}"] = registry.fingerprint(
-            "architectures", system.model["name"]
-        )
-        for head in system.model["heads"]:
-            plugins[f"heads/{head}"] = registry.fingerprint("heads", head)
+    for name in (system.name, *system.needs):
+        plugins |= model_plugins(recipe, name)
     for term in system.terms:
         plugins[f"losses/{term.name}"] = registry.fingerprint("losses", term.name)
     return {

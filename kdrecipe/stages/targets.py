@@ -13,7 +13,7 @@ from kdrecipe.stages.layout import Layout
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """One job per teacher and seed whose targets are cached."""
-    from kdrecipe.stages.inputs import all_needs, students_of
+    from kdrecipe.stages.inputs import all_needs, model_plugins, students_of
 
     for teacher in recipe.teaching():
         needs = all_needs(recipe, teacher)
@@ -22,7 +22,11 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
         for seed in recipe.systems[teacher].seeds:
             name = f"{teacher}/seed{seed}"
             parts = {(s.data, s.unlabelled) for s in students_of(recipe, teacher)}
-            inputs = {"specs": [vars(need) for need in needs], "parts": sorted(parts, key=str)}
+            inputs = {
+                "specs": [vars(need) for need in needs],
+                "parts": sorted(parts, key=str),
+                "model": model_plugins(recipe, teacher),
+            }
             plan.add(
                 Job(
                     4,

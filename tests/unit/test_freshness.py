@@ -210,6 +210,42 @@ def test_code_of_the_optimiser_and_of_report_sections_counts(place):
     assert features == now[2]
 
 
+COMPRESSOR = """
+from kdrecipe import hookimpl
+from kdrecipe.interfaces import Options
+
+class Mine:
+    num_epochs = 0
+    class Config(Options):
+        pass
+    def __init__(self, config):
+        self.scale = 1
+
+@hookimpl
+def register_compressors(register):
+    register("mine", Mine)
+"""
+
+
+def test_code_that_may_change_what_the_same_weights_compute_counts_downstream(place):
+    jobs = ("small/seed1", "export/small/seed1", "decode/small/seed1", "export/scratch/seed1")
+
+    def inputs() -> list[str]:
+        plan = build_plan(load_recipe(place.recipe), Layout(place.work))
+        return [json.dumps(plan.jobs[name].inputs) for name in jobs]
+
+    recipe, plugin = place.recipe / "recipe.yaml", place.recipe / "plugin.py"
+    plugin.write_text(COMPRESSOR)
+    text = recipe.read_text().replace(
+        "systems:\n", "systems:\n  small: {compress: {from: scratch, steps: [{name: mine}]}}\n"
+    )
+    recipe.write_text(text + "plugins: {files: [plugin.py]}\n")
+    before = inputs()
+    plugin.write_text(COMPRESSOR.replace("scale = 1", "scale = 2"))
+    changed = [a != b for a, b in zip(before, inputs(), strict=True)]
+    assert changed == [True, True, True, False]
+
+
 def test_the_report_names_the_command_that_made_it(place):
     def report(*overrides: str) -> dict:
         recipe = load_recipe(place.recipe, overrides=overrides)
