@@ -229,9 +229,7 @@ def load_recipe(
     checker = Checker(parser, systems, corpus, decode, exports)
     checker.check()
     check_lm(parser, lm, decode)
-    tokens = tokens.model_copy(update={"data": learnt_from(parser, "tokens", tokens.data, systems, corpus)})
-    if lm is not None and lm.text is None:
-        lm = lm.model_copy(update={"data": learnt_from(parser, "lm", lm.data, systems, corpus)})
+    tokens, lm = _with_texts(parser, tokens, lm, systems, corpus)
     check_features(parser, systems, features)
     if not parser.problems:
         FitChecker(checker, features, tokens).check()
@@ -260,6 +258,16 @@ def load_recipe(
     )
     _ask_plugins(recipe)
     return recipe
+
+
+def _with_texts(
+    parser: Parser, tokens: Tokens, lm: Lm | None, systems: Mapping[str, System], corpus: Corpus | None
+) -> tuple[Tokens, Lm | None]:
+    """Tokens and language model, with the subsets whose transcripts they are learnt from."""
+    tokens = tokens.model_copy(update={"data": learnt_from(parser, "tokens", tokens.data, systems, corpus)})
+    if lm is not None and lm.text is None:
+        lm = lm.model_copy(update={"data": learnt_from(parser, "lm", lm.data, systems, corpus)})
+    return tokens, lm
 
 
 def _apply(
