@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import py_compile
 import shutil
 from pathlib import Path
 
@@ -160,6 +162,19 @@ def test_a_bundle_that_changes_after_the_check_is_not_imported(place):
     (place.bundle / "bundle.json").write_text(json.dumps(meta))
     with pytest.raises(PluginError, match=r"does not run unasked: new\.py"):
         run_recipe(recipe, work=place.folder / "exp", job="big/seed1")
+
+
+def test_only_the_code_that_one_can_read_runs(place, tmp_path):
+    """Python takes a compiled copy beside a file for the file, whatever is in it, if the copy says so."""
+    other = tmp_path / "other.py"
+    other.write_text(place.plugin + f"\nPath({str(tmp_path / 'evil')!r}).write_text('')\n")
+    compiled = importlib.util.cache_from_source(str(place.bundle / "plugin.py"))
+    py_compile.compile(
+        str(other), compiled, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+    )
+    assert load_recipe(place.folder, trust_plugins=True).plugin_files
+    assert place.trace.exists()
+    assert not (tmp_path / "evil").exists()
 
 
 def test_transcribe_and_bench_ask_first(place, capsys, tmp_path):
