@@ -36,7 +36,8 @@ def published(path: Path) -> dict[str, float]:
             for row in results["systems"]
             for seed, run in zip(row["seeds"], (row["train"] or {}).get("by_seed", ()), strict=False)
         }
-        return {**trained, **results.get("seconds", {})}
+        known = {**trained, **results.get("seconds", {})}
+        return {name: float(seconds) for name, seconds in known.items() if isinstance(seconds, int | float)}
     except (KdrecipeError, LookupError, TypeError, AttributeError):
         return {}
 
