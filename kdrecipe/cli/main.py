@@ -165,7 +165,7 @@ def _summary(recipe: Recipe, profiles: Sequence[str]) -> None:
 
 
 def _transcripts(subset: str | None) -> str:
-    return f"the transcripts of {subset}" if subset else "all training transcripts"
+    return f"the transcripts of the subset {subset}" if subset else "all training transcripts"
 
 
 @cli.command()
