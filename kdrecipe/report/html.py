@@ -46,16 +46,13 @@ def page(
         *(_Part(x["title"], "blocks", from_markdown(x["markdown"])) for x in results["sections"]),
         _Part(made.title, "blocks", made.blocks),
     ]
-    style, script = (
-        Markup((_TEMPLATES / x).read_text(encoding="utf-8")) for x in ("report.css", "report.js")
-    )
     template = _environment().get_template("page.html")
     return template.render(
         name=str(results["recipe"]["name"]),
         subtitle=results["subtitle"],
         parts=parts,
-        style=style,
-        script=script,
+        style=_asset("report.css"),
+        script=_asset("report.js"),
     )
 
 
@@ -76,6 +73,7 @@ class Heading:
 
 
 def _asset(name: str) -> Markup:
+    """A style sheet or a script of the page."""
     return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
 
 

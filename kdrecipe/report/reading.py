@@ -124,9 +124,8 @@ def _compared(found: Mapping[str, Any], few: Sequence[str]) -> tuple[Verdict, st
     p = found["p"] if found.get("p_adjusted") is None else found["p_adjusted"]
     change = f"on {found['split']}: {percent(found['b_mean'])} → {percent(found['a_mean'])} % {metric}"
     if p >= SIGNIFICANT:
-        ends = found.get("ci95")
-        possible = f"; anything from {points(ends)} points is possible" if ends else ""
-        return "same", f"**No difference shown between {a} and {b}** {change}, {_p_phrase(p)}{possible}."
+        text = f"**No difference shown between {a} and {b}** {change}, {_p_phrase(p)}"
+        return "same", f"{text}{_still_possible(found)}."
     better = found["difference"] < 0
     word, more = ("better", "fewer") if better else ("worse", "more")
     if found["b_mean"]:
@@ -142,6 +141,19 @@ def _compared(found: Mapping[str, Any], few: Sequence[str]) -> tuple[Verdict, st
     if lacking := [name for name in (a, b) if name in few]:
         text += f" That is about these models: fewer than three seeds of {_listed(lacking)}."
     return ("better" if better else "worse"), text
+
+
+def _still_possible(found: Mapping[str, Any]) -> str:
+    """What a comparison that shows no difference leaves open."""
+    ends, p = found.get("ci95"), found["p"]
+    if not ends:
+        return ""
+    if not any(ends):
+        return "; the two make equally many errors throughout"
+    if p < SIGNIFICANT:
+        alone = f"alone, this comparison has {_p_phrase(p)} and {points(ends)} points"
+        return f" after correction for the number of comparisons; {alone}"
+    return f"; anything from {points(ends)} points is possible"
 
 
 def points(pair: Sequence[float]) -> str:
@@ -238,7 +250,7 @@ def _cautions(results: Mapping[str, Any], few: Sequence[str]) -> list[tuple[Verd
     if few:
         said.append(
             f"Fewer than three seeds of {_listed(few)}: "
-            "intervals and p-values leave out how far another would move these figures."
+            "intervals and p-values leave out how far another seed would move these figures."
         )
     untimed: dict[tuple[str, str], list[str]] = {}
     for system in results["systems"]:

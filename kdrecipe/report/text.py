@@ -30,6 +30,7 @@ from kdrecipe.score.claims import claimed_text, measured_text
 from kdrecipe.score.intervals import MIN_SEEDS
 
 NUM_WORDS = 5  # columns of the table of systems that hold words
+MAY_BREAK = frozenset({2, 4})  # of these: parents, and what a row runs in
 NUM_RATES = 3  # columns after those that depend on the split
 SEARCHES_ARE = (
     "What the searches do with the bundles, before any export: compare these rows with each other. "
@@ -103,7 +104,7 @@ def main_table(results: Mapping[str, Any], split: str) -> Table:
         costs = [figure(cost) for cost in (system["size_mb"], rtf(system), system["peak_rss_mb"])]
         origin = [system["name"], system["kind"], _parents(system), *_search(system)]
         rows.append([*origin, *rates, count(system["params"]), *costs])
-    return Table(headers, rows, frozenset(range(NUM_WORDS, len(headers))))
+    return Table(headers, rows, frozenset(range(NUM_WORDS, len(headers))), MAY_BREAK)
 
 
 def _search(system: System) -> list[str]:
@@ -247,7 +248,7 @@ def _made_section(results: Mapping[str, Any]) -> Section:
     lines = [f"{key}: {', '.join(_flat(recipe[key]))}" for key in keys if recipe.get(key)]
     known = [seconds for seconds in results["seconds"].values() if seconds is not None]
     if known:
-        lines.append(f"time: {duration(sum(known))} of jobs, one after the other")
+        lines.append(f"time: {duration(sum(known))}, the sum of all jobs")
     runtimes: dict[str, list[str]] = {}
     for system in results["systems"]:
         if system["runtime"]:
@@ -374,7 +375,7 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
         if i:  # what a system costs does not depend on the split
             end = NUM_WORDS + NUM_RATES
             rows = [row[:end] for row in table.rows]
-            table = Table(table.headers[:end], rows, table.numeric & set(range(end)))
+            table = Table(table.headers[:end], rows, table.numeric & set(range(end)), table.prose)
         facts = results["splits"].get(split, {})
         blocks: list[Block] = [table, _errors_table(results, split)]
         if facts.get("utterances"):

@@ -29,9 +29,10 @@ from kdrecipe.score.intervals import (
 )
 
 INTERVAL = (
-    "95 %, Student's t on the variance between speakers (each with all its utterances) and, with "
-    f"{MIN_SEEDS} seeds or more, between seeds, as crossed random effects (Clark 1973), degrees of "
-    "freedom after Satterthwaite (1946); of gap recovered after Fieller (1954)"
+    "95 %, Student's t on the variance between speakers, each with all its utterances (between utterances "
+    f"where speakers are not known or fewer than {MIN_SPEAKERS}), and, with {MIN_SEEDS} seeds or more, "
+    "between seeds, as crossed random effects (Clark 1973), degrees of freedom after Satterthwaite (1946); "
+    "of gap recovered after Fieller (1954)"
 )
 TEST = "t-test of the difference on the same variances as its interval, paired over utterances, two-sided"
 Texts = Mapping[str, Mapping[int, Mapping[str, tuple[str, str]]]]
