@@ -119,6 +119,17 @@ def test_a_recipe_that_names_the_same_file_has_said_so(place):
     assert (made / "plugin.py").read_text() == place.plugin
 
 
+def test_a_table_that_was_made_with_consent_asks_again(place, capsys):
+    (place.folder / "corpus").mkdir()
+    made = "# Results of x\n\n## How this was made\n\n```sh\nkdrecipe run x --trust-plugins\n```\n"
+    (place.folder / "RESULTS.md").write_text(made)
+    assert main(["regenerate", str(place.folder), "--dry-run"]) == 2
+    assert "--trust-plugins" in capsys.readouterr().err
+    assert not place.trace.exists()
+    assert main(["regenerate", str(place.folder), "--dry-run", "--trust-plugins"]) == 0
+    assert capsys.readouterr().out.split() == ["kdrecipe", "run", str(place.folder), "--trust-plugins"]
+
+
 def test_another_file_of_the_same_name_is_not_the_same_file(place):
     write_atomic(place.folder / "plugin.py", "x = 1\n")
     place.add("plugins: {files: [plugin.py]}\n")
