@@ -274,7 +274,7 @@ def test_reading_follows_the_figures(made: tuple[Path, Any]) -> None:
     assert "p < 0.001" in better or "p = 0.00" in better
     assert any(text.startswith("kd recovers") for text in said)
     assert any(
-        text.startswith("kd_int8 takes 1.12 MB where kd takes 3.41 MB; how fast they are does not differ")
+        text.startswith("kd_int8 takes 1.12 MB where kd takes 3.41 MB; their speeds differ by no more than")
         for text in said  # 1.2 times: two runs of one model are that far apart
     )
     assert any("Fewer than three seeds of teacher: intervals and p-values leave out" in text for text in said)
