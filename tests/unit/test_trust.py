@@ -138,6 +138,13 @@ def test_another_file_of_the_same_name_is_not_the_same_file(place):
     assert not place.trace.exists()
 
 
+def test_a_description_without_a_list_brings_no_code(place):
+    meta = json.loads((place.bundle / "bundle.json").read_text())
+    del meta["plugin_files"]
+    (place.bundle / "bundle.json").write_text(json.dumps(meta))
+    assert Bundle.load(place.bundle).plugin_files == {}
+
+
 def change_plugin(place):
     with open(place.bundle / "plugin.py", "a") as file:
         file.write("\n# more\n")
