@@ -45,7 +45,7 @@ def read_description(directory: Path) -> dict[str, Any]:
             remedy="make the bundle again with this version of kdrecipe, or use the version that made it",
         )
     assert isinstance(meta, dict)
-    _check_list(meta.get("plugin_files", {}), path)
+    _check_list(meta.setdefault("plugin_files", {}), path)
     return meta
 
 

@@ -88,7 +88,8 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         "seed": seed,
         "compression": done,
         "training": effort,
-        "plugin_files": carry([*parent.plugin_files, *recipe.plugin_files], out),
+        # The recipe's alone: the parent's may be of an earlier state of the same file.
+        "plugin_files": carry(recipe.plugin_files, out),
     }
     Bundle.save(out, model, parent.tokens, meta, made)
     for checkpoints in out.glob("train/*/checkpoints"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -312,3 +313,17 @@ def test_it_takes_seconds() -> None:
         assert all((a - b).p_value() <= 1 for b in rates)
     quotient_interval(rates[0] - rates[1], rates[0] - 0.5 * rates[2])
     assert time.process_time() - start < 3
+
+
+def main() -> None:
+    """Print the coverage that the documents quote: ``python tests/unit/test_intervals.py``."""
+    kinds = {"ours": ours, "bootstrap": hierarchical_bootstrap, "utterances alone": utterances_alone}
+    for kind, intervals in kinds.items():
+        for speakers, seeds, effect in itertools.product((8, 20), (3, 5), (0.05, 0.3, 0.6)):
+            found = coverage(speakers, seeds, effect, intervals)
+            shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.items())
+            print(f"{kind}: {speakers} speakers, {seeds} seeds, effect {effect}: {shares}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,7 @@ from kdrecipe.recipe.load import load_recipe
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.plan import build_plan
 from kdrecipe.stages.run import _job_arguments, run_recipe
-from kdrecipe.testing.corpus import speak
+from kdrecipe.testing.corpus import make_corpus, speak
 
 PLUGIN = """
 from pathlib import Path
@@ -148,6 +148,13 @@ def test_another_file_of_the_same_name_is_not_the_same_file(place):
     assert not place.trace.exists()
 
 
+def test_a_description_without_a_list_brings_no_code(place):
+    meta = json.loads((place.bundle / "bundle.json").read_text())
+    del meta["plugin_files"]
+    (place.bundle / "bundle.json").write_text(json.dumps(meta))
+    assert Bundle.load(place.bundle).plugin_files == {}
+
+
 def change_plugin(place):
     with open(place.bundle / "plugin.py", "a") as file:
         file.write("\n# more\n")
@@ -217,3 +224,63 @@ def test_only_what_belongs_to_a_bundle_is_imported(place):
     made = place.folder / "exp" / "systems" / "big" / "seed1"
     names = {"bundle.json", "weights.pt", "tokens.txt", "spm.model", "plugin.py", "stamp.json"}
     assert {path.name for path in made.iterdir()} == names
+
+
+COMPRESSOR = """
+from kdrecipe import hookimpl
+from kdrecipe.interfaces import Options
+
+
+class Halve:
+    num_epochs = 0
+
+    class Config(Options):
+        "No options."
+
+    def __init__(self, config):
+        pass
+
+    def apply(self, model, context):
+        return model
+
+    def on_step(self, model, step, num_steps):
+        pass
+
+    def finish(self, model):
+        return model
+
+    def rebuild(self, model):
+        return model
+
+    def report(self):
+        return {"share": 0.5}
+
+
+@hookimpl
+def register_compressors(register):
+    register("halve", Halve)
+"""
+
+COMPRESSED = """
+corpus: {name: manifests, root: corpus}
+features: {num_mel_bins: 20}
+tokens: {name: char}
+training: {epochs: 1, precision: fp32}
+plugins: {files: [plugin.py]}
+systems:
+  big: {train: {model: {name: conformer, num_layers: 1, dim: 16, num_heads: 2, heads: {ctc: {}}}}}
+  small: {compress: {from: big, steps: [{name: halve}]}}
+export: [{name: onnx_ctc}]
+"""
+
+
+def test_a_compressor_that_is_changed_after_its_parent_was_trained_is_brought_once(tmp_path):
+    make_corpus(tmp_path / "corpus", num_speakers=4, utterances_per_speaker=2)
+    (tmp_path / "recipe.yaml").write_text(COMPRESSED)
+    for text in (COMPRESSOR, COMPRESSOR.replace("0.5", "0.25")):
+        (tmp_path / "plugin.py").write_text(text)
+        run_recipe(load_recipe(tmp_path), 0, 6, jobs=1, work=tmp_path / "exp")
+    bundle = Bundle.load(tmp_path / "exp/systems/small/seed1", trust_plugins=True)
+    assert bundle.meta["compression"][0]["report"] == {"share": 0.25}
+    assert [path.read_text() for path in bundle.plugin_files] == [text]
+    assert bundle.model is not None
