@@ -88,7 +88,8 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         "seed": seed,
         "compression": done,
         "training": effort,
-        "plugin_files": carry([*parent.plugin_files, *recipe.plugin_files], out),
+        # Not the parent's copies: the recipe's ran here, and two states of one file exclude each other.
+        "plugin_files": carry(recipe.plugin_files, out),
     }
     Bundle.save(out, model, parent.tokens, meta, made)
     for checkpoints in out.glob("train/*/checkpoints"):
