@@ -18,7 +18,6 @@ from pydantic import Field
 
 from kdrecipe import hookimpl
 from kdrecipe.corpus.gather import Utterance, gather, read_lines
-from kdrecipe.corpus.manifests import overlap_notes
 from kdrecipe.corpus.problems import DataProblem
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import Options, Prepared
@@ -79,9 +78,9 @@ class An4:
             recordings, supervisions, found = gather(utterances, convert_dir=out_dir / "audio")
             splits[split] = (recordings, supervisions)
             problems += found
-        notes = [f"dev is made of {len(dev)} speakers of train: {', '.join(sorted(dev))}"]
-        notes += _unlisted(corpus_dir) + overlap_notes(splits)
-        return Prepared(splits, list(problems), notes)
+        number = f"{len(dev)} speaker{'s' if len(dev) > 1 else ''}"
+        notes = [f"dev is made of {number} of train: {', '.join(sorted(dev))}"]
+        return Prepared(splits, list(problems), notes + _unlisted(corpus_dir))
 
 
 def _read_part(corpus_dir: Path, part: str, problems: list[DataProblem]) -> list[Utterance]:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 from kdrecipe import hookimpl
 from kdrecipe.corpus.gather import Utterance, gather, read_lines
-from kdrecipe.corpus.manifests import overlap_notes
 from kdrecipe.corpus.problems import DataProblem
 from kdrecipe.errors import DataError, Problem
 from kdrecipe.interfaces import Options, Prepared
@@ -61,7 +60,7 @@ class LibriSpeech:
             for part in dict.fromkeys(part for parts in split_parts.values() for part in parts)
         }
         splits = _assign(split_parts, manifests, notes)
-        return Prepared(splits, list(problems), notes + overlap_notes(splits))
+        return Prepared(splits, list(problems), notes)
 
     def _choose_parts(self, root: Path, notes: list[str]) -> dict[str, list[str]]:
         """Which parts make up each split: as configured, else whatever usual ones there are."""

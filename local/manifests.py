@@ -10,7 +10,6 @@ from typing import Any
 
 from kdrecipe import hookimpl
 from kdrecipe.corpus.gather import read_lines
-from kdrecipe.corpus.manifests import overlap_notes
 from kdrecipe.corpus.problems import DataProblem
 from kdrecipe.errors import DataError, Problem
 from kdrecipe.interfaces import SAMPLE_RATE, Options, Prepared
@@ -73,7 +72,6 @@ class Manifests:
                 RecordingSet.from_recordings(recordings),
                 SupervisionSet.from_segments(supervisions),
             )
-        prepared.notes += overlap_notes(prepared.splits)
         return prepared
 
     def _located(self, recording: Any, corpus_dir: Path) -> Any:

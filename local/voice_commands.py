@@ -22,7 +22,6 @@ from pydantic import Field, field_validator
 
 from kdrecipe import hookimpl
 from kdrecipe.corpus.gather import Utterance, gather
-from kdrecipe.corpus.manifests import overlap_notes
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import SAMPLE_RATE, Options, Prepared
 
@@ -162,7 +161,6 @@ class VoiceCommands:
             prepared.splits[split] = (recordings, supervisions)
             prepared.problems += problems
         prepared.notes.append("the speech is synthetic: espeak-ng with artificial noise and rooms")
-        prepared.notes += overlap_notes(prepared.splits)
         return prepared
 
     def _cast(self) -> list[_Speaker]:

@@ -165,7 +165,7 @@ def _summary(recipe: Recipe, profiles: Sequence[str]) -> None:
 
 
 def _transcripts(subset: str | None) -> str:
-    return f"the transcripts of {subset}" if subset else "all training transcripts"
+    return f"the transcripts of the subset {subset}" if subset else "all training transcripts"
 
 
 @cli.command()
@@ -205,7 +205,10 @@ def bench(model: Path, audio: tuple[Path, ...], trust_plugins: bool) -> None:
 )
 @click.option("--render", is_flag=True, help="Only score and report what earlier runs left there.")
 @click.option("--dry-run", is_flag=True, help="Only print the commands.")
-def regenerate(recipes: tuple[str, ...], work: Path | None, render: bool, dry_run: bool) -> None:
+@_trust_option
+def regenerate(
+    recipes: tuple[str, ...], work: Path | None, render: bool, dry_run: bool, trust_plugins: bool
+) -> None:
     """Make committed tables again: all, or those of RECIPE.
 
     Each RESULTS.md names the command that made it; that command is run, and writes it anew.
@@ -216,7 +219,7 @@ def regenerate(recipes: tuple[str, ...], work: Path | None, render: bool, dry_ru
     found = named or [recipe for folder in _recipe_folders()[:1] for recipe in command.with_results(folder)]
     if not found:
         raise RecipeError("there is no recipe with a RESULTS.md", remedy="call it where recipes/ lies")
-    command.regenerate(found, work=work, render=render, dry_run=dry_run)
+    command.regenerate(found, work=work, render=render, dry_run=dry_run, trust_plugins=trust_plugins)
 
 
 @cli.command()

@@ -14,28 +14,35 @@ from kdrecipe.recipe.load import load_recipe
 from kdrecipe.stages.needed import missing
 
 _COMMAND = re.compile(r"^## How this was made\n+```sh\n(kdrecipe run .+)\n```$", re.MULTILINE)
-TRUST = "--trust-plugins"
 RENDER = ["--stage", "score", "--force"]
-"""Nothing is trained or decoded again: scores and report, from what lies in the work directory."""
+"""Only scores and report, from the work directory: nothing is trained or decoded again."""
+TRUST = "--trust-plugins"
 
 
 def regenerate(
-    recipes: Sequence[Path], *, work: Path | None = None, render: bool = False, dry_run: bool = False
+    recipes: Sequence[Path],
+    *,
+    work: Path | None = None,
+    render: bool = False,
+    dry_run: bool = False,
+    trust_plugins: bool = False,
 ) -> None:
-    """Run recipes one after the other, each in a process of its own; one that fails stops no other.
+    """Run recipes one after the other, each in its own process; if one fails, the others still run.
 
     Args:
         recipes: directories with a ``RESULTS.md``.
-        work: directory for all that is made, in a folder per recipe; None: ``exp`` in each.
-        render: only stages 9 and 10, on what earlier runs left there.
+        work: directory for all results, with a folder per recipe; None: ``exp`` in each recipe.
+        render: only stages 9 and 10, from the output of earlier runs there.
         dry_run: only print the commands.
+        trust_plugins: run the plugin files of imported bundles; that a table was made so is no consent.
 
     Raises:
-        RecipeError: what recipes need and this machine lacks, of all of them, before anything runs.
+        RecipeError: what the recipes need and this machine lacks, listed for all before anything runs.
         TrainingError: recipes that failed.
     """
-    commands = {recipe: command(recipe, work, render) for recipe in recipes}
-    problems = [p for recipe in recipes for p in _lacking(recipe, work, render, TRUST in commands[recipe])]
+    more = [TRUST] if trust_plugins else []
+    commands = {recipe: [*command(recipe, work, render), *more] for recipe in recipes}
+    problems = [p for recipe in recipes for p in _lacking(recipe, work, render, trust_plugins)]
     for words in commands.values():
         print(shlex.join(["kdrecipe", *words]), flush=True)
     if problems:
@@ -52,15 +59,15 @@ def regenerate(
 
 
 def with_results(folder: Path) -> list[Path]:
-    """Recipes below a folder ``recipes`` whose table is committed."""
+    """Recipes in a folder ``recipes`` that have a table."""
     return sorted(path.parent for path in folder.glob("*/*/RESULTS.md"))
 
 
 def command(recipe: Path, work: Path | None, render: bool) -> list[str]:
-    """The words after ``kdrecipe`` of the command that a recipe's ``RESULTS.md`` names, for this machine.
+    """The command that a recipe's ``RESULTS.md`` names, for this machine: its words after ``kdrecipe``.
 
     Raises:
-        KdrecipeError: the file is not there, or names none.
+        KdrecipeError: there is no such file, or it names no command.
     """
     path = recipe / "RESULTS.md"
     found = _COMMAND.search(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -68,15 +75,16 @@ def command(recipe: Path, work: Path | None, render: bool) -> list[str]:
         raise KdrecipeError("no table with a command that makes it", where=str(path))
     _, run, _, *options = shlex.split(found[1])
     place = ["--work", str(work / _name(recipe))] if work else []
+    options = [word for word in options if word != TRUST]
     return [run, str(recipe), *options, *place, *(RENDER if render else [])]
 
 
-def _lacking(recipe: Path, work: Path | None, render: bool, trust: bool) -> list[Problem]:
-    found = missing(load_recipe(recipe, trust_plugins=trust))
+def _lacking(recipe: Path, work: Path | None, render: bool, trust_plugins: bool) -> list[Problem]:
+    found = missing(load_recipe(recipe, trust_plugins=trust_plugins))
     lacking = [Problem(f"{_name(recipe)}: {p.what}", p.where, p.remedy) for p in found]
     place = work / _name(recipe) if work else recipe / "exp"
     if render and not (place / "scores").is_dir():
-        what = f"{_name(recipe)}: nothing to render, {place} holds no finished run"
+        what = f"{_name(recipe)}: nothing to render, there is no finished run in {place}"
         lacking.append(Problem(what, remedy="run it without --render, or name the recipes to render"))
     return lacking
 

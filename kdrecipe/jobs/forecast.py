@@ -1,4 +1,4 @@
-"""How long a run takes, from what its jobs took before."""
+"""How long a run takes, estimated from the times of earlier runs of its jobs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.report.reading import duration
 
-_ENOUGH_S = 5.0  # of finished jobs, before this run counts as faster or slower than those before
+_ENOUGH_S = 5.0  # time of finished jobs that is needed to compare the speed of this run with earlier ones
 
 
 @dataclass
 class Forecast:
-    """What is left of a run.
+    """How much of a run is left.
 
     Args:
         jobs: those that will run, in the plan's order.
-        seconds: what they took before, by name; jobs that have never run are missing.
-        num_jobs: processes side by side.
+        seconds: how long they took before, by name; without jobs that have never run.
+        num_jobs: number of processes side by side.
     """
 
     jobs: Sequence[Job]
@@ -30,7 +30,7 @@ class Forecast:
     _took_s: float = field(default=0.0, init=False)
 
     def done(self, job: Job, seconds: float | None) -> None:
-        """Note that a job is finished; ``seconds``: what it took, None if it was skipped."""
+        """Note that a job is finished; ``seconds``: how long it took, None if it was skipped."""
         self._done.add(job.name)
         if seconds is not None and job.name in self.seconds:
             self._expected_s += self.seconds[job.name]
@@ -49,7 +49,7 @@ class Forecast:
         return f"{text}, {left} left" if left and self.left else text
 
     def text(self) -> str:
-        """``about 12 min``, ``at least 12 min`` where some jobs were never timed; empty if none were."""
+        """``about 12 min``; ``at least 12 min`` if some jobs were never timed; empty if none was."""
         known = [job for job in self.left if job.name in self.seconds]
         if not known:
             return ""
@@ -60,12 +60,12 @@ class Forecast:
 
 
 def span_s(jobs: Sequence[Job], seconds: Mapping[str, float], num_jobs: int) -> float:
-    """Seconds that jobs take from first to last, started as :class:`kdrecipe.jobs.run.Run` does.
+    """Seconds until all jobs are finished, if they start in the order of :class:`kdrecipe.jobs.run.Run`.
 
     Args:
         jobs: in the plan's order.
-        seconds: of each, by name; others take no time.
-        num_jobs: processes side by side.
+        seconds: of each, by name; a job that is missing counts as 0.
+        num_jobs: number of processes side by side.
     """
     queue = list(jobs)
     running: list[tuple[float, str]] = []  # a heap of (end, name)

@@ -43,7 +43,7 @@ class SimplePass:
     Args:
         log_likelihood_B: log P(text | audio).
         next_occupancy_BPT: see :func:`~kdrecipe.lattice.paths.lattice_pass`.
-        blank_occupancy_BPT: likewise.
+        blank_occupancy_BPT: see there.
     """
 
     log_likelihood_B: Tensor
@@ -132,7 +132,7 @@ def prune_ranges(
 
     Args:
         next_occupancy_BPT: of the simple joiner.
-        blank_occupancy_BPT: likewise.
+        blank_occupancy_BPT: of the simple joiner.
         lens_B: int64, valid frames.
         token_lens_B: int64.
         num_positions: at least 2.
@@ -196,7 +196,7 @@ def joined_cells(
         lattice: its two sides.
         num_positions: see :func:`prune_ranges`.
         lm_scale: of the :func:`simple_pass` that chooses them.
-        am_scale: likewise.
+        am_scale: of the same pass.
     """
     key = ("cells", num_positions) if num_positions is None else ("cells", num_positions, lm_scale, am_scale)
     if key not in lattice.kept:

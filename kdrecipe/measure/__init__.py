@@ -1,1 +1,1 @@
-"""What an exported model says and costs: the parity gate, speed and memory in the runtime."""
+"""Exported models: the parity gate, and speed and memory in the runtime."""

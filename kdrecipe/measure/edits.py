@@ -1,4 +1,4 @@
-"""Word and token errors: fewest edits from what should be there to what is."""
+"""Word and token errors: the fewest edits from reference to hypothesis."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Edits:
     """Word or token errors, summed.
 
     Args:
-        substitutions: of one item for another.
+        substitutions: items that are replaced by another.
         deletions: items of the reference that are missing.
-        insertions: items that are too many.
-        length: items of the reference.
+        insertions: items that the reference does not have.
+        length: number of items of the reference.
     """
 
     substitutions: int = 0
@@ -35,17 +35,17 @@ class Edits:
 
     @property
     def errors(self) -> int:
-        """All kinds together."""
+        """All three kinds together."""
         return self.substitutions + self.deletions + self.insertions
 
     @property
     def rate(self) -> float:
-        """Errors per item of the reference; 0 to above 1."""
+        """Errors per item of the reference; 0 or more, it may exceed 1."""
         return self.errors / max(1, self.length)
 
 
 def edits(reference: Sequence[Item], hypothesis: Sequence[Item]) -> Edits:
-    """Fewest edits from reference to hypothesis; of equally few, those with fewest deletions."""
+    """The fewest edits from reference to hypothesis; among equals, those with the fewest deletions."""
     # per prefix of the hypothesis: (errors, deletions, insertions, substitutions)
     row = [(j, 0, j, 0) for j in range(len(hypothesis) + 1)]
     for i, expected in enumerate(reference, 1):

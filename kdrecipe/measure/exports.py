@@ -1,4 +1,4 @@
-"""Which exporter wrote the files that a path means."""
+"""Finds the exporter that wrote the files of a path."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Export:
         name: of the exporter.
         exporter: its class.
         directory: where the files are.
-        variant: ``fp32`` or ``int8``; empty: not known, of a file from elsewhere.
+        variant: ``fp32`` or ``int8``; empty if it is not known, for a file from elsewhere.
         file: that file.
     """
 
@@ -38,7 +38,7 @@ class Export:
         return {part: self.directory / name for part, name in names.items()}
 
     def load(self) -> Runner:
-        """Ready to recognise."""
+        """Load it, ready to recognise."""
         runner: Runner
         if self.file is not None:
             runner = self.exporter.load_file(self.file)
@@ -48,11 +48,11 @@ class Export:
 
 
 def find_exports(path: Path, registry: Registry) -> list[Export]:
-    """The variants of the export in a directory, or the one that a file belongs to; empty: there is none.
+    """The variants of the export in a directory, or that of a file; empty if there is none.
 
-    Of several exporters whose files are there, the one with most files wrote them: that a transducer
-    has an encoder and a decoder does not make it an attention model. A file by a name that none of them
-    writes belongs to the exporter that loads files with its suffix.
+    If the files fit several exporters, the exporter with the most files wrote them: a transducer also
+    has an encoder and a decoder, but is no attention model. A file with a name that no exporter writes
+    belongs to the exporter that loads files with this suffix.
     """
     directory = path if path.is_dir() else path.parent
     found = [

@@ -1,9 +1,9 @@
-"""The parity gate: an export must say what its bundle says.
+"""The parity gate: an export must give the results of its bundle.
 
-For every variant of an export, on real utterances: its log-posteriors against the model's, along the
-model's own greedy path; the tokens that its greedy search finds; the texts that the device's runtime
-makes of the audio, and the word errors of those. Deletions are watched by themselves, since that is
-how int8 goes wrong first.
+For every variant of an export, on real utterances, it compares the log-posteriors with the model's, along
+the model's own greedy path; the tokens that greedy search finds; and the texts that the device's runtime
+recognises, with their word errors. Deletions have a limit of their own, since they are the first thing
+that goes wrong in int8.
 
 Shapes: T frames, F feature bins, V vocabulary, M steps of a path.
 """
@@ -26,7 +26,7 @@ from kdrecipe.measure.edits import Edits, edits
 from kdrecipe.measure.reference import STEPS, Reference, reference
 from kdrecipe.recipe.sections import Parity
 
-PADDED_BATCH = 4  # utterances that are run together, too, to see that padding does no harm
+PADDED_BATCH = 4  # utterances that are also run as one batch, to check that padding changes nothing
 
 
 @dataclass
@@ -83,18 +83,18 @@ def check_parity(
     *,
     variants: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Hold every variant of an export to its bundle.
+    """Compare every variant of an export with its bundle.
 
-    The fp32 variant answers to the bundle's model with float weights, the int8 variant to the model
-    as it is (which of an int8 bundle computes in int8, too).
+    The fp32 variant is compared with the bundle's model in float weights, the int8 variant with the model
+    as it is (that of an int8 bundle computes in int8, too).
 
     Args:
-        bundle: what was exported.
-        exporter: what exported it.
-        directory: where to.
+        bundle: the bundle that was exported.
+        exporter: the exporter that wrote the files.
+        directory: where they are.
         utterances: a few dozen, with transcripts.
         limits: see :class:`kdrecipe.recipe.sections.Parity`.
-        variants: those that were exported; None: all that the exporter knows.
+        variants: those that were exported; None: all variants of the exporter.
 
     Returns:
         ``{"num_utterances", "num_words", "bundle": {"wer", "deletions"}, <variant>: figures}``: figures
@@ -103,7 +103,7 @@ def check_parity(
         not percent).
 
     Raises:
-        ParityError: naming every bound that broke, with the numbers.
+        ParityError: names every limit that was exceeded, with the numbers.
     """
     limits = limits or Parity()
     utterances = list(utterances)[: limits.num_utterances]
@@ -164,7 +164,7 @@ def _compare(
 def _add_padded_batch(
     found: _Comparison, runner: Runner, expected: list[Reference], features: list[np.ndarray]
 ) -> None:
-    """The first few utterances in one batch, the shorter ones padded with loud nonsense."""
+    """The first few utterances in one batch; the padding of the shorter ones has values far from silence."""
     batch = features[:PADDED_BATCH]
     lens_B = np.array([len(f) for f in batch])
     features_BTF = np.full((len(batch), lens_B.max(), batch[0].shape[1]), 5.0, dtype=np.float32)
@@ -179,7 +179,7 @@ def _add_padded_batch(
 def _broken(
     variant: str, found: _Comparison, own: Edits, limits: Parity, where: str, step: str
 ) -> list[Problem]:
-    """Every bound that a variant breaks."""
+    """Every limit that a variant exceeds."""
     slack = limits.slack
     more_errors, more_deletions = (_beyond_chance(m, slack) for m in zip(*found.more, strict=True))
     tokens = found.tokens.rate if found.tokens.errors > slack else 0.0
@@ -215,9 +215,9 @@ def _broken(
         if not value <= getattr(limits, name)  # NaN breaks it, too
     ]
     if not found.same_length:
-        problems.append(Problem(f"it gives other numbers of {step}s than the model", where, _FP32_REMEDY))
-    # Features that are not the training's show in fp32. In int8, the last digits of a feature decide
-    # how activations are rounded, so it has the room there that int8 has anyway.
+        problems.append(Problem(f"its number of {step}s differs from the model's", where, _FP32_REMEDY))
+    # If the runtime's features differ from those of training, fp32 shows it. In int8, the last digits of a
+    # feature decide how activations are rounded, so the limit is that of int8.
     name = "max_token_error_int8" if variant == "int8" else "max_token_error_runtime"
     if runtime > getattr(limits, name):
         what = f"share of tokens that the runtime changes: {runtime:.4g}, at most "

@@ -1,4 +1,4 @@
-"""What a bundle's model says: the greedy path of a head, and its log-posteriors along it.
+"""The greedy path of a head of a bundle's model, and the log-posteriors along it.
 
 Shapes: T frames, U tokens, V vocabulary, M steps of a path.
 """
@@ -17,7 +17,7 @@ from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import BLANK_ID, SOS_EOS_ID, UNK_ID, ModelOutput
 
 STEPS = {"ctc": "frame", "rnnt": "frame", "attention": "token"}
-"""What a step of a head's path is."""
+"""What one step of a head's path is."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Reference:
 
 @torch.no_grad()
 def reference(model: Any, head: str, features_TF: np.ndarray) -> Reference:
-    """What ``model`` says of one utterance by ``head``.
+    """The result of ``model`` on one utterance, by ``head``.
 
     Raises:
         KdrecipeError: a head other than those in :data:`STEPS`.

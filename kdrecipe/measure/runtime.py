@@ -1,6 +1,6 @@
-"""What an export recognises and costs, in its runtime, in a separate process.
+"""Text, time and memory of an export in its runtime, in a separate process.
 
-One recognition gives both an utterance's text and its time.
+Each utterance is recognised once, which gives both its text and its time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import SAMPLE_RATE, Exporter, Runtime
 from kdrecipe.recipe.suitable import RuntimeOptions, default_search
 
-NUM_WARM_UP = 3  # utterances recognised before the clock counts: memory is laid out in the first ones
+NUM_WARM_UP = 3  # utterances recognised before time is measured: the first ones allocate memory
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,19 @@ class Recognised:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What running a model costs. A real-time factor is seconds of work per second of audio.
+    """Time and memory of a model. A real-time factor is seconds of work per second of audio.
 
     Args:
         runtime: its name and version, threads and variant.
-        search: what the runtime calls the search that it ran.
+        search: the runtime's name of the search that it ran.
         rtf_median: over utterances.
         rtf_p95: 95th percentile over utterances.
         rtf_total: all work over all audio.
-        peak_rss_mb: most memory of the whole process, interpreter included, in 10^6 bytes.
+        peak_rss_mb: largest memory of the whole process, including the interpreter, in 10^6 bytes.
         baseline_rss_mb: of the same process before it loaded the model.
         size_mb: of the model's files, in 10^6 bytes.
         load_s: seconds to load the model.
-        utterances: what was recognised, in the order given.
+        utterances: the results, in the given order.
     """
 
     runtime: str
@@ -80,7 +80,7 @@ class Measurement:
         return {u.id: u.text for u in self.utterances}
 
     def summary(self) -> dict[str, Any]:
-        """All but the utterances, JSON-like: ``rtf`` (median, p95, total), ``peak_rss_mb``, ..."""
+        """Everything except the utterances, JSON-like: ``rtf`` (median, p95, total), ``peak_rss_mb``, ..."""
         return {
             "rtf": {"median": self.rtf_median, "p95": self.rtf_p95, "total": self.rtf_total},
             "peak_rss_mb": self.peak_rss_mb,
@@ -111,13 +111,13 @@ def measure_export(
         exporter: or its class.
         directory: holds the variant's files, and ``tokens.txt``.
         variant: ``fp32`` or ``int8``.
-        utterances: at least one, taken one after the other; the first three are recognised once before,
-            unmeasured.
+        utterances: at least one, recognised one after the other; the first three are recognised once
+            before, without measuring.
         search: see :func:`kdrecipe.recipe.suitable.runtime_search`; None: the runtime's default.
         num_threads: of the runtime.
 
     Raises:
-        KdrecipeError: there is no such export, no utterance, no runtime to measure it in, or the
+        KdrecipeError: there is no such export, no utterance or no runtime to measure it in, or the
             runtime failed.
     """
     files = {part: Path(directory) / name for part, name in exporter.files[variant].items()}
@@ -135,7 +135,7 @@ def measure_files(
     num_threads: int = 1,
     label: str = "",
 ) -> Measurement:
-    """The same for files (part -> path) with ``tokens.txt`` beside them; ``label`` ends the name."""
+    """The same for files (part -> path) with ``tokens.txt`` beside them; ``label`` is added to the name."""
     where = str(next(iter(files.values())))
     if runtime is None:
         raise KdrecipeError("the exporter has no runtime to measure it in", where=where)
@@ -206,7 +206,7 @@ def _run_worker(
             str(directory / "spec.json"),
             str(result),
         ]
-        # One thread has none to wait for; several must not spin beside other work.
+        # Several threads must not spin while they wait, since that takes cores from other work.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(num_threads)}
         process = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
         if process.returncode or not result.exists():

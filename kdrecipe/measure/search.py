@@ -1,6 +1,6 @@
-"""How long a search takes: the bundle in torch, on one thread of the processor, from samples to text.
+"""The time of a search on the bundle in torch, on one thread, from samples to text.
 
-Slower than what ships, but the same for every search, also for those that no runtime has.
+This is slower than what ships, but the same for every search, also for those that no runtime has.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def search_rtf(
     Args:
         model: on the CPU, in evaluation mode.
         decoder: the search.
-        features: how the model's features are computed, as its bundle says.
-        utterances: at least one; the first three are recognised once before, unmeasured.
+        features: how the model's features are computed, from its bundle.
+        utterances: at least one; the first three are recognised once before, without measuring.
 
     Raises:
         KdrecipeError: there is no utterance.

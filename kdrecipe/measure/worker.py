@@ -1,7 +1,7 @@
-"""The process that :mod:`kdrecipe.measure.runtime` measures: a runtime and nothing else.
+"""The process that :mod:`kdrecipe.measure.runtime` measures: it loads a runtime and nothing else.
 
 Run as ``python -m kdrecipe.measure.worker SPEC RESULT``, both JSON files. Neither torch nor
-lhotse is imported here, nor anything that does: their memory is not the model's.
+Lhotse is imported here, nor a module that imports them: their memory is not the model's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Recognise = Callable[[Any, int], dict[str, Any]]
 def main(spec_path: str, result_path: str) -> None:
     """Recognise the files that the spec lists, one after the other.
 
-    Spec: what :class:`kdrecipe.interfaces.Runtime` says of it, its ``start``, ``num_warm_up`` and
+    Spec: see :class:`kdrecipe.interfaces.Runtime`; also the runtime's ``start``, ``num_warm_up`` and
     ``audio`` (paths).
     Result: ``runtime``, ``load_s``, ``baseline_rss`` and ``peak_rss`` in bytes, and ``utterances``
     with ``text``, ``tokens``, ``times_s``, ``decode_s`` and ``duration_s``.
@@ -30,7 +30,7 @@ def main(spec_path: str, result_path: str) -> None:
     import soundfile
 
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
-    runtime, load = _named(spec["start"])()  # imports it: that is not the model's memory either
+    runtime, load = _named(spec["start"])()  # imports the runtime, whose memory is not the model's either
     baseline_rss = _memory("VmRSS")
     start = time.perf_counter()
     recognise = load(spec)
@@ -64,13 +64,13 @@ def _named(start: str) -> Callable[[], tuple[str, Callable[[dict[str, Any]], Rec
     assert spec is not None
     assert spec.loader is not None, module
     loaded = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = loaded  # where dataclasses look their module up
+    sys.modules[spec.name] = loaded  # dataclasses look up their module there
     spec.loader.exec_module(loaded)
     return getattr(loaded, function)  # type: ignore[no-any-return]
 
 
 def _memory(name: str) -> int:
-    """Bytes of ``VmRSS`` (now) or ``VmHWM`` (the most so far); without Linux, the most so far."""
+    """Bytes of ``VmRSS`` (now) or ``VmHWM`` (the largest so far); the latter, if not on Linux."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{name}:"):

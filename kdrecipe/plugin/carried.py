@@ -1,7 +1,7 @@
-"""Plugin files that travel with a bundle, and the consent that their code needs before it runs.
+"""Plugin files in a bundle, and the consent that is needed before their code runs.
 
-``bundle.json`` lists them as ``plugin_files: {name: sha256}``. A name is a file in the bundle's own
-directory and nothing else. Reading the list, checking and copying the files run none of their code.
+``bundle.json`` lists them as ``plugin_files: {name: sha256}``. A name is that of a file in the bundle's own
+directory. Reading the list and checking or copying the files runs none of their code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kdrecipe.artifacts import read_json, sha256_bytes, sha256_file, write_atomi
 from kdrecipe.errors import KdrecipeError, PluginError, Problem
 
 FORMAT = 2
-"""Number of the format in which bundles are written, and the only one that is read."""
+"""The format in which bundles are written, and the only one that is read."""
 
 CONSENT = "read the code; if you trust it, give --trust-plugins"
 _NAME = re.compile(r"\w[\w.+-]*\.py", re.ASCII)
@@ -23,11 +23,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def read_description(directory: Path) -> dict[str, Any]:
-    """The content of ``bundle.json``, refused where its format or its list of plugin files is not right.
+    """The content of ``bundle.json``; its format and its list of plugin files are checked.
 
     Raises:
-        KdrecipeError: there is none, it is damaged, of another format, or names a plugin file that does
-            not lie beside it.
+        KdrecipeError: it is missing, damaged or of another format, or lists a plugin file that is not in
+            the bundle's directory.
     """
     path = directory / "bundle.json"
     if not path.exists():
@@ -40,9 +40,9 @@ def read_description(directory: Path) -> dict[str, Any]:
     version = meta.get("format") if isinstance(meta, dict) else None
     if version != FORMAT:
         raise KdrecipeError(
-            f"bundle format {version}, this version reads {FORMAT}",
+            f"bundle format {version}; this version reads format {FORMAT}",
             where=str(directory),
-            remedy="make it again with this version of kdrecipe, or use the one that made it",
+            remedy="make the bundle again with this version of kdrecipe, or use the version that made it",
         )
     assert isinstance(meta, dict)
     _check_list(meta.get("plugin_files", {}), path)
@@ -50,7 +50,7 @@ def read_description(directory: Path) -> dict[str, Any]:
 
 
 def _check_list(files: Any, where: Path) -> None:
-    """Refuse all but base names with their hashes."""
+    """Refuse everything but plain file names with hashes."""
     entries = files.items() if isinstance(files, dict) else [(files, None)]
     for name, digest in entries:
         is_name = isinstance(name, str) and _NAME.fullmatch(name)
@@ -58,15 +58,15 @@ def _check_list(files: Any, where: Path) -> None:
             raise PluginError(
                 f"plugin_files: {name!r} is not the plain name of a .py file in the bundle with its SHA-256",
                 where=str(where),
-                remedy="do not use this bundle: its description was made or changed by hand",
+                remedy="do not use this bundle: its bundle.json was written or changed by hand",
             )
 
 
 def verified(directory: Path, files: Mapping[str, str]) -> dict[Path, str]:
-    """The plugin files of a bundle's list, absolute path -> SHA-256, each as it was recorded.
+    """The plugin files that a bundle lists, absolute path -> SHA-256, after comparing each with its hash.
 
     Raises:
-        PluginError: naming every file that is missing or was changed since.
+        PluginError: names every file that is missing or was changed after the bundle was made.
     """
     found, problems = {}, []
     remedy = "do not run it: ask whoever made the bundle for a new copy"
@@ -84,16 +84,16 @@ def verified(directory: Path, files: Mapping[str, str]) -> dict[Path, str]:
 
 
 def refusal(directory: Path, names: Iterable[str], remedy: str = CONSENT, where: str = "") -> Problem:
-    """The problem of a bundle whose code would have to run without consent."""
+    """The problem to report for a bundle that contains code for which there is no consent."""
     what = f"the bundle {directory} brings code of its own, which does not run unasked: {', '.join(names)}"
     return Problem(what, where or str(directory), remedy)
 
 
 def carry(files: Iterable[Path], out: Path) -> dict[str, str]:
-    """Copy plugin files into a bundle's directory ``out``; the list to record there.
+    """Copy plugin files into a bundle's directory ``out``; returns the list for ``bundle.json``.
 
-    Files of equal content are one. Of different files with one name, those after the first are stored
-    under a name with a part of their hash.
+    Files of equal content are stored once. If different files have the same name, the first keeps it, and
+    the names of the others contain a part of their hash.
     """
     recorded: dict[str, str] = {}
     for path in files:

@@ -17,8 +17,10 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.machinery import SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import click
@@ -217,16 +219,26 @@ def _flat_name(path: Path) -> str:
     return f"kdrecipe_file_{path.stem}_{digest}"
 
 
+class _AsWritten(SourceFileLoader):
+    """Runs a file as it is written, never a compiled copy in ``__pycache__``, which may hold other code."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Compile the file."""
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _load_file(path: Path, name: str) -> Any:
     """Execute a plugin file as module ``name``."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise PluginError("a plugin file must end in .py", where=str(path))
+    loader = _AsWritten(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     # In sys.modules before it runs: dataclasses look up their annotations there.
     with _restored_on_error(name):
         sys.modules[name] = module
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     return module
 
 

@@ -20,6 +20,7 @@ from kdrecipe.artifacts import fingerprint
 
 CORE = "kdrecipe"
 _NAMED = re.compile(r"([A-Za-z_]\w*(?:\.\w+)+):[A-Za-z_]\w*", re.ASCII)
+_FILE = re.compile(r"([A-Za-z_]\w*)\.py", re.ASCII)
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -97,7 +98,8 @@ def _look_at(path: Path, mtime_ns: int, size: int) -> _Looked:
 def _imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """(level, dotted name) of each import; of ``from a import b`` both ``a`` and ``a.b``.
 
-    A text such as ``package.module:function`` is an import, too: an exporter names its runtime so.
+    Texts count, too: ``package.module:function`` and ``module.py``, a file in the same folder. An
+    exporter names its runtime so.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -114,6 +116,8 @@ def _imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield dots, name.value[dots:]
         elif isinstance(node, ast.Constant) and (named := _NAMED.fullmatch(str(node.value))):
             yield 0, named[1]
+        elif isinstance(node, ast.Constant) and (named := _FILE.fullmatch(str(node.value))):
+            yield 1, named[1]
 
 
 def _name(function: ast.expr) -> str:

@@ -1,4 +1,4 @@
-"""The report as one page that stands alone: style, script, plots and audio are inside."""
+"""The report as one self-contained page: style, script, plots and audio are inside."""
 
 from __future__ import annotations
 
@@ -46,22 +46,19 @@ def page(
         *(_Part(x["title"], "blocks", from_markdown(x["markdown"])) for x in results["sections"]),
         _Part(made.title, "blocks", made.blocks),
     ]
-    style, script = (
-        Markup((_TEMPLATES / x).read_text(encoding="utf-8")) for x in ("report.css", "report.js")
-    )
     template = _environment().get_template("page.html")
     return template.render(
         name=str(results["recipe"]["name"]),
         subtitle=results["subtitle"],
         parts=parts,
-        style=style,
-        script=script,
+        style=_asset("report.css"),
+        script=_asset("report.js"),
     )
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A heading of the page and what stands under it, for the macro ``kind`` of ``parts.html``."""
+    """A heading of the page and its content, for the macro ``kind`` of ``parts.html``."""
 
     title: str
     kind: str
@@ -76,12 +73,13 @@ class Heading:
 
 
 def _asset(name: str) -> Markup:
+    """A style sheet or a script of the page."""
     return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 @cache
 def _environment() -> Environment:
-    """The templates; whatever they are given is escaped unless it is marked as HTML."""
+    """The templates; all text is escaped unless it is marked as HTML."""
     loader = FileSystemLoader(_TEMPLATES)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -104,7 +102,7 @@ def _inline(text: str) -> Markup:
 
 @dataclass(frozen=True)
 class _Key:
-    """A line of a legend: its style, and the mark that the plot has; without one, a piece of line."""
+    """An entry of a legend: its style, and the plot's mark; without a mark, a piece of line."""
 
     name: str
     style: str
@@ -137,7 +135,7 @@ def _plots(results: Mapping[str, Any], logs: Mapping[str, Mapping[int, Path]]) -
 
 
 def _curves(logs: Mapping[str, Mapping[int, Path]]) -> list[_Figure]:
-    """Learning curves: the error rate on dev (its loss where no rate was logged), and the training loss."""
+    """Learning curves: the error rate on dev (the loss, if no rate was logged), and the training loss."""
     read = {name: [read_log(path) for path in seeds.values()] for name, seeds in logs.items()}
     rated = any(DEV_RATE in row for seeds in read.values() for log in seeds for row in log)
     dev = (DEV_RATE, "token error rate on dev, %", 100.0) if rated else (DEV_LOSS, "loss on dev", 1.0)
@@ -184,7 +182,7 @@ def _line_keys(names: Sequence[str]) -> list[_Key]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a training log; a last line cut short by a kill is left out, a missing file is empty."""
+    """Lines of a training log, without incomplete lines; a missing file has none."""
     if not path.is_file():
         return []
     rows = []
@@ -199,7 +197,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def per_epoch(log: Sequence[Mapping[str, Any]], key: str, scale: float = 1.0) -> list[tuple[float, float]]:
-    """(epoch, mean of ``key`` in it) where it was logged and is finite; averaged weights have no epoch."""
+    """(epoch, mean of ``key`` in it) if it was logged and is finite; averaged weights have no epoch."""
     found: dict[float, list[float]] = {}
     for row in log:
         value, epoch = row.get(key), row.get("epoch")

@@ -1,4 +1,4 @@
-"""The part of the page where one looks at, and listens to, what teacher and student say.
+"""The part of the page that shows, and plays, utterances with the texts of teacher and student.
 
 Chooses the utterances on which a student differs most from its teacher (or a compressed system
 from the one it was made from), aligns what each system said with the reference, and packs audio.
@@ -46,7 +46,7 @@ class Listening:
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a hypothesis, ``now``, in place of the reference's, ``was``; empty: none there."""
+    """A word of a hypothesis, ``now``, instead of the reference's, ``was``; empty if there is none."""
 
     edit: str  # equal, insert, delete or substitute
     was: str
@@ -55,7 +55,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Said:
-    """What a system said, held against the reference."""
+    """What a system recognised, compared with the reference."""
 
     system: str
     text: str
@@ -70,13 +70,13 @@ class Card:
     split: str
     id: str
     differences: dict[int, tuple[int, str]] = field(default_factory=dict)
-    audio: str = ""  # a data: address; empty: none
+    audio: str = ""  # a data: address; empty if there is none
     reference: str = ""
     said: list[Said] = field(default_factory=list)
 
     @property
     def words(self) -> str:
-        """All that a search of the page can find it by."""
+        """The text in which the page's search box looks."""
         return " ".join([self.id, self.reference, *(said.text for said in self.said)]).lower()
 
 
@@ -102,7 +102,7 @@ def select(
 ) -> Selection:
     """Choose the utterances and pack their audio, most different first until the budget is used.
 
-    The first seed of each system speaks for it.
+    Each system is shown by its first seed.
     """
     texts: dict[str, dict[str, dict[str, tuple[str, str]]]] = {}
     for system in systems:
@@ -140,7 +140,7 @@ def select(
 def _most_different(
     texts: Texts, pair: tuple[str, str], number: int
 ) -> list[tuple[str, str, tuple[int, str]]]:
-    """(split, id, (differing words, outcome)) of the utterances a pair differs most on."""
+    """(split, id, (differing words, outcome)) of the utterances on which a pair differs most."""
     found = []
     for split, said in texts.items():
         one, other = (said.get(name, {}) for name in pair)

@@ -1,4 +1,4 @@
-"""What the figures say, in plain words: every sentence is computed, and so is its verdict."""
+"""What the figures say, in plain words: all sentences and verdicts are computed from the figures."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def rtf(system: System) -> float | None:
 
 
 def reading(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What the figures say, in plain words: a list of ``{"verdict", "text"}``."""
+    """The sentences that follow from the figures: a list of ``{"verdict", "text"}``."""
     systems = {s["name"]: s for s in results["systems"]}
     few = [name for name, system in systems.items() if few_seeds(system)]
     said: list[tuple[Verdict, str]] = [_compared(c, few) for c in results["comparisons"]]
@@ -108,25 +108,24 @@ def reading(results: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def few_seeds(system: System) -> bool:
-    """Whether its intervals leave out what seeds vary; a pretrained model is what it is."""
+    """Whether its intervals leave out the variance between seeds; a pretrained model has no seeds."""
     return system["kind"] != "pretrained" and 0 < len(system["seeds"]) < MIN_SEEDS
 
 
 def seeds_won(c: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Seeds, or pairs of seeds, that the first of a comparison wins, that it loses, and all."""
+    """The number of seeds (or pairs of seeds) that a comparison's first system wins, loses, and of all."""
     won, lost, number = c.get("seeds_won") or c.get("seed_pairs") or (0, 0, 0)
     return won, lost, number
 
 
 def _compared(found: Mapping[str, Any], few: Sequence[str]) -> tuple[Verdict, str]:
-    """One comparison as a sentence; ``few``: systems of which too few seeds are known."""
+    """One comparison as a sentence; ``few``: systems with fewer than three seeds."""
     a, b, metric = found["a"], found["b"], str(found.get("metric", "wer")).upper()
     p = found["p"] if found.get("p_adjusted") is None else found["p_adjusted"]
     change = f"on {found['split']}: {percent(found['b_mean'])} → {percent(found['a_mean'])} % {metric}"
     if p >= SIGNIFICANT:
-        ends = found.get("ci95")
-        possible = f"; anything from {points(ends)} points is possible" if ends else ""
-        return "same", f"**No difference shown between {a} and {b}** {change}, {_p_phrase(p)}{possible}."
+        text = f"**No difference shown between {a} and {b}** {change}, {_p_phrase(p)}"
+        return "same", f"{text}{_still_possible(found)}."
     better = found["difference"] < 0
     word, more = ("better", "fewer") if better else ("worse", "more")
     if found["b_mean"]:
@@ -138,10 +137,23 @@ def _compared(found: Mapping[str, Any], few: Sequence[str]) -> tuple[Verdict, st
     if number > 1 and agree == number:
         text += f" Every seed agrees ({share})."
     elif number > 1:
-        text += f" Seeds disagree: it holds in {share}, so training again may turn it round."
+        text += f" Seeds disagree: it holds in {share}, so training again may reverse it."
     if lacking := [name for name in (a, b) if name in few]:
         text += f" That is about these models: fewer than three seeds of {_listed(lacking)}."
     return ("better" if better else "worse"), text
+
+
+def _still_possible(found: Mapping[str, Any]) -> str:
+    """What a comparison that shows no difference leaves open."""
+    ends, p = found.get("ci95"), found["p"]
+    if not ends:
+        return ""
+    if not any(ends):
+        return "; the two make equally many errors throughout"
+    if p < SIGNIFICANT:
+        alone = f"alone, this comparison has {_p_phrase(p)} and {points(ends)} points"
+        return f" after correction for the number of comparisons; {alone}"
+    return f"; anything from {points(ends)} points is possible"
 
 
 def points(pair: Sequence[float]) -> str:
@@ -150,7 +162,7 @@ def points(pair: Sequence[float]) -> str:
 
 
 def _recovered(system: System) -> list[tuple[Verdict, str]]:
-    """How much of the way from its baseline to its teacher a student went."""
+    """How much of the gap between its baseline and its teacher a student closes."""
     said: list[tuple[Verdict, str]] = []
     for split, scores in system["splits"].items():
         if "gap_recovered" not in scores:
@@ -171,7 +183,7 @@ def _recovered(system: System) -> list[tuple[Verdict, str]]:
 
 
 def _shrunk(system: System, systems: Mapping[str, System]) -> list[tuple[Verdict, str]]:
-    """What a compressed system costs against the one it was made from."""
+    """Size and speed of a compressed system, compared with its parent."""
     parent = systems.get(first_parent(system) or "")
     if system["kind"] != "compressed" or parent is None or not (system["size_mb"] and parent["size_mb"]):
         return []
@@ -181,7 +193,7 @@ def _shrunk(system: System, systems: Mapping[str, System]) -> list[tuple[Verdict
     if new and old:
         speed = figure(old / new, 2)
         if max(old / new, new / old) < CLEARLY_FASTER:
-            text += "; how fast they are does not differ by more than the clock's own noise"
+            text += "; their speeds differ by no more than two runs of the same model may"
         elif old > new:
             text += f" and is {speed} times as fast"
         else:
@@ -190,7 +202,7 @@ def _shrunk(system: System, systems: Mapping[str, System]) -> list[tuple[Verdict
 
 
 def _searched(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Verdict, str]]:
-    """Searches that differ for certain, one sentence for all systems of which that holds."""
+    """Searches that differ significantly; one sentence for all systems in which they do."""
     rtfs = {(row["system"], row["search"]): row["rtf"] for row in rows}
     groups: dict[tuple[str, str, str, bool], list[tuple[str, Mapping[str, Any]]]] = {}
     for row in rows:
@@ -200,7 +212,7 @@ def _searched(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Verdict, str]]:
                 key = (c["a"], c["b"], c["split"], c["difference"] < 0)
                 groups.setdefault(key, []).append((row["system"], {**c, "p": p}))
     said: list[tuple[Verdict, str]] = []
-    timed: set[tuple[str, str]] = set()  # the time is measured once, not on every split
+    timed: set[tuple[str, str]] = set()  # time is measured on one split only
     for (a, b, split, better), found in groups.items():
         changes = "; ".join(_search_change(system, c, better) for system, c in found)
         word = "better" if better else "worse"
@@ -215,7 +227,7 @@ def _searched(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Verdict, str]]:
 
 
 def _search_change(system: str, c: Mapping[str, Any], better: bool) -> str:
-    """What another search changed for one system."""
+    """The change that another search makes for one system."""
     metric = str(c.get("metric", "wer")).upper()
     text = f"{system} {percent(c['b_mean'])} → {percent(c['a_mean'])} % {metric}, {_p_phrase(c['p'])}"
     won, lost, seeds = seeds_won(c)
@@ -224,7 +236,7 @@ def _search_change(system: str, c: Mapping[str, Any], better: bool) -> str:
 
 
 def _time_taken(ratios: Sequence[float]) -> str:
-    """How much longer or shorter that takes, where it clearly does for every system."""
+    """How many times as long that takes, if it clearly differs for every system."""
     if not ratios or min(max(r, 1 / r) for r in ratios) < CLEARLY_FASTER:
         return ""
     low, high = figure(min(ratios), 2), figure(max(ratios), 2)
@@ -232,13 +244,13 @@ def _time_taken(ratios: Sequence[float]) -> str:
 
 
 def _cautions(results: Mapping[str, Any], few: Sequence[str]) -> list[tuple[Verdict, str]]:
-    """What a reader must know before believing the table."""
+    """What a reader must know before trusting the table."""
     said: list[str] = []
     trained = [s for s in results["systems"] if s["kind"] != "pretrained"]
     if few:
         said.append(
             f"Fewer than three seeds of {_listed(few)}: "
-            "intervals and p-values leave out how far another would move these figures."
+            "intervals and p-values leave out how far another seed would move these figures."
         )
     untimed: dict[tuple[str, str], list[str]] = {}
     for system in results["systems"]:
@@ -261,7 +273,7 @@ def _cautions(results: Mapping[str, Any], few: Sequence[str]) -> list[tuple[Verd
 
 
 def _other_code(systems: Sequence[System]) -> list[str]:
-    """Rows that another state of kdrecipe's code made than most rows."""
+    """Rows that were made by another version of kdrecipe's code than most rows."""
     cores = {s["name"]: tuple(s["core"]) for s in systems if s.get("core")}
     if len(set(cores.values())) < 2:
         return []

@@ -30,17 +30,18 @@ from kdrecipe.score.claims import claimed_text, measured_text
 from kdrecipe.score.intervals import MIN_SEEDS
 
 NUM_WORDS = 5  # columns of the table of systems that hold words
+MAY_BREAK = frozenset({2, 4})  # of these: parents, and what a row runs in
 NUM_RATES = 3  # columns after those that depend on the split
 SEARCHES_ARE = (
-    "What the searches do with the bundles, before any export: compare these rows with each other. "
-    "What ships, with its own time, stands in the table of systems."
+    "Each search on the bundles in torch, before any export: compare these rows with each other. "
+    "The table of systems has what ships, with its own time."
 )
 PARITY_IS = (
-    "Exports against the bundles they were made from, by greedy search, on a few utterances of dev (of a "
-    "corpus without dev: of train) over all speakers:"
+    "Exports compared with their bundles, by greedy search, on a sample of dev over all speakers (of train, "
+    "if the corpus has no dev):"
 )
-MAX_REASONS = 20  # for leaving out utterances that are listed one by one
-_BRIEF = ("WER", "95 %", "MB", "RTF")  # how the columns begin that a run ends with
+MAX_REASONS = 20  # for leaving utterances out: at most so many are listed
+_BRIEF = ("WER", "95 %", "MB", "RTF")  # how the names of the columns begin that a run prints at its end
 _PARITY = {
     "max_log_prob_diff": "largest log-prob difference",
     "token_error": "tokens differing %",
@@ -52,7 +53,7 @@ _PARITY = {
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; columns in ``numeric`` are set flush right, cells in ``prose`` may break."""
+    """Rows of text; columns in ``numeric`` are aligned right, cells of columns in ``prose`` may break."""
 
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -92,7 +93,7 @@ def split_names(results: Mapping[str, Any]) -> list[str]:
 
 
 def main_table(results: Mapping[str, Any], split: str) -> Table:
-    """One row per system: what it says by which search, its error rates, and what that costs."""
+    """One row per system: its search, its error rates, its size, time and memory."""
     headers = ["system", "kind", "from", "search", "runs in", "WER %", "95 % interval", "CER %"]
     headers += ["params", "MB", "RTF", "RSS MB"]
     rows = []
@@ -103,11 +104,11 @@ def main_table(results: Mapping[str, Any], split: str) -> Table:
         costs = [figure(cost) for cost in (system["size_mb"], rtf(system), system["peak_rss_mb"])]
         origin = [system["name"], system["kind"], _parents(system), *_search(system)]
         rows.append([*origin, *rates, count(system["params"]), *costs])
-    return Table(headers, rows, frozenset(range(NUM_WORDS, len(headers))))
+    return Table(headers, rows, frozenset(range(NUM_WORDS, len(headers))), MAY_BREAK)
 
 
 def _search(system: System) -> list[str]:
-    """Label of the search that a row shows, and where it runs: its WER and its time are of this."""
+    """Label of the row's search, and where it runs: both the WER and the time are those of this search."""
     found = system.get("search")
     if not found:
         return [NONE, NONE]
@@ -126,7 +127,7 @@ def brief(results: Mapping[str, Any]) -> str:
 
 
 def search_table(results: Mapping[str, Any], split: str, *, timed: bool) -> Table:
-    """One row per search of the systems that have several, of their bundles in torch; ``timed``: with the
+    """One row per search of the systems with several, on their bundles in torch; ``timed``: with the
     real-time factor."""
     headers = [
         "bundle of",
@@ -154,7 +155,7 @@ def search_table(results: Mapping[str, Any], split: str, *, timed: bool) -> Tabl
 
 
 def _search_section(results: Mapping[str, Any], split: str, first: bool) -> Section:
-    """The searches on a split; what they are is said once."""
+    """The searches on a split; ``first``: with a description of each."""
     section = Section(f"Searches on {split}, bundles in torch", [search_table(results, split, timed=first)])
     if first:
         section.blocks.insert(0, SEARCHES_ARE)
@@ -165,7 +166,7 @@ def _search_section(results: Mapping[str, Any], split: str, first: bool) -> Sect
 
 
 def _errors_table(results: Mapping[str, Any], split: str) -> Table:
-    """Kinds of errors, the way from baseline to teacher, likeness to the teacher."""
+    """Kinds of errors, gap recovered, similarity to the teacher."""
     headers = [
         "system",
         "sub %",
@@ -212,13 +213,13 @@ def _comparison_table(results: Mapping[str, Any]) -> Table:
 
 
 def _seeds_won(c: Mapping[str, Any]) -> str:
-    """``2 of 3`` of the same seed, ``7 of 9 pairs`` where seeds are crossed; a single one is no count."""
+    """``2 of 3`` for paired seeds, ``7 of 9 pairs`` for crossed ones; nothing for a single seed."""
     won, _, number = seeds_won(c)
     return f"{won} of {number}{' pairs' if c.get('seed_pairs') else ''}" if number > 1 else NONE
 
 
 def _what_varies(facts: Mapping[str, Any], systems: Sequence[System]) -> str:
-    """What the intervals and p-values of a split allow for."""
+    """The variance that the intervals and p-values of a split include."""
     units = f"{facts['utterances']} utterances"
     if facts.get("units") == "speakers":
         units = f"{facts['speakers']} speakers with their {units}"
@@ -247,7 +248,7 @@ def _made_section(results: Mapping[str, Any]) -> Section:
     lines = [f"{key}: {', '.join(_flat(recipe[key]))}" for key in keys if recipe.get(key)]
     known = [seconds for seconds in results["seconds"].values() if seconds is not None]
     if known:
-        lines.append(f"time: {duration(sum(known))} of jobs, one after the other")
+        lines.append(f"time: {duration(sum(known))}, the sum of all jobs")
     runtimes: dict[str, list[str]] = {}
     for system in results["systems"]:
         if system["runtime"]:
@@ -284,7 +285,7 @@ def _corpus_section(results: Mapping[str, Any]) -> Section:
     elif splits:
         section.blocks.append("Nothing was left out.")
     if notes := summary.get("notes"):
-        section.blocks.extend(("To know about this corpus:", [str(note) for note in notes]))
+        section.blocks.extend(("Notes on this corpus:", [str(note) for note in notes]))
     return section
 
 
@@ -312,7 +313,7 @@ def _making_section(results: Mapping[str, Any]) -> Section:
         headers = ["system", "export", *_PARITY.values(), "bundle's WER %"]
         section.blocks.append(Table(headers, checked, frozenset(range(2, len(headers)))))
     if shipped := [row for split in split_names(results) for row in _shipped_rows(results, split)]:
-        section.blocks.append("The rows of the tables of systems against their bundles, by the same search:")
+        section.blocks.append("The rows of the tables of systems, and their bundles by the same search:")
         headers = ["system", "split", "search", "runs in", "WER %", "bundle's WER %", "same text %"]
         section.blocks.append(Table(headers, shipped, frozenset(range(4, len(headers)))))
     return section
@@ -336,7 +337,7 @@ def _parity_rows(system: str, found: Any, export: str = "", bundle: float | None
 
 
 def _shipped_rows(results: Mapping[str, Any], split: str) -> list[list[str]]:
-    """What the runtime says beside what the bundle says, of the systems whose row is a runtime's."""
+    """Runtime and bundle side by side, for the systems whose row is that of a runtime."""
     rows = []
     first = split == split_names(results)[0]  # where texts were compared
     for system in results["systems"]:
@@ -351,7 +352,7 @@ def _shipped_rows(results: Mapping[str, Any], split: str) -> list[list[str]]:
 
 
 def _claims_section(claims: Sequence[Mapping[str, Any]]) -> Section:
-    """What others published, beside what was measured."""
+    """Published figures beside measured ones."""
     rows = [
         [claim["text"], claimed_text(claim) or NONE, measured_text(claim) or NONE, claim["note"]]
         for claim in claims
@@ -364,7 +365,7 @@ def _claims_section(claims: Sequence[Mapping[str, Any]]) -> Section:
 
 
 def sections(results: Mapping[str, Any]) -> list[Section]:
-    """The whole report after its title, but for the plugins' sections; the first is the reading."""
+    """The whole report after its title, without the plugins' sections; the first is the reading."""
     said: list[Block] = [[item["text"] for item in results["reading"]]]
     found = [Section("What the numbers say", said if results["reading"] else ["Nothing was compared."])]
     if results["claims"]:
@@ -374,7 +375,7 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
         if i:  # what a system costs does not depend on the split
             end = NUM_WORDS + NUM_RATES
             rows = [row[:end] for row in table.rows]
-            table = Table(table.headers[:end], rows, table.numeric & set(range(end)))
+            table = Table(table.headers[:end], rows, table.numeric & set(range(end)), table.prose)
         facts = results["splits"].get(split, {})
         blocks: list[Block] = [table, _errors_table(results, split)]
         if facts.get("utterances"):
@@ -396,7 +397,7 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The report as Markdown that is legible on a terminal as well."""
+    """The report as Markdown that can also be read on a terminal."""
     parts = [f"# Results of {results['recipe']['name']}", results["subtitle"]]
     body = sections(results)
     extra = [Section(item["title"], [item["markdown"]]) for item in results["sections"]]

@@ -19,15 +19,15 @@ from kdrecipe.score.claims import beside
 FORMAT = 2
 UNITS = {
     "wer, cer, sub, ins, del, fidelity, agreement, gap_recovered": "fractions (0.05 is 5 %)",
-    "rtf": "seconds of computing per second of audio, one thread; a system's: of the search that is scored",
+    "rtf": "seconds of computing per second of audio, one thread; of a system: by the scored search",
     "size_mb, peak_rss_mb": "10^6 bytes",
     "std": "over seeds; null for a single one",
     "value, measured and ci95 of claims": "percent for wer, fractions for ratios",
-    "ci95": "[low, high], 95 % interval, see method; null where it is undefined",
-    "p, p_adjusted": "of the same variances as ci95; the second allows for the number of comparisons",
+    "ci95": "[low, high], 95 % interval, see method; null if it is undefined",
+    "p, p_adjusted": "from the same variances as ci95; the second allows for the number of comparisons",
     "seeds_won": "[seeds in which a has the lower rate, in which b has, all]",
-    "seed_pairs": "likewise over all pairs of one seed of each, where the seeds are independent",
-    "units": "speakers or utterances: between which intervals and p-values look for variance",
+    "seed_pairs": "the same for pairs of one seed of each, where the seeds are independent",
+    "units": "speakers or utterances: the units whose variance intervals and p-values use",
 }
 _OPTIONAL = (
     "parent",
@@ -56,23 +56,23 @@ def write_report(
     audio: Audio | None = None,
     listening: Listening | None = None,
 ) -> None:
-    """Write the three files into ``out_dir``; the same input gives the same bytes.
+    """Write the three files into ``out_dir``; equal input gives equal bytes.
 
     Args:
-        data: ``recipe``, ``corpus_summary``, ``systems``, and optionally ``scores`` (what
-            :func:`kdrecipe.score.scoring.score` returned: fills ``splits`` of each system,
-            ``comparisons``, ``method``), ``comparisons``, ``searches`` (what
-            :func:`kdrecipe.score.searches.score_searches` returned, with ``rtf``, ``decoder`` and
-            ``options`` of each), ``seconds`` (job -> what it took), ``sections``
+        data: ``recipe``, ``corpus_summary``, ``systems``, and optionally ``scores`` (the result of
+            :func:`kdrecipe.score.scoring.score`, which gives ``splits`` of each system,
+            ``comparisons``, ``method``), ``comparisons``, ``searches`` (the result of
+            :func:`kdrecipe.score.searches.score_searches`, with ``rtf``, ``decoder`` and
+            ``options`` of each), ``seconds`` (by job), ``sections``
             (``{title, markdown}``) and ``claims`` (fields of :class:`kdrecipe.recipe.sections.Claim`).
-        hyps: system -> seed -> split -> hypotheses file, for the page to listen to.
+        hyps: system -> seed -> split -> hypotheses file, for the utterances on the page.
         logs: system -> seed -> the training's ``log.jsonl``.
         out_dir: created if need be.
         audio: (split, utterance id) -> (samples in [-1, 1], sampling rate) or None.
-        listening: how many utterances to embed, and how much of their audio; None: the defaults.
+        listening: how many utterances the page has, and how much audio; None: the defaults.
 
     Raises:
-        KdrecipeError: a system has no name or one that another has.
+        KdrecipeError: a system has no name, or two have the same.
     """
     results = assemble(data)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -85,9 +85,9 @@ def write_report(
 
 
 def assemble(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of ``results.json``: ``data`` checked, completed and freed of local names.
+    """The content of ``results.json``: ``data``, checked and completed, without local paths and names.
 
-    Every system has the same keys; what was not measured is None. ``reading`` holds the
+    Every system has the same keys; a figure that was not measured is None. ``reading`` has the
     sentences that follow from the figures.
     """
     scores = data.get("scores") or {}
@@ -154,7 +154,7 @@ def _system(given: Mapping[str, Any], by_split: Mapping[str, Any]) -> dict[str, 
 
 
 def _clean(value: Any) -> Any:
-    """JSON without local paths and without numbers that JSON has not."""
+    """JSON without local paths, and without infinities and NaN, which JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): _clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -1,6 +1,6 @@
-"""Published figures beside those measured here: what a reader of an article wants to know.
+"""Published figures beside those measured here.
 
-Nothing is judged that can't be: a figure on another corpus stands there with a note that says so.
+A figure is judged only if it can be compared: one on another corpus gets a note that says so.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ _RATIOS = {"params_ratio": ("params", "parameters"), "size_ratio": ("size_mb", "
 def beside(
     claims: Sequence[Mapping[str, Any]], systems: Sequence[Mapping[str, Any]], corpus: str
 ) -> list[dict[str, Any]]:
-    """Every claim with what was measured.
+    """Every claim with the figure that was measured.
 
     Args:
         claims: fields of :class:`kdrecipe.recipe.sections.Claim`.
         systems: rows of ``results.json``; the first split of the first is the default one.
-        corpus: what they were measured on.
+        corpus: the corpus that they were measured on.
 
     Returns:
-        The claims with ``measured``, ``ci95`` (in the unit of ``value``, None where there is
-        none), ``measured_on`` (corpus and split) and ``note``.
+        The claims with ``measured``, ``ci95`` (in the unit of ``value``, None if there is no
+        interval), ``measured_on`` (corpus and split) and ``note``.
     """
     rows = {system["name"]: system for system in systems}
     return [{**claim, **_beside(claim, rows, corpus)} for claim in claims]
@@ -63,7 +63,7 @@ def _wer(claim: Mapping[str, Any], system: Mapping[str, Any], corpus: str) -> di
 
 
 def _verdict(claimed: float, ci95: Sequence[float] | None) -> str:
-    """Where the claimed rate lies, if there is an interval to say it by."""
+    """Where the claimed rate lies; empty without an interval."""
     if ci95 is None:
         return ""
     if ci95[0] <= claimed <= ci95[1]:
@@ -89,7 +89,7 @@ def claimed_text(claim: Mapping[str, Any]) -> str:
 
 
 def measured_text(claim: Mapping[str, Any]) -> str:
-    """The same for what was measured, with its interval; empty where nothing was."""
+    """The same for the measured figure, with its interval; empty if nothing was measured."""
     if claim["measured"] is None:
         return ""
     interval = " ({:.2f} to {:.2f})".format(*claim["ci95"]) if claim["ci95"] else ""

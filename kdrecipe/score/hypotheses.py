@@ -1,6 +1,6 @@
-"""Hypotheses files: one JSON object per utterance and line, with ``id``, ``ref``, ``hyp`` and more.
+"""Hypotheses files: a JSON object per line for each utterance, with ``id``, ``ref``, ``hyp`` and more.
 
-``tokens`` are the bundle's ids, or, of a runtime, its own texts of them.
+``tokens`` are ids of the bundle's tokens or, if a runtime recognised them, their texts.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def read_hypotheses(path: Path) -> dict[str, tuple[str, str]]:
 
 
 def hyps_file(directory: Path, split: str) -> Path:
-    """What a system's row of the table is scored by."""
+    """The hypotheses by which a system's row of the table is scored."""
     return directory / f"{split}.jsonl"
 
 
 def bundle_hyps_file(directory: Path, label: str, split: str) -> Path:
-    """What the bundle says in torch by the search ``label``."""
+    """The hypotheses of the bundle in torch, by the search ``label``."""
     return directory / "bundle" / label / f"{split}.jsonl"

@@ -1,18 +1,18 @@
-"""Intervals and tests for error rates: what other speakers, utterances and seeds would change.
+"""Intervals and tests for error rates: how far other speakers, utterances and seeds would move them.
 
-A test set holds speakers with their utterances; a system holds models of several seeds. Every model
-recognises every utterance, so seeds and speakers are crossed. The variance of a figure has a part
-from each, estimated from its mean squares (method of moments); the interval is Student's t with
-Satterthwaite's degrees of freedom, which makes it as wide as few speakers or seeds require.
+A test set has speakers with their utterances; a system has models of several seeds. Every model
+recognises every utterance, so seeds and speakers are crossed. Each adds a part to the variance of a
+figure, which is estimated from mean squares (method of moments). The interval is Student's t with
+Satterthwaite's degrees of freedom, so it is wider with few speakers or seeds.
 
-This is in closed form what a hierarchical bootstrap (draw speakers, utterances within them, and,
-crossed with these, seeds) estimates, without its known errors. Drawn with replacement at each level,
-utterances within speakers count twice (Davison & Hinkley, Bootstrap methods and their application,
-1997, section 3.8) and what seeds and speakers vary together three times (Owen, The pigeonhole
-bootstrap, Annals of Applied Statistics 1, 2007); no way of drawing repairs that (McCullagh,
+A hierarchical bootstrap (draw speakers, utterances within them, and, crossed with these, seeds)
+estimates the same variance, with known errors. If each level is drawn with replacement, the variance
+of utterances within speakers counts twice (Davison & Hinkley, Bootstrap methods and their application,
+1997, section 3.8) and the joint variance of seeds and speakers three times (Owen, The pigeonhole
+bootstrap, Annals of Applied Statistics 1, 2007); no way of drawing corrects that (McCullagh,
 Resampling and exchangeable arrays, Bernoulli 6, 2000). The variance between n seeds comes out too
-small by (n - 1) / n, and percentiles take it for known, where 3 seeds require 4.30 standard errors in
-place of 1.96. ``tests/unit/test_intervals.py`` has the coverage of both.
+small by the factor (n - 1) / n, and percentiles treat it as known, although 3 seeds require 4.30 standard
+errors instead of 1.96. ``tests/unit/test_intervals.py`` measures the coverage of both.
 
 Shapes: N utterances, U sampling units (speakers, or utterances where speakers are not known), R seeds.
 """
@@ -29,24 +29,24 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 LEVEL = 0.95
-MIN_SEEDS = 3  # with fewer, how much seeds vary is not estimated: t for 1 degree of freedom is 12.7
+MIN_SEEDS = 3  # with fewer, the variance between seeds is not estimated: t for 1 degree of freedom is 12.7
 MIN_SPEAKERS = 3
-_TINY = 1e-12  # rates closer than this are the same but for the order of additions
+_TINY = 1e-12  # rates closer than this differ only by the order of additions
 _ANGLES = np.linspace(0, math.pi / 2, 5001)
 _LOG_COS = np.log(np.cos(_ANGLES))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure averaged over seeds, with what is needed to know how far it may be off.
+    """A figure averaged over seeds, with what its interval needs.
 
-    Estimates of the same test set are added, subtracted and scaled: since each knows what every
-    speaker contributed, the result is paired over speakers and utterances. Parts of the same key
-    are paired over seeds, those of different keys are independent.
+    Estimates of the same test set can be added, subtracted and scaled. Each has the contribution of
+    every speaker, so the result is paired over speakers and utterances. Parts with the same key are
+    paired over seeds; those with different keys are independent.
 
     Args:
         parts: key of a set of seeds -> (values (R,), one per seed; influences (R, U), how much
-            each sampling unit moves them, each row of sum 0). The figure is the sum over parts of
+            each sampling unit moves them; each row adds up to 0). The figure is the sum over parts of
             the mean over seeds.
     """
 
@@ -71,22 +71,22 @@ class Estimate:
         return float(sum(values_R.mean() for values_R, _ in self.parts.values()))
 
     def standard_error(self) -> tuple[float, float]:
-        """Its standard error and that error's degrees of freedom; the latter 0 with a single unit.
+        """Its standard error and that error's degrees of freedom, which are 0 with a single unit.
 
-        Three kinds of mean squares, divided by the number of what they average over: between
-        units, V_u; between seeds, V_s, and of units and seeds together, V_us, for each set of
-        ``MIN_SEEDS`` seeds or more. V_u and V_s both hold what V_us estimates, so
+        There are three kinds of mean squares, each divided by the number of items that it averages
+        over: between units, V_u; and, for each set of ``MIN_SEEDS`` seeds or more, between seeds,
+        V_s, and of units and seeds together, V_us. V_u and V_s both contain V_us, so
 
             V = V_u + sum of max(V_s - V_us, 0).
 
         Degrees of freedom: V^2 over the sum of (part)^2 / (its degrees of freedom), and never
-        fewer than those of the smallest part.
+        less than the fewest of any part.
 
         Reference: the quasi-F of two crossed random factors, Clark, The language-as-fixed-effect
         fallacy, J. Verbal Learning and Verbal Behavior 12, 1973; degrees of freedom: Satterthwaite,
         An approximate distribution of estimates of variance components, Biometrics Bulletin 2,
-        1946. Units are whole speakers, since the variance between totals of speakers holds that of
-        their utterances (Rao & Wu, Resampling inference with complex survey data, JASA 83, 1988).
+        1946. Units are whole speakers, since the variance between totals of speakers contains that
+        of their utterances (Rao & Wu, Resampling inference with complex survey data, JASA 83, 1988).
         """
         between_U = np.sum([influences_RU.mean(axis=0) for _, influences_RU in self.parts.values()], axis=0)
         if between_U.size < 2:
@@ -111,7 +111,7 @@ class Estimate:
         return math.sqrt(variance), max(freedom, min(free for _, free in terms))
 
     def interval(self, level: float = LEVEL) -> list[float] | None:
-        """``[low, high]``; None with a single sampling unit, which says nothing of others."""
+        """``[low, high]``; None with a single sampling unit, which says nothing about others."""
         error, freedom = self.standard_error()
         if not freedom:
             return None
@@ -121,8 +121,8 @@ class Estimate:
     def positive_interval(self, level: float = LEVEL) -> list[float] | None:
         """The same for a figure that is never below 0, such as a rate: symmetric in its logarithm.
 
-        A rate that comes out low by chance has a small standard error, too, so that a symmetric
-        interval misses the truth above it more often than below. It would also reach below 0.
+        A rate that is low by chance also has a small standard error, so a symmetric interval would
+        miss the truth more often above than below. It could also reach below 0.
         """
         pair, value = self.interval(level), self.value
         if pair is None or value <= 0:
@@ -131,10 +131,10 @@ class Estimate:
         return [value / factor, value * factor]
 
     def p_value(self) -> float:
-        """Two-sided p-value that the figure is 0, below 0.05 just where the 95 % interval excludes 0.
+        """Two-sided p-value that the figure is 0; below 0.05 exactly if the 95 % interval excludes 0.
 
-        Where all units agree to the last digit there is no standard error; p is then that of a
-        sign test, 2^(1 - U). A single unit gives 1.
+        If all units agree to the last digit, there is no standard error, and p is that of a sign
+        test, 2^(1 - U). A single unit gives 1.
         """
         error, freedom = self.standard_error()
         if abs(self.value) <= _TINY or not freedom:
@@ -146,10 +146,10 @@ def rate(over_RN: Array, under_RN: Array, units_N: NDArray[np.intp], key: Hashab
     """A ratio of sums over utterances, such as errors over words, for each seed of a system.
 
     Args:
-        over_RN: per seed and utterance, what is counted.
-        under_RN: what it is counted by; for each seed of a sum above 0.
+        over_RN: numerator (errors) per seed and utterance.
+        under_RN: denominator (words); its sum is above 0 for each seed.
         units_N: number of each utterance's sampling unit, from 0 without gaps.
-        key: of the set of seeds, see :class:`Estimate`.
+        key: that of the set of seeds, see :class:`Estimate`.
 
     Reference: linearisation of a ratio, e.g. Davison & Hinkley, Bootstrap methods and their
     application, 1997, section 2.7.2.
@@ -163,9 +163,9 @@ def rate(over_RN: Array, under_RN: Array, units_N: NDArray[np.intp], key: Hashab
 
 
 def quotient_interval(over: Estimate, under: Estimate, level: float = LEVEL) -> list[float] | None:
-    """Interval of a quotient of figures: all q for which ``over - q * under`` may well be 0.
+    """Interval of a quotient of figures: all q for which the interval of ``over - q * under`` includes 0.
 
-    None where ``under`` itself may well be 0 or below: the quotient can then be anything.
+    None if the interval of ``under`` reaches 0: the quotient can then be anything.
 
     Reference: Fieller, Some problems in interval estimation, J. R. Statistical Society B 16, 1954.
     """
@@ -215,7 +215,7 @@ def _t_mass(freedom: float) -> Array:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values made stricter for their number: the chance of even one false alarm stays bounded.
+    """P-values corrected for their number, so that the chance of any false alarm stays bounded.
 
     Reference: Holm, A simple sequentially rejective multiple test procedure, 1979.
     """

@@ -1,8 +1,8 @@
 """Stage 9: error rates with intervals, significance, fidelity to the teacher.
 
 Pure functions over hypotheses files. All rates are fractions (0.05 is 5 %). Intervals and p-values
-come from one model of what varies (:mod:`kdrecipe.score.intervals`): they say how far a figure
-would move with other speakers and utterances of the same kind and number, and with other seeds.
+come from one model of the variance (:mod:`kdrecipe.score.intervals`): they say how far a figure would
+move with other speakers and utterances of the same kind and number, and with other seeds.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from kdrecipe.score.intervals import (
 )
 
 INTERVAL = (
-    "95 %, Student's t on the variance between speakers (each with all its utterances) and, with "
-    f"{MIN_SEEDS} seeds or more, between seeds, as crossed random effects (Clark 1973), degrees of "
-    "freedom after Satterthwaite (1946); of gap recovered after Fieller (1954)"
+    "95 %, Student's t on the variance between speakers, each with all its utterances (between utterances "
+    f"where speakers are not known or fewer than {MIN_SPEAKERS}), and, with {MIN_SEEDS} seeds or more, "
+    "between seeds, as crossed random effects (Clark 1973), degrees of freedom after Satterthwaite (1946); "
+    "of gap recovered after Fieller (1954)"
 )
 TEST = "t-test of the difference on the same variances as its interval, paired over utterances, two-sided"
 Texts = Mapping[str, Mapping[int, Mapping[str, tuple[str, str]]]]
@@ -39,15 +40,15 @@ Texts = Mapping[str, Mapping[int, Mapping[str, tuple[str, str]]]]
 
 @dataclass(frozen=True)
 class Question:
-    """What to compare with what; systems by name.
+    """Which systems to compare; by name.
 
     Args:
-        teachers: student -> its teacher (with several teachers, the one to compare with).
-        baselines: student -> the system of the same model and data, trained without a teacher.
+        teachers: student -> its teacher (of several, the one to compare with).
+        baselines: student -> the system with the same model and data, trained without a teacher.
         compare: pairs (system, other) to test against each other.
-        families: system -> its family. Systems of one family and the same seeds are paired over
+        families: system -> its family. Systems of one family with the same seeds are paired over
             seeds: one was made from the other with the same seed, or both from a third. The seeds
-            of all others are independent, and so are those of a system that is not named here.
+            of all others are independent, also those of a system that is not listed here.
     """
 
     teachers: Mapping[str, str] = field(default_factory=dict)
@@ -67,7 +68,7 @@ def score(
 
     Args:
         hyps: system -> seed -> split -> hypotheses file.
-        metrics: by name; the first is the one that systems are compared by.
+        metrics: by name; systems are compared by the first.
         question: which systems to compare.
         speakers: utterance id -> speaker, where it is known.
 
@@ -75,7 +76,7 @@ def score(
         ``{"method", "splits": {split: <what score_split returns>}}``.
 
     Raises:
-        DataError: hypotheses files that are broken or do not agree.
+        DataError: hypotheses files are damaged or do not agree.
     """
     by_split: dict[str, dict[str, dict[int, dict[str, tuple[str, str]]]]] = {}
     for system, seeds in hyps.items():
@@ -100,13 +101,13 @@ def score_split(
     """Score one split.
 
     Args:
-        texts: system -> seed -> what :func:`read_hypotheses` returned; other arguments: see :func:`score`.
+        texts: system -> seed -> the result of :func:`read_hypotheses`; other arguments: see :func:`score`.
         split: its name, for messages and comparisons.
 
     Returns:
-        ``utterances``, ``words`` (reference length in the first metric), ``speakers`` (None where
-        they are not known), ``units`` (``speakers`` or ``utterances``: between which intervals and
-        tests look for variance); ``systems``: name -> ``{<metric>: {mean, std, ci95, seeds}, sub,
+        ``utterances``, ``words`` (reference length in the first metric), ``speakers`` (None if
+        they are not known), ``units`` (``speakers`` or ``utterances``: the units whose variance
+        intervals and tests use); ``systems``: name -> ``{<metric>: {mean, std, ci95, seeds}, sub,
         ins, del, gap_recovered, fidelity}`` (``std`` is None for a single seed); ``comparisons``:
         see :func:`_compare`; ``notes``.
 
@@ -139,7 +140,7 @@ def score_split(
 
 @dataclass(frozen=True)
 class _Units:
-    """What the utterances of a split are divided into: ``of_N`` numbers the unit of each."""
+    """The sampling units of a split: ``of_N`` has the number of each utterance's unit."""
 
     of_N: NDArray[np.intp]
     kind: str
@@ -148,7 +149,7 @@ class _Units:
 
 
 def _units(ids: Sequence[str], speakers: Mapping[str, str] | None, split: str) -> _Units:
-    """Speakers where all are known and they are not too few, else each utterance by itself."""
+    """Speakers if all are known and there are enough of them, otherwise single utterances."""
     known = [(speakers or {}).get(utterance) for utterance in ids]
     alone_N = np.arange(len(ids))
     rest = "intervals and p-values rest on single utterances and leave out how much speakers differ"
@@ -162,10 +163,10 @@ def _units(ids: Sequence[str], speakers: Mapping[str, str] | None, split: str) -
 
 
 class _Table:
-    """Figures of one split with what each sampling unit contributes, in one order for all systems.
+    """Figures of one split with the contribution of each sampling unit, in the same order for all systems.
 
     ``rates``: (metric, system) -> its error rate; ``unlike``: student -> the rate of words in which
-    it differs from its teacher, None where that says nothing; ``alike``: the share of same texts.
+    it differs from its teacher, None if the teacher says no word; ``alike``: the share of equal texts.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ class _Table:
                 self._count_differences(metrics[self.primary], student, teacher)
 
     def key(self, system: str) -> tuple[str, tuple[int, ...]]:
-        """Of the system's set of seeds: the same where systems are paired over seeds."""
+        """The key of the system's set of seeds; systems with the same key are paired over seeds."""
         return self.families.get(system, system), tuple(sorted(self.texts[system]))
 
     def seed_rates(self, metric: str, system: str) -> dict[int, float]:
@@ -276,7 +277,7 @@ def _rate(table: _Table, metric: str, system: str) -> dict[str, Any]:
 
 
 def _fidelity(table: _Table, student: str, teacher: str) -> dict[str, Any]:
-    """How much a student says what its teacher says, right or wrong."""
+    """How often a student says the same as its teacher, right or wrong."""
     unlike = table.unlike[student]
     return {
         "teacher": teacher,
@@ -287,9 +288,9 @@ def _fidelity(table: _Table, student: str, teacher: str) -> dict[str, Any]:
 
 
 def _gap(table: _Table, student: str, baseline: str, teacher: str) -> dict[str, Any] | None:
-    """(baseline - student) / (baseline - teacher), or None where the teacher is no better.
+    """(baseline - student) / (baseline - teacher), or None if the teacher is no better than the baseline.
 
-    The interval is None where the gap is too small to divide by: its own interval reaches 0.
+    The interval is None if the gap is too small to divide by, that is, if its own interval reaches 0.
     """
     before, after, best = (table.rates[table.primary, name] for name in (baseline, student, teacher))
     gained, gap = before - after, before - best
@@ -306,9 +307,9 @@ def _gap(table: _Table, student: str, baseline: str, teacher: str) -> dict[str, 
 def _compare(table: _Table, a: str, b: str) -> dict[str, Any]:
     """Test system ``a`` against ``b`` on the same utterances; negative differences favour ``a``.
 
-    Also ``seeds_won``: with how many seeds ``a`` has the lower rate, with how many ``b``, and the
-    number of all; or, where the seeds of the two have nothing to do with each other,
-    ``seed_pairs``: the same for all pairs of one seed of each.
+    Also ``seeds_won``: the number of seeds with which ``a`` has the lower rate, the number with which
+    ``b`` has it, and the number of all. If the seeds of the two are independent, it is ``seed_pairs``
+    instead: the same numbers over all pairs of one seed of each.
     """
     metric = table.primary
     ours, theirs = table.rates[metric, a], table.rates[metric, b]

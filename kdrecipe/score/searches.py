@@ -1,7 +1,7 @@
-"""Searches of one system against each other: the same statistics as between systems.
+"""The searches of a system compared with each other, by the same statistics as systems.
 
-A search of a system takes the part of a system: ``kd/beam`` is what ``kd`` says by the decoder
-that the recipe calls ``beam``.
+Each search counts as a system here: ``kd/beam`` is the system ``kd`` searched by the decoder that the
+recipe calls ``beam``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kdrecipe.interfaces import Metric
 from kdrecipe.score.hypotheses import read_hypotheses
 from kdrecipe.score.scoring import Question, score
 
-LM_OPTIONS = ("lm_", "length_bonus")  # beginnings of options that a language model brings with it
+LM_OPTIONS = ("lm_", "length_bonus")  # how the names of options begin that belong to a language model
 
 
 def score_searches(
@@ -24,22 +24,22 @@ def score_searches(
     *,
     speakers: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Score every search of the systems that have more than one.
+    """Score all searches of the systems that have several.
 
     Args:
         hyps: system -> label of the search, the main one first -> seed -> split -> hypotheses file.
-        facts: system -> label -> ``decoder``, ``options``, ``lm`` (whether it uses one).
-        metrics: by name; the first is the one that searches are compared by.
+        facts: system -> label -> ``decoder``, ``options``, ``lm`` (whether it uses a language model).
+        metrics: by name; searches are compared by the first.
         speakers: see :func:`kdrecipe.score.scoring.score`.
 
     Returns:
-        Per system and search ``{"system", "search", "splits", "comparisons"}``: ``splits`` as of a
-        system; ``comparisons`` with the system's main search, and of one with a language model
-        with the same search without, p-values allowing for all comparisons of searches. They are
-        paired over seeds, since it is the same model.
+        Per system and search ``{"system", "search", "splits", "comparisons"}``: ``splits`` as for a
+        system; ``comparisons`` with the system's main search and, for a search with a language
+        model, with the same search without it. The p-values allow for all comparisons of searches.
+        Seeds are paired, since both searches use the same models.
 
     Raises:
-        DataError: hypotheses files that are broken or do not agree.
+        DataError: hypotheses files are damaged or do not agree.
     """
     several = {system: labels for system, labels in hyps.items() if len(labels) > 1}
     if not several:
@@ -79,7 +79,7 @@ def mean_rates(
 
 
 def pairs(facts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Labels to compare: each with the first, and one with a language model with itself without."""
+    """Labels to compare: each with the first, and one with a language model with the same one without."""
     main = next(iter(facts))
     found = [(label, main) for label in facts if label != main]
     for label, search in facts.items():
@@ -90,7 +90,7 @@ def pairs(facts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _is_without_lm(candidate: Mapping[str, Any], search: Mapping[str, Any]) -> bool:
-    """Whether ``candidate`` is ``search`` but for its language model."""
+    """Whether ``candidate`` is the same as ``search`` without its language model."""
     alike = candidate["decoder"] == search["decoder"] and _plain(candidate) == _plain(search)
     return bool(search["lm"]) and not candidate["lm"] and alike
 
@@ -104,5 +104,5 @@ def _name(system: str, label: str) -> str:
 
 
 def _of_labels(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A comparison with labels in place of names."""
+    """A comparison with labels instead of names."""
     return {**found, **{x: found[x].partition("/")[2] for x in ("a", "b")}}

@@ -1,10 +1,10 @@
-"""Stage 8: what each system says, and how fast and in how much memory it says it.
+"""Stage 8: the text that each system recognises, and the time and memory that it needs.
 
-A system's row of the table shows what ships: the exported model in its runtime, one thread, in a
-process that has loaded nothing else. One recognition of every utterance gives the text that is scored
-and the time that stands beside it. Where the runtime does not have the search, the row is the
-bundle's, and has no time. All decoders that serve the system are also run on the bundle in torch, to be
-compared with each other.
+A system's row of the table shows what ships: the exported model in its runtime, on one thread, in a
+process that has loaded nothing else. Each utterance is recognised once, which gives both the text that is
+scored and the time in the same row. If the runtime does not have the search, the row is the bundle's and
+has no time. All decoders that fit the system also run on the bundle in torch, to be compared with each
+other.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Row:
 
     Args:
         search: ``label``, ``decoder`` and ``options`` in the recipe; ``runs_in``: ``sherpa-onnx``, or
-            ``torch`` for a bundle; ``name``: what it is called there; ``variant``: ``fp32`` or ``int8``.
+            ``torch`` for a bundle; ``name``: its name there; ``variant``: ``fp32`` or ``int8``.
         hypotheses: split -> rows of the hypotheses file, which are scored.
-        costs: of that very recognition: ``size_mb``, ``rtf``, ``peak_rss_mb``, ``runtime`` and more; of a
-            bundle ``size_mb`` of the files alone, and in ``runtime`` the reason.
+        costs: of the same recognition: ``size_mb``, ``rtf``, ``peak_rss_mb``, ``runtime`` and more; of a
+            bundle only ``size_mb`` of the exported files, and ``runtime`` says why there is no more.
     """
 
     search: dict[str, Any]
@@ -62,11 +62,11 @@ class Row:
 
     def __post_init__(self) -> None:
         in_torch = self.search["runs_in"] == "torch"
-        assert in_torch == (self.costs["rtf"] is None), "a time is that of the texts beside it"
+        assert in_torch == (self.costs["rtf"] is None), "a row's time belongs to its own texts"
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
-    """One job per system and seed; alone, since it measures time."""
+    """One job per system and seed, each run alone, since it measures time."""
     registry = recipe.plugins.registry
     for name in recipe.build_order():
         system, found = recipe.systems[name], recipe.searches_of(name)
@@ -93,7 +93,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
 
 
 def _exporter_input(recipe: Recipe, system: str) -> dict[str, str] | None:
-    """The exporter that the row is of, and its code; None where the heads are not known yet."""
+    """The exporter whose files the row shows, and a hash of its code; None if the heads are not known yet."""
     registry, heads = recipe.plugins.registry, recipe.heads_of(system)
     wanted = measured_exporter(heads, recipe.export, registry) if heads else None
     if wanted is None:
@@ -106,10 +106,10 @@ def _exporter_input(recipe: Recipe, system: str) -> dict[str, str] | None:
 
 
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
-    """Recognise every split that the recipe names: the export by its search, the bundle by all of them.
+    """Recognise every split of the recipe: with the export by its search, with the bundle by all searches.
 
     Raises:
-        KdrecipeError: a bundle that was not there when the recipe was checked has a head that
+        KdrecipeError: a bundle that did not exist when the recipe was checked has a head that
             nothing in the recipe searches or exports.
     """
     from kdrecipe.data.features import load_cuts
@@ -148,7 +148,7 @@ def _search_facts(
     found: Mapping[str, Named],
     cuts: Sequence[MonoCut],
 ) -> dict[str, dict[str, Any]]:
-    """Each search on the bundle: what it is, and its time in torch on a few utterances of all speakers."""
+    """Each search on the bundle: its description, and its time in torch on a sample over all speakers."""
     from kdrecipe.corpus.audio import utterances_from_cuts
     from kdrecipe.corpus.subsets import drawn_over_speakers
     from kdrecipe.measure.search import search_rtf
@@ -180,7 +180,7 @@ def _searches(recipe: Recipe, bundle: Bundle) -> dict[str, Named]:
 
 
 def _language_model(found: Mapping[str, Named], layout: Layout, bundle: Bundle) -> LanguageModel | None:
-    """The recipe's language model over the bundle's tokens, if some search uses it."""
+    """The recipe's language model over the bundle's tokens, if any search uses it."""
     if not any(uses_lm(d.options) for d in found.values()):
         return None
     from kdrecipe.data.ngram import load_lm
@@ -191,7 +191,7 @@ def _language_model(found: Mapping[str, Named], layout: Layout, bundle: Bundle) 
 def decode_cuts(
     bundle: Bundle, decoders: Mapping[str, Decoder], cuts: Sequence[MonoCut]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every cut with its best hypothesis by each decoder: label -> rows of the hypotheses file."""
+    """The best hypothesis of every cut by each decoder: label -> rows of the hypotheses file."""
     import torch
 
     from kdrecipe.data.batches import CutBatches
@@ -224,12 +224,12 @@ def _row(
     cuts: Mapping[str, Sequence[MonoCut]],
     of_bundle: dict[str, list[dict[str, Any]]],
 ) -> Row:
-    """The export's row if its runtime has the search (label, decoder), else the bundle's."""
+    """The row of the export if its runtime has the search (label, decoder), otherwise that of the bundle."""
     registry, heads = recipe.plugins.registry, list(bundle.meta["model"]["heads"])
     wanted = measured_exporter(heads, recipe.export, registry)
     if wanted is None:
         raise KdrecipeError(
-            f"nothing in export is of the head {heads[0]!r} of {bundle.name!r} and can be measured",
+            f"no exporter in export is for the head {heads[0]!r} of {bundle.name!r} and can be measured",
             where=recipe.document.where(("export",)),
             remedy="kdrecipe plugins list",
         )
@@ -259,7 +259,7 @@ def _shipped(
     search: RuntimeOptions,
     cuts: Mapping[str, Sequence[MonoCut]],
 ) -> Row:
-    """Every split in the runtime, once; the costs are those of the first."""
+    """Every split, recognised once in the runtime; the costs are those of the first split."""
     from kdrecipe.corpus.audio import utterances_from_cuts
     from kdrecipe.measure.runtime import measure_export
 
@@ -280,12 +280,12 @@ def _shipped(
 
 
 def _variant(bundle: Bundle) -> str:
-    """Which of an export's files ship."""
+    """Which variant of an export ships."""
     return "int8" if bundle.is_int8 else "fp32"
 
 
 def _same_texts(rows: Sequence[Mapping[str, Any]], of_bundle: Sequence[Mapping[str, Any]]) -> float:
-    """Share of utterances of which the runtime and the bundle say the same, by the same search."""
+    """Share of utterances for which runtime and bundle give the same text, by the same search."""
     said = {row["id"]: row["hyp"] for row in of_bundle}
     same = [bool(row["hyp"] == said[row["id"]]) for row in rows]
     return sum(same) / len(same)

@@ -28,7 +28,8 @@ SECTIONS_PRINTED = 2  # title and reading, and claims if any; the table comes at
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """The stage's one job."""
     each = [f"{name}/seed{seed}" for name in recipe.build_order() for seed in recipe.systems[name].seeds]
-    needs = ("score", *each, *(f"{verb}/{e}" for verb in ("export", "decode") for e in each))
+    measured = (f"{verb}/{e}" for verb in ("export", "decode") for e in each)
+    needs = ("prepare", "features", "tokens", "score", *each, *measured)
     claims = [claim.model_dump(mode="json") for claim in recipe.claims]
     inputs = {
         "systems": list(recipe.systems),
@@ -152,7 +153,8 @@ def _learnt_from(recipe: Recipe, layout: Layout) -> Iterator[str]:
         sources["the language model"] = recipe.lm.data
     for what, data in sources.items():
         note = f"{what} are" if what.endswith("s") else f"{what} is"
-        note += " learnt from " + (f"the transcripts of {data}" if data else "all training transcripts")
+        of = f"the transcripts of the subset {data}" if data else "all training transcripts"
+        note += f" learnt from {of}"
         if more := beyond_labels(recipe.systems, data, subsets):
             note += f", more than the labels of {', '.join(more)}"
         yield note

@@ -1,4 +1,4 @@
-"""What jobs took before: from their stamps, or from the recipe's committed table."""
+"""How long jobs took before: from their stamps, or from the recipe's committed table."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def seconds_before(recipe: Recipe, plan: Plan) -> dict[str, float]:
-    """Seconds by job, of those that ran before: here, or where the committed table was made.
+    """Seconds by job, of the jobs that ran before, on this machine or on that of the committed table.
 
-    A profile or ``--set`` changes what jobs take, so the table counts only for the recipe as it stands.
+    A profile or ``--set`` changes the times, so the table is used only for the recipe as it stands.
     """
     stamped = {name: seconds_of(job) for name, job in plan.jobs.items()}
     here = {name: seconds for name, seconds in stamped.items() if seconds is not None}
@@ -28,7 +28,7 @@ def seconds_before(recipe: Recipe, plan: Plan) -> dict[str, float]:
 
 
 def published(path: Path) -> dict[str, float]:
-    """Seconds by job, as a ``results.json`` has them; empty if there is none that can be read."""
+    """Seconds by job from a ``results.json``; empty if it is missing or can't be read."""
     try:
         results: Any = read_json(path)
         trained = {
@@ -43,7 +43,7 @@ def published(path: Path) -> dict[str, float]:
 
 
 def outlook(forecast: Forecast) -> str:
-    """What a run begins with: how many jobs of which stages, and how long they take if that is known."""
+    """The first line of a run: how many jobs of which stages, and how long they take if that is known."""
     count = Counter(job.stage for job in forecast.jobs)
     stages = ", ".join(f"{STAGES[stage][0]} {number}" for stage, number in sorted(count.items()))
     jobs = f"{len(forecast.jobs)} job{'s' if len(forecast.jobs) != 1 else ''} to run ({stages})"

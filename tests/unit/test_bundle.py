@@ -413,9 +413,9 @@ def test_a_directory_that_is_no_bundle_is_told(tmp_path):
 @pytest.mark.parametrize("version", [1, 99, "2", None])
 def test_another_format_is_told(saved, version):
     change_meta(saved.path, format=version)
-    with pytest.raises(KdrecipeError, match=f"bundle format {version}, this version reads 2") as error:
+    with pytest.raises(KdrecipeError, match=f"bundle format {version}; this version reads format 2") as error:
         Bundle.load(saved.path)
-    assert "make it again with this version" in error.value.problems[0].remedy
+    assert "make the bundle again with this version" in error.value.problems[0].remedy
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3"])

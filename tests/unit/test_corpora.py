@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from kdrecipe.corpus.manifests import finish, validate_corpus
+from kdrecipe.corpus.manifests import finish, sample, validate_corpus
 from kdrecipe.errors import DataError, MissingExtra
 from kdrecipe.interfaces import Prepared
 from kdrecipe.testing.corpus import WORDS, make_corpus
@@ -158,6 +158,8 @@ def test_an4(an4_root: Path, tmp_path: Path) -> None:
         assert texts[utterance_id] == text
     notes = finish(prepared, tmp_path, "stop").notes
     assert any(note.startswith("dev is made of 2 speakers of train: mta") for note in notes)
+    told = finish(sample(prepared, 1), tmp_path / "sample", "stop").notes
+    assert sum("test sentences occur" in note for note in told) == 1, "of the sample alone"
     train_texts = {sup.text for sup in prepared.splits["train"][1]}
     shared = sum(sup.text in train_texts for sup in prepared.splits["test"][1])
     assert f"{shared} of 2 test sentences occur in train" in notes

@@ -68,7 +68,7 @@ def test_times_are_those_of_stamps_or_else_of_the_committed_table(tmp_path):
     }
     (tmp_path / "results.json").write_text(json.dumps(results))
     assert published(tmp_path / "results.json") == {"kd/seed1": 30.0, "kd/seed2": 40.0}
-    results["seconds"] = {"kd/seed1": 31.0, "decode/kd": 5.0, "prepare": None}
+    results["seconds"] = {"kd/seed1": 31.0, "decode/kd": 5.0, "prepare": None}  # its stamp had no time
     (tmp_path / "results.json").write_text(json.dumps(results))
     stamped = Job(5, "kd/seed2", tmp_path / "kd", {}, lambda out: None)
     stamped.out.mkdir()

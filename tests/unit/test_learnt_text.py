@@ -13,6 +13,7 @@ from kdrecipe.data.features import load_cuts, load_norm
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.recipe.load import load_recipe
 from kdrecipe.stages.layout import Layout
+from kdrecipe.stages.plan import build_plan
 from kdrecipe.stages.report import _learnt_from
 from kdrecipe.stages.run import run_recipe
 from kdrecipe.stages.session import Session
@@ -59,7 +60,14 @@ def test_the_tokens_are_those_of_the_labelled_part(made, capsys):
     assert {*Tokenizer.load(layout.tokens).pieces[3:]} - {"▁"} == characters(layout, few)
     assert characters(layout, few) < characters(layout)
     assert "tokens, from 1 transcripts" in capsys.readouterr().out
-    assert list(_learnt_from(recipe, layout)) == ["the tokens are learnt from the transcripts of few"]
+    note = "the tokens are learnt from the transcripts of the subset few"
+    assert list(_learnt_from(recipe, layout)) == [note]
+
+
+def test_the_report_is_made_again_when_a_note_changes(made):
+    """Of the corpus, its subsets or its tokens: they stand in the report, whatever else they change."""
+    recipe, layout = made()
+    assert {"prepare", "features", "tokens"} <= set(build_plan(recipe, layout).jobs["report"].needs)
 
 
 def test_all_transcripts_are_taken_only_if_the_recipe_says_so_and_the_report_tells(made):

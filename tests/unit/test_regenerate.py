@@ -119,7 +119,7 @@ def test_a_run_outside_the_recipe_renews_its_table_and_ends_with_what_one_wants(
     results = json.loads((folder / "results.json").read_text())
     assert (folder / "RESULTS.md").read_text() == (work / "toy/first/report/RESULTS.md").read_text()
     assert results["seconds"]["scratch/seed1"] > 0
-    assert "jobs, one after the other" in (folder / "RESULTS.md").read_text()
+    assert ", the sum of all jobs" in (folder / "RESULTS.md").read_text()
     table, report, use = capfd.readouterr().out.rstrip().rsplit("\n", 2)
     assert report == "report: work/toy/first/report/report.html"
     assert use.endswith("transcribe work/toy/first/exports/scratch/seed1/onnx_ctc your.wav")

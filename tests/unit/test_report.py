@@ -274,7 +274,7 @@ def test_reading_follows_the_figures(made: tuple[Path, Any]) -> None:
     assert "p < 0.001" in better or "p = 0.00" in better
     assert any(text.startswith("kd recovers") for text in said)
     assert any(
-        text.startswith("kd_int8 takes 1.12 MB where kd takes 3.41 MB; how fast they are does not differ")
+        text.startswith("kd_int8 takes 1.12 MB where kd takes 3.41 MB; their speeds differ by no more than")
         for text in said  # 1.2 times: two runs of one model are that far apart
     )
     assert any("Fewer than three seeds of teacher: intervals and p-values leave out" in text for text in said)
@@ -293,7 +293,13 @@ def test_reading_turns_with_the_figures(made: tuple[Path, Any]) -> None:
     assert "33 % fewer errors" in verdicts()[1]
     assert "Every seed agrees (9 of 9 pairs)" in verdicts()[1]
     assert verdicts(p=0.06)[0] == "same"
-    assert verdicts(p=0.01, p_adjusted=0.06)[0] == "same"
+    assert "anything from −12.00 to +1.00 points is possible" in verdicts(p=0.06, ci95=[-0.12, 0.01])[1]
+    verdict, text = verdicts(p=0.01, p_adjusted=0.06)
+    assert verdict == "same"
+    alone = "alone, this comparison has p = 0.010 and −12.00 to −8.00 points."
+    assert text.endswith(f"p = 0.060 after correction for the number of comparisons; {alone}")
+    equal = verdicts(a_mean=0.3, difference=0.0, ci95=[0.0, 0.0], p=1.0)[1]
+    assert equal.endswith("p = 1.00; the two make equally many errors throughout.")
     verdict, text = verdicts(a_mean=0.3, b_mean=0.2, difference=0.1, seed_pairs=[3, 6, 9])
     assert verdict == "worse"
     assert "kd is worse than scratch" in text
@@ -349,7 +355,7 @@ def test_reading_warns_of_what_is_missing() -> None:
         "kd has no gap to recover on test: its teacher is no better than its baseline.",
         "small takes 2 MB where kd takes 4 MB, and is slower: 0.50 times the speed.",
         "Fewer than three seeds of kd, kd2 and small: "
-        "intervals and p-values leave out how far another would move these figures.",
+        "intervals and p-values leave out how far another seed would move these figures.",
         "Not tested against any other system: kd and kd2.",
         "No baseline of the same model and data, without a teacher, beside kd2.",
     ]

@@ -752,7 +752,7 @@ def test_a_bundle_of_another_format_is_told(load, tmp_path):
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "bundle.json").write_text('{"format": 1, "plugin_files": []}', encoding="utf-8")
     [found] = problems(load, data)
-    assert "bundle format 1, this version reads 2" in found
+    assert "bundle format 1; this version reads format 2" in found
     assert found.startswith("recipe.yaml:")
 
 

@@ -107,7 +107,7 @@ def test_a_row_has_a_time_if_and_only_if_it_is_the_runtimes() -> None:
     Row(shipped, {}, {"rtf": {"median": 0.1}})
     Row(in_torch, {}, {"rtf": None})
     for search, rtf in ((in_torch, {"median": 0.1}), (shipped, None)):
-        with pytest.raises(AssertionError, match="a time is that of the texts beside it"):
+        with pytest.raises(AssertionError, match="a row's time belongs to its own texts"):
             Row(search, {}, {"rtf": rtf})
 
 

@@ -107,6 +107,13 @@ def test_every_way_to_import(package, statement):
     assert changed(plugin, package / "deep.py", "norm = 3\n")
 
 
+def test_a_file_in_the_same_folder_that_is_named_as_text_counts(tmp_path):
+    """As the runtime of an exporter that is a file beside a recipe."""
+    text = "from pathlib import Path\nstart = f\"{Path(__file__).with_name('my_runtime.py')}:start\"\n"
+    write(tmp_path, plugin=text, my_runtime="x = 1\n")
+    assert changed(tmp_path / "plugin.py", tmp_path / "my_runtime.py", "x = 2\n")
+
+
 def test_comments_docstrings_and_strangers_do_not_count(package):
     plugin = package / "losses" / "mine.py"
     assert not changed(plugin, package / "deep.py", '"""Text."""\n\nnorm = 1  # as it was\n')

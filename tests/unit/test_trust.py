@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import py_compile
 import shutil
 from pathlib import Path
 
@@ -147,6 +149,17 @@ def test_a_compressed_bundle_brings_the_plugin_file_as_it_is_now_and_no_older_st
     assert not made.registry.conflicts()
 
 
+def test_a_table_that_was_made_with_consent_asks_again(place, capsys):
+    (place.folder / "corpus").mkdir()
+    made = "# Results of x\n\n## How this was made\n\n```sh\nkdrecipe run x --trust-plugins\n```\n"
+    (place.folder / "RESULTS.md").write_text(made)
+    assert main(["regenerate", str(place.folder), "--dry-run"]) == 2
+    assert "--trust-plugins" in capsys.readouterr().err
+    assert not place.trace.exists()
+    assert main(["regenerate", str(place.folder), "--dry-run", "--trust-plugins"]) == 0
+    assert capsys.readouterr().out.split() == ["kdrecipe", "run", str(place.folder), "--trust-plugins"]
+
+
 def test_another_file_of_the_same_name_is_not_the_same_file(place):
     write_atomic(place.folder / "plugin.py", "x = 1\n")
     place.add("plugins: {files: [plugin.py]}\n")
@@ -190,6 +203,19 @@ def test_a_bundle_that_changes_after_the_check_is_not_imported(place):
     (place.bundle / "bundle.json").write_text(json.dumps(meta))
     with pytest.raises(PluginError, match=r"does not run unasked: new\.py"):
         run_recipe(recipe, work=place.folder / "exp", job="big/seed1")
+
+
+def test_only_the_code_that_one_can_read_runs(place, tmp_path):
+    """Python takes a compiled copy beside a file for the file, whatever is in it, if the copy says so."""
+    other = tmp_path / "other.py"
+    other.write_text(place.plugin + f"\nPath({str(tmp_path / 'evil')!r}).write_text('')\n")
+    compiled = importlib.util.cache_from_source(str(place.bundle / "plugin.py"))
+    py_compile.compile(
+        str(other), compiled, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+    )
+    assert load_recipe(place.folder, trust_plugins=True).plugin_files
+    assert place.trace.exists()
+    assert not (tmp_path / "evil").exists()
 
 
 def test_transcribe_and_bench_ask_first(place, capsys, tmp_path):
