@@ -670,8 +670,9 @@ class Runtime:
     that is a file. It is called in a process that measures memory, so its module imports neither
     torch nor lhotse nor anything that does. It imports the runtime and returns ``(version, load)``:
     the runtime's name with its version, and a function ``load(spec) -> recognise``. ``spec`` has
-    ``files`` (part -> path), ``tokens`` (path of ``tokens.txt``), ``num_bins``, ``num_threads``, ``search``
-    (a name of ``searches``) and ``options`` of it. ``recognise(samples_S, sample_rate)`` returns a dict
+    ``files`` (part -> path), ``tokens`` (path of ``tokens.txt``), ``num_bins`` (of
+    the first file's input; None if it is not ONNX), ``num_threads``, ``search`` (a name of ``searches``) and
+    ``options`` of it. ``recognise(samples_S, sample_rate)`` returns a dict
     with ``text``, ``tokens`` (as the runtime writes them) and ``times_s`` (start of each, or empty).
 
     Args:

@@ -140,7 +140,9 @@ def _row(model: _Measured, utterances: Sequence[Utterance]) -> dict[str, object]
 
 
 def _num_params(model: Path) -> str:
-    """Of the whole export, as its metadata says; ``?`` for models from elsewhere."""
+    """Of the whole export, as its metadata says; ``?`` for models from elsewhere and of other kinds."""
+    if model.suffix != ".onnx":
+        return "?"
     import onnx
 
     properties = {p.key: p.value for p in onnx.load(model).metadata_props}

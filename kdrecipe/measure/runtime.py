@@ -220,8 +220,10 @@ def _run_worker(
         return ids, content
 
 
-def _num_bins(model: Path) -> int:
-    """Feature bins that the model expects."""
+def _num_bins(model: Path) -> int | None:
+    """Feature bins that an ONNX model expects; None: files of another kind, which their runtime knows."""
+    if model.suffix != ".onnx":
+        return None
     import onnx
 
     try:

@@ -88,7 +88,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         "seed": seed,
         "compression": done,
         "training": effort,
-        # The recipe's alone: the parent's may be of an earlier state of the same file.
+        # Not the parent's copies: the recipe's ran here, and two states of one file exclude each other.
         "plugin_files": carry(recipe.plugin_files, out),
     }
     Bundle.save(out, model, parent.tokens, meta, made)

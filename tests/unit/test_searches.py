@@ -14,9 +14,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from kdrecipe.cli.bench import _num_params
 from kdrecipe.corpus.audio import Utterance
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Hypothesis, Metric, ModelOutput, Options, Runtime, RuntimeSearch
+from kdrecipe.measure.runtime import measure_files
 from kdrecipe.measure.search import search_rtf
 from kdrecipe.model.decoders import build_decoder
 from kdrecipe.plugin.registry import Registry
@@ -149,6 +151,24 @@ def test_a_program_that_a_runtime_names_by_path_counts_as_its_code(tmp_path: Pat
     assert before == _exporter_input(recipe, "kd")
     program.write_text("def start(): return 2")
     assert before != _exporter_input(recipe, "kd")
+
+
+BOX = """
+def start():
+    def load(spec):
+        return lambda samples_S, rate: {"text": str(spec["num_bins"]), "tokens": [], "times_s": []}
+    return "box 1.0", load
+"""
+
+
+def test_a_runtime_may_load_files_of_any_kind(tmp_path: Path) -> None:
+    (tmp_path / "box.py").write_text(BOX)
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    runtime = Runtime("box", f"{tmp_path / 'box.py'}:start", {"plain": RuntimeSearch("quick")})
+    utterances = [Utterance("a", np.zeros(1600, np.float32))]
+    measured = measure_files(runtime, {"model": tmp_path / "model.bin"}, utterances)
+    assert measured.texts == {"a": "None"}
+    assert _num_params(tmp_path / "model.bin") == "?"
 
 
 def test_an_int8_system_whose_exporter_has_no_int8_files_keeps_its_row() -> None:
