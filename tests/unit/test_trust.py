@@ -108,16 +108,6 @@ def test_with_consent_it_does(place):
     assert recipe.command.endswith("--trust-plugins")
 
 
-def test_a_table_made_with_consent_is_made_again_with_it(place, capsys):
-    command = load_recipe(place.folder, trust_plugins=True).command
-    (place.folder / "RESULTS.md").write_text(f"## How this was made\n\n```sh\n{command}\n```\n")
-    assert main(["regenerate", str(place.folder)]) == 2, "there is no corpus"
-    said = capsys.readouterr()
-    assert said.out.rstrip().endswith("--trust-plugins")
-    assert "there is no directory" in said.err
-    assert "code of its own" not in said.err
-
-
 def test_a_recipe_that_names_the_same_file_has_said_so(place):
     write_atomic(place.folder / "mine" / "plugin.py", place.plugin)
     place.add("plugins: {files: [mine/plugin.py]}\n")
@@ -127,26 +117,6 @@ def test_a_recipe_that_names_the_same_file_has_said_so(place):
     run_recipe(load_recipe(place.folder), work=place.folder / "exp", job="big/seed1")
     made = place.folder / "exp" / "systems" / "big" / "seed1"
     assert (made / "plugin.py").read_text() == place.plugin
-
-
-def test_a_compressed_bundle_brings_the_plugin_file_as_it_is_now_and_no_older_state(place):
-    own = place.folder / "mine" / "plugin.py"
-    write_atomic(own, place.plugin)
-    place.add("plugins: {files: [mine/plugin.py]}\n")
-    text = (place.folder / "recipe.yaml").read_text()
-    step = "{name: magnitude_prune, epochs: 0}"
-    small = f"systems:\n  small: {{compress: {{from: big, steps: [{step}]}}}}\n"
-    (place.folder / "recipe.yaml").write_text(text.replace("systems:\n", small))
-    work = place.folder / "exp"
-    run_recipe(load_recipe(place.folder), work=work, job="big/seed1")
-    write_atomic(own, place.plugin + "\nMORE = 1\n")
-    shutil.rmtree(place.bundle)  # what was imported stays, and brings the file as it was
-    job = build_plan(load_recipe(place.folder), Layout(work)).jobs["small/seed1"]
-    job.run(place.folder / "made")
-    made = Bundle.load(place.folder / "made", trust_plugins=True)
-    assert [path.name for path in made.plugin_files] == ["plugin.py"]
-    assert made.model is not None
-    assert not made.registry.conflicts()
 
 
 def test_a_table_that_was_made_with_consent_asks_again(place, capsys):
