@@ -21,7 +21,6 @@ from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Decoder, LanguageModel
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
-from kdrecipe.plugin.source_code import plugin_hash
 from kdrecipe.recipe.load import Named, Recipe, System
 from kdrecipe.recipe.sections import uses_lm
 from kdrecipe.recipe.suitable import (
@@ -98,11 +97,7 @@ def _exporter_input(recipe: Recipe, system: str) -> dict[str, str] | None:
     wanted = measured_exporter(heads, recipe.export, registry) if heads else None
     if wanted is None:
         return None
-    found = {"name": wanted.name, "plugin": registry.fingerprint("exporters", wanted.name)}
-    program = Path(registry.get("exporters", wanted.name).runtime.start.rpartition(":")[0])
-    if program.suffix == ".py" and program.is_file():  # by its path, which the plugin's own code computes
-        found["runtime"] = plugin_hash(program)
-    return found
+    return {"name": wanted.name, "plugin": registry.fingerprint("exporters", wanted.name)}
 
 
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:

@@ -28,7 +28,7 @@ from kdrecipe.report.reading import reading
 from kdrecipe.report.text import search_table
 from kdrecipe.score.hypotheses import bundle_hyps_file, hyps_file
 from kdrecipe.score.searches import pairs, score_searches
-from kdrecipe.stages.decode import Row, _exporter_input, _row
+from kdrecipe.stages.decode import Row, _row
 from kdrecipe.testing.decode_checks import LetterTokens
 from kdrecipe_plugins.metrics.cer import Cer
 from kdrecipe_plugins.metrics.wer import TextOptions, Wer
@@ -130,27 +130,6 @@ def test_a_runtime_has_a_search_or_says_what_it_lacks() -> None:
     assert found("fused", lm_weight=0.3) == "the wide of box has no lm_weight, here 0.3"
     assert found("other") == "box has no search other"
     assert default_search(runtime) == RuntimeOptions("quick")
-
-
-def test_a_program_that_a_runtime_names_by_path_counts_as_its_code(tmp_path: Path) -> None:
-    program = tmp_path / "box.py"
-    program.write_text("def start(): return 1")
-
-    class Boxed:
-        head = "ctc"
-        runtime = Runtime("box", f"{program}:start", {})
-
-        class Config(Options):
-            """None."""
-
-    registry = Registry()
-    registry.add("exporters", "boxed", Boxed, "here")
-    plugins = SimpleNamespace(registry=registry)
-    recipe: Any = SimpleNamespace(plugins=plugins, heads_of=lambda name: ("ctc",), export=[Named("boxed")])
-    before = _exporter_input(recipe, "kd")
-    assert before == _exporter_input(recipe, "kd")
-    program.write_text("def start(): return 2")
-    assert before != _exporter_input(recipe, "kd")
 
 
 BOX = """
