@@ -41,17 +41,22 @@ class Plan:
         """Refuse to run stages whose inputs are neither finished nor about to be made.
 
         Raises:
-            KdrecipeError: naming the stage to run first, for every such input.
+            KdrecipeError: naming the first stage to run, for every such input and what it needs.
         """
         chosen = {job.name for job in selected}
         missing: dict[str, str] = {}
-        for job in selected:
-            for need in job.needs:
-                if need not in chosen and (reason := why_run(self.jobs[need], self.jobs)):
+        waiting = list(selected)
+        while waiting:
+            for need in waiting.pop().needs:
+                if need in chosen or need in missing:
+                    continue
+                if reason := why_run(self.jobs[need], self.jobs):
                     missing[need] = reason
+                    waiting.append(self.jobs[need])  # what it needs itself may be missing, too
         if missing:
             stage = min(self.jobs[n].stage for n in missing)
-            listed = "; ".join(f"{name} ({why})" for name, why in list(missing.items())[:5])
+            first = sorted(missing, key=lambda name: self.jobs[name].stage)[:5]
+            listed = "; ".join(f"{name} ({missing[name]})" for name in first)
             raise KdrecipeError(
                 f"stage {selected[0].stage} reads what earlier stages have not finished: {listed}",
                 remedy=f"start with --stage {stage}",

@@ -277,9 +277,11 @@ def test_a_file_in_the_way_of_the_work_directory(recipe, corpus, tmp_path):
 
 
 def test_stages_out_of_order_say_where_to_start(recipe, corpus, tmp_path):
-    done = kdrecipe("run", recipe, "--work", tmp_path / "work", "--stage", "distill", CORPUS_ROOT=corpus)
+    one = ("--stage", "distill", "--stop-stage", "distill")
+    done = kdrecipe("run", recipe, "--work", tmp_path / "work", *one, CORPUS_ROOT=corpus)
     assert done.status == 2
-    assert "start with --stage 1" in done.err
+    assert "start with --stage 0" in done.err
+    assert "prepare (no finished output)" in done.err
     assert not (tmp_path / "work").exists()
 
 

@@ -159,8 +159,8 @@ def test_stages_whose_inputs_are_missing_are_refused(work):
     jobs = work.plan.jobs
     with pytest.raises(KdrecipeError, match="stage 2 reads what earlier stages have not finished") as error:
         work.plan.check_available([jobs["c"]])
-    assert "b (no finished output)" in str(error.value)
-    assert error.value.problems[0].remedy == "start with --stage 1"
+    assert "a (no finished output); b (no finished output)" in str(error.value)  # b needs a
+    assert error.value.problems[0].remedy == "start with --stage 0"
     work.plan.check_available([jobs["a"], jobs["b"], jobs["c"]])
 
 
