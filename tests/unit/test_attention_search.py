@@ -47,7 +47,7 @@ class Recogniser(nn.Module):
 
 
 class RandomLm:
-    """Log-probabilities that hang on the whole history."""
+    """Log-probabilities that depend on the whole history."""
 
     def start(self):
         return ()

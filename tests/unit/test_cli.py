@@ -130,10 +130,10 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (RecipeError("bad", where="recipe.yaml:3", remedy="mend it"), 2),
-        (DataError("bad", where="recipe.yaml:3", remedy="mend it"), 2),
-        (TrainingError("bad", where="recipe.yaml:3", remedy="mend it"), 1),
-        (ParityError("bad", where="recipe.yaml:3", remedy="mend it"), 1),
+        (RecipeError("bad", where="recipe.yaml:3", remedy="fix it"), 2),
+        (DataError("bad", where="recipe.yaml:3", remedy="fix it"), 2),
+        (TrainingError("bad", where="recipe.yaml:3", remedy="fix it"), 1),
+        (ParityError("bad", where="recipe.yaml:3", remedy="fix it"), 1),
     ],
 )
 def test_errors_are_told_without_a_traceback(recipe, runs, monkeypatch, capsys, error, status):
@@ -143,7 +143,7 @@ def test_errors_are_told_without_a_traceback(recipe, runs, monkeypatch, capsys, 
     monkeypatch.setattr("kdrecipe.stages.run.run_recipe", fail)
     assert main(["run", "toy/first"]) == status
     printed = capsys.readouterr()
-    assert printed.err == "kdrecipe: recipe.yaml:3: bad\n    -> mend it\n"
+    assert printed.err == "kdrecipe: recipe.yaml:3: bad\n    -> fix it\n"
     assert printed.out == ""
 
 

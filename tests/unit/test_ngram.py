@@ -19,7 +19,7 @@ sentences = st.lists(st.lists(st.sampled_from("abcd"), max_size=7), min_size=1, 
 
 
 def random_text(num_sentences=300, seed=0):
-    """Sentences in which what follows hangs on what came before, with rare and common symbols."""
+    """Sentences in which what follows depends on what came before, with rare and common symbols."""
     rng = np.random.default_rng(seed)
     lines = []
     for _ in range(num_sentences):
