@@ -37,10 +37,13 @@ class An4:
         Args:
             num_dev_speakers: training speakers that become the development part.
             dev_seed: which ones.
+            test_seed: draws the test speakers anew from all speakers of the corpus, as many as its own test
+                part has, so that a result can be checked on speakers that nobody tuned on; null: its own.
         """
 
         num_dev_speakers: int = Field(default=6, ge=1)
         dev_seed: int = 0
+        test_seed: int | None = None
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -60,6 +63,8 @@ class An4:
         problems: list[DataProblem] = []
         train = _read_part(corpus_dir, "train", problems)
         test = _read_part(corpus_dir, "test", problems)
+        if self.config.test_seed is not None:
+            train, test = _redrawn(train, test, self.config.test_seed)
         speakers = sorted({utt.speaker for utt in train})
         if len(speakers) <= self.config.num_dev_speakers:
             raise DataError(
@@ -115,6 +120,19 @@ def _read_part(corpus_dir: Path, part: str, problems: list[DataProblem]) -> list
             for i in sorted(paths.keys() - transcribed)
         ]
     return sorted(utterances, key=lambda utt: utt.id)
+
+
+def _redrawn(
+    train: list[Utterance], test: list[Utterance], seed: int
+) -> tuple[list[Utterance], list[Utterance]]:
+    """Train and test with as many test speakers as before, drawn from those of both."""
+    everything = sorted(train + test, key=lambda utt: utt.id)
+    speakers = sorted({utt.speaker for utt in everything})
+    drawn = set(random.Random(f"test {seed}").sample(speakers, len({utt.speaker for utt in test})))
+    return (
+        [utt for utt in everything if utt.speaker not in drawn],
+        [utt for utt in everything if utt.speaker in drawn],
+    )
 
 
 def _unlisted(corpus_dir: Path) -> list[str]:

@@ -237,16 +237,20 @@ class Training(Options):
     """``training``: the one loop's settings; a system overrides any of them.
 
     Args:
-        epochs: passes over the data, at least 1.
+        epochs: passes over the data, at least 1; with ``schedule: wsd`` a bound, else their number.
         batch_duration_s: audio per batch and process, in seconds.
+        optimizer: ``muon`` for the matrices between hidden states and AdamW for the rest, or ``adamw`` alone.
         lr: the highest learning rate.
-        warmup: share of all steps in which the rate rises from 0, in [0, 1).
-        schedule: afterwards: ``cosine`` or ``linear`` to 0, ``constant``, or ``noam`` (inverse
-            square root of the step).
-        weight_decay: of AdamW, on matrices only.
+        warmup_steps: in which the rate rises from 0; at most a tenth of all.
+        schedule: afterwards: ``wsd`` holds the rate until the dev error is flat and then lets it fall to
+            0; of fixed length are ``cosine`` and ``linear`` (to 0), ``constant`` and ``noam`` (inverse square
+            root of the step).
+        flat: of ``wsd``: a dev error is flat that fell by less than this share over the last quarter.
+        cooldown: of ``wsd``: the last part, in which the rate falls, as a share of what came before it.
+        weight_decay: on matrices only.
         betas: of AdamW.
         grad_clip: highest norm of the gradient; null: no clipping.
-        average: the last so many epochs' weights are averaged.
+        average: whether the running average of the weights is scored and kept, or the last weights.
         precision: ``auto`` takes bf16 where the hardware has it.
         accumulate: batches per optimiser step.
         spec_augment: masks over the input; null: none.
@@ -255,15 +259,18 @@ class Training(Options):
         dev_every: epochs from one pass over the development data to the next.
     """
 
-    epochs: int = Field(default=30, ge=1)
+    epochs: int = Field(default=100, ge=1)
     batch_duration_s: Positive = 60.0
-    lr: Positive = 2e-3
-    warmup: float = Field(default=0.1, ge=0, lt=1)
-    schedule: Literal["cosine", "linear", "constant", "noam"] = "cosine"
+    optimizer: Literal["muon", "adamw"] = "muon"
+    lr: Positive = 4e-3
+    warmup_steps: int = Field(default=100, ge=0)
+    schedule: Literal["wsd", "cosine", "linear", "constant", "noam"] = "wsd"
+    flat: float = Field(default=0.02, ge=0, lt=1)
+    cooldown: float = Field(default=0.25, gt=0)
     weight_decay: NotNegative = 1e-2
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     grad_clip: Positive | None = 5.0
-    average: int = Field(default=5, ge=1)
+    average: bool = True
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     accumulate: int = Field(default=1, ge=1)
     spec_augment: SpecAugment | None = SpecAugment()

@@ -296,10 +296,12 @@ def _making_section(results: Mapping[str, Any]) -> Section:
     for system in results["systems"]:
         if train := system["train"]:
             numbers = [count(train.get("epochs")), count(train.get("steps")), duration(train.get("seconds"))]
-            rows.append([system["name"], *numbers, figure(train.get("audio_s_per_s"))])
+            speed = figure(train.get("audio_s_per_s"))
+            rows.append([system["name"], *numbers, speed, percent(_dev(train)), ended(train)])
     if rows:
         headers = ["system", "epochs", "steps", "time per seed", "audio seconds per second"]
-        section.blocks.append(Table(headers, rows, frozenset(range(1, 5))))
+        headers += ["dev token errors %", "why it ended"]
+        section.blocks.append(Table(headers, rows, frozenset(range(1, 6))))
     steps = []
     for system in results["systems"]:
         for step in system["compression"] or []:
@@ -317,6 +319,28 @@ def _making_section(results: Mapping[str, Any]) -> Section:
         headers = ["system", "split", "search", "runs in", "WER %", "bundle's WER %", "same text %"]
         section.blocks.append(Table(headers, shipped, frozenset(range(4, len(headers)))))
     return section
+
+
+_ENDS = {
+    "flat": "dev error flat",
+    "bound": "**epochs, still improving**",
+    "no dev": "epochs (no dev)",
+    "schedule": "epochs",
+}
+
+
+def ended(train: Mapping[str, Any]) -> str:
+    """Why training ended, over all seeds; the reason with its number of seeds where they differ."""
+    found = Counter(_ENDS[str(run["stopped"])] for run in train.get("by_seed", []) if "stopped" in run)
+    if len(found) < 2:
+        return next(iter(found), NONE)
+    return ", ".join(f"{reason} ({number})" for reason, number in found.most_common())
+
+
+def _dev(train: Mapping[str, Any]) -> float | None:
+    """Dev token error rate of the finished models, mean over seeds."""
+    rates = [run.get("dev_ter") for run in train.get("by_seed", [])]
+    return None if None in rates or not rates else sum(map(float, rates)) / len(rates)
 
 
 def _parity_rows(system: str, found: Any, export: str = "", bundle: float | None = None) -> list[list[str]]:

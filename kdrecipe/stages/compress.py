@@ -9,7 +9,7 @@ from pathlib import Path
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.plugin.carried import carry
-from kdrecipe.recipe.load import Recipe, System
+from kdrecipe.recipe.load import Recipe, System, Training
 from kdrecipe.stages.layout import Layout
 
 NUM_CALIBRATION_BATCHES = 16
@@ -52,6 +52,12 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
             )
 
 
+def fine_tuning(training: Training, epochs: int) -> Training:
+    """The system's settings for so many epochs: a compressor goes by the share of steps done."""
+    fixed = "linear" if training.schedule == "wsd" else training.schedule
+    return training.model_copy(update={"epochs": epochs, "schedule": fixed})
+
+
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
     """Apply the steps in order; a step that fine-tunes does so with its ancestor's own objective."""
     from kdrecipe.interfaces import CompressContext
@@ -72,7 +78,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         compressor = build_compressor(registry, spec)
         model = compressor.apply(model, context)
         if compressor.num_epochs:
-            training = system.training.model_copy(update={"epochs": compressor.num_epochs})
+            training = fine_tuning(system.training, compressor.num_epochs)
             result = session.run(model, out / "train" / f"step{number}", training, on_step=compressor.on_step)
             model.to("cpu")  # where calibration batches are
         model = compressor.finish(model).eval()

@@ -19,12 +19,22 @@ from torch import nn
 from kdrecipe.artifacts import fingerprint
 from kdrecipe.data.batches import CutBatches
 from kdrecipe.errors import TrainingError
+from kdrecipe.train.average import WeightAverage
 from kdrecipe.train.checkpoints import Checkpoints
 from kdrecipe.train.distribution import Workers
 from kdrecipe.train.evaluation import DevScore, evaluate
 from kdrecipe.train.log import Progress, TrainLog, normalised
 from kdrecipe.train.objective import Objective, TargetSource, Term
-from kdrecipe.train.optimisation import OptimizerHook, lr_factor, make_optimizer, set_lr
+from kdrecipe.train.optimisation import (
+    Cooldown,
+    OptimizerHook,
+    cooldown_reason,
+    last_epoch,
+    lr_factor,
+    make_optimizer,
+    set_lr,
+    wsd_factor,
+)
 from kdrecipe.train.step import Seen, Stepper
 
 if TYPE_CHECKING:
@@ -47,8 +57,12 @@ class TrainResult:
         audio_s: seconds of audio seen.
         dev_loss: of the averaged weights, supervised terms; None without dev data or such terms.
         dev_ter: of the averaged weights, token error rate; None without dev data or CTC head.
-        best_epoch: with the lowest dev token error rate before averaging (from 1), or None.
+        best_epoch: with the lowest dev token error rate (from 1), or None.
         best_dev_ter: that rate.
+        stopped: why the run ended when it did: ``flat`` (the dev error had stopped falling), ``bound``
+            (``epochs`` ended it while the error was still falling), ``no dev`` (nothing told) or ``schedule``
+            (of a fixed length).
+        cooldown_epoch: after this one the learning rate fell to 0; None under a fixed schedule.
         precision: type of the matrix products.
         history: one entry per epoch, as in ``log.jsonl``.
     """
@@ -61,6 +75,8 @@ class TrainResult:
     dev_ter: float | None
     best_epoch: int | None
     best_dev_ter: float | None
+    stopped: str
+    cooldown_epoch: int | None
     precision: str
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -86,7 +102,7 @@ def train(
     train_metrics: MetricsHook | None = None,
     device: str | None = None,
 ) -> TrainResult:
-    """Train ``model`` in place; on return it holds the mean of the last epochs' weights.
+    """Train ``model`` in place; on return it holds the running average of its weights.
 
     An unfinished run in ``work_dir`` resumes from its last checkpoint, provided that it
     was started with the same data, options and model; another one's checkpoints are discarded.
@@ -100,7 +116,8 @@ def train(
         work_dir: gets ``log.jsonl`` and ``checkpoints/``.
         seed: of augmentation and dropout (the order of the data has ``batches.seed``).
         dev: scored every ``dev_every`` epochs.
-        on_step: called with (model, step, num_steps) after every optimiser step, step from 1.
+        on_step: called with (model, step, num_steps) after every optimiser step, step from 1; num_steps is
+            the most that there can be.
         progress: whether to say anything on standard error.
         label: what is being trained, for those lines.
         build_optimizer: see :data:`kdrecipe.train.optimisation.OptimizerHook`.
@@ -119,28 +136,20 @@ def train(
     model.to(workers.device).train()
     objective.module.to(workers.device).train()
     workers.share_state([*model.state_dict().values(), *objective.module.state_dict().values()])
-    named = [*model.named_parameters(), *objective.named_parameters()]
-    optimizer = make_optimizer(named, options, build_optimizer)
+    others = [p for _, p in objective.named_parameters()]
+    optimizer = make_optimizer(model, others, options, build_optimizer)
     stepper = Stepper(model, objective, teachers, optimizer, options, workers, seed, work_dir)
     run = _Run(stepper, batches, dev, work_dir, seed)
     run.on_step, run.train_metrics, run.show_progress, run.label = on_step, train_metrics, progress, label
     run.resume()
-    if run.epoch < options.epochs:
+    if run.epoch < run.last_epoch:
         stepper.try_out(batches.load(batches.longest()))
     try:
-        while run.epoch < options.epochs:
+        while run.epoch < run.last_epoch:
             run.do_epoch()
     finally:
         run.progress.close()
     return run.finish()
-
-
-def num_averaged(options: Training) -> int:
-    """Epochs whose weights are averaged: ``average``, but at most a quarter of all epochs.
-
-    In a short run, the weights of some epochs ago are far from the last ones.
-    """
-    return min(options.average, max(1, options.epochs // 4))
 
 
 class _Run:
@@ -159,17 +168,29 @@ class _Run:
         self.train_metrics: MetricsHook | None = None
         self.show_progress = True
         self.label = ""
-        self.checkpoints = Checkpoints(work_dir, num_averaged(self.options))
+        self.checkpoints = Checkpoints(work_dir)
+        self.average = WeightAverage(stepper.model) if self.options.average else None
         self.log = TrainLog(work_dir / "log.jsonl", self.workers.is_first)
         # A step takes this many batches of the plan, all processes together; the last step of an
         # epoch what is left.
         self.group = self.options.accumulate * self.workers.world_size
-        counts = [batches.num_batches(epoch) for epoch in range(self.options.epochs)]
-        self.num_steps = sum(-(-count // self.group) for count in counts)
+        self.num_steps = self._steps_of(range(self.options.epochs))
+        """Of the whole run; until it is known when a run with ``schedule: wsd`` ends, the most it can be."""
+        # in a short run, no more than a tenth
+        self.warmup_steps = min(self.options.warmup_steps, max(1, self.num_steps // 10))
+        self.cooldown: Cooldown | None = None
         self.epoch = self.index = self.step = 0  # epochs and steps done; steps done in this epoch
         self.seconds = self.audio_s = self.interval_audio_s = self.interval_s = 0.0
         self.facts = ""
         self.history: list[dict[str, Any]] = []
+
+    def _steps_of(self, epochs: Iterable[int]) -> int:
+        return sum(-(-self.batches.num_batches(epoch) // self.group) for epoch in epochs)
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch that ends the run, as far as is known."""
+        return self.cooldown.last_epoch if self.cooldown else self.options.epochs
 
     # ------------------------------------------------------------ going through the data
 
@@ -186,34 +207,60 @@ class _Run:
                 saved_at = time.monotonic()
         self.epoch, self.index = self.epoch + 1, 0
         entry: dict[str, Any] = {"step": self.step, "epoch": self.epoch}
-        if self.dev and (self.epoch % self.options.dev_every == 0 or self.epoch == self.options.epochs):
-            score = evaluate(self.stepper, self.dev)
+        if self.dev and (self.epoch % self.options.dev_every == 0 or self.epoch == self.last_epoch):
+            score = self._evaluate(self.dev)
             entry |= {"dev_loss": score.loss, "dev_ter": score.ter}
         entry |= {"seconds": round(self.seconds, 2), "audio_s": round(self.audio_s, 2)}
         self.history.append(entry)
         self.log.write("epoch", entry)
-        if self.workers.is_first:
-            self.checkpoints.save_epoch(self.epoch, self.stepper.model)
+        if self.options.schedule == "wsd" and self.cooldown is None:
+            self._end_in_time()
         self._save()
-        if self.workers.is_first:
-            self.checkpoints.drop_before(self.epoch)
         if entry.get("dev_ter") is not None:
-            self.progress.note(f"epoch {self.epoch}/{self.options.epochs} dev_ter {entry['dev_ter']:.2%}")
+            self.progress.note(f"epoch {self.epoch}/{self.last_epoch} dev_ter {entry['dev_ter']:.2%}")
+
+    def _evaluate(self, dev: CutBatches) -> DevScore:
+        if self.average is None:
+            return evaluate(self.stepper, dev)
+        with self.average.in_place():
+            return evaluate(self.stepper, dev)
+
+    def _end_in_time(self) -> None:
+        """Begin the cool-down if it is due; from here on it is known when the run ends."""
+        reason = cooldown_reason(self.history, self.options)
+        if reason is None:
+            return
+        last = last_epoch(self.epoch, reason, self.options)
+        steps = self._steps_of(range(self.epoch, last))
+        self.cooldown = Cooldown(self.epoch, last, self.step, steps, reason)
+        self.num_steps = self.progress.num_steps = self.step + steps
+        why = {
+            "flat": "the dev error is flat",
+            "bound": "still improving, but training.epochs is near",
+            "no dev": "training.epochs is near",
+        }
+        self.progress.say(
+            f"epoch {self.epoch}: {why[reason]}; the learning rate falls to 0 until epoch {last}"
+        )
+
+    def _lr_factor(self, step: int) -> float:
+        if self.options.schedule == "wsd":
+            return wsd_factor(step, self.warmup_steps, self.cooldown)
+        return lr_factor(step, self.num_steps, self.warmup_steps, self.options.schedule)
 
     def _do_step(self, group: list[list[str]]) -> None:
         began = time.monotonic()
         mine = group[self.workers.rank :: self.workers.world_size]
         step = self.step + 1
         logs = step % self.options.log_every == 0 or step == self.num_steps
-        lr = set_lr(
-            self.stepper.optimizer,
-            lr_factor(step, self.num_steps, self.options.warmup, self.options.schedule),
-        )
+        lr = set_lr(self.stepper.optimizer, self._lr_factor(step))
         loaded = [self.batches.load(ids) for ids in mine]
         norm, seen = self.stepper.run(loaded, step, keep=logs and self.train_metrics is not None)
         self.step, self.index = step, self.index + 1
         if self.on_step:
             self.on_step(self.stepper.model, step, self.num_steps)
+        if self.average is not None:
+            self.average.update(step)
         audio_s = sum(self.batches.duration_s(ids) for ids in group)
         self.audio_s += audio_s
         self.interval_audio_s += audio_s
@@ -245,9 +292,9 @@ class _Run:
 
     def finish(self) -> TrainResult:
         """Average, score, and describe the run."""
-        self.workers.wait()  # the last epoch's weights are on disk when all are here
-        self.checkpoints.average_into(self.stepper.model, self.options.epochs)
-        score = evaluate(self.stepper, self.dev) if self.dev else DevScore(None, None)
+        if self.average is not None:
+            self.average.apply()
+        last = self.history[-1]  # scored with the same weights
         scored = [e for e in self.history if e.get("dev_ter") is not None]
         best = min(scored, key=lambda e: float(e["dev_ter"]), default=None)
         result = TrainResult(
@@ -255,10 +302,12 @@ class _Run:
             epochs=self.epoch,
             seconds=round(self.seconds, 2),
             audio_s=round(self.audio_s, 2),
-            dev_loss=score.loss,
-            dev_ter=score.ter,
+            dev_loss=last.get("dev_loss"),
+            dev_ter=last.get("dev_ter"),
             best_epoch=best["epoch"] if best else None,
             best_dev_ter=best["dev_ter"] if best else None,
+            stopped=self.cooldown.reason if self.cooldown else "schedule",
+            cooldown_epoch=self.cooldown.after_epoch if self.cooldown else None,
             precision=str(self.stepper.dtype or torch.float32).removeprefix("torch."),
             history=self.history,
         )
@@ -294,11 +343,14 @@ class _Run:
 
     def _signature(self) -> dict[str, str]:
         """What must agree for a checkpoint to be resumed."""
-        ignored = {"log_every", "checkpoint_every_s", "dev_every"}
+        # how often dev is scored decides when a run ends, unless its length is fixed
+        ignored = {"log_every", "checkpoint_every_s"}
+        if self.options.schedule != "wsd":
+            ignored.add("dev_every")
         options = {k: v for k, v in self.options.model_dump(mode="json").items() if k not in ignored}
         shapes = {name: list(p.shape) for name, p in self.stepper.model.state_dict().items()}
         terms = [(t.name, t.weight, t.teacher) for t in self.stepper.objective.terms]
-        plan = [self.batches.ids, self.batches.seed, self.batches.num_labelled, self.num_steps]
+        plan = [self.batches.ids, self.batches.seed, self.batches.num_labelled, self.group]
         return {
             "seed": str(self.seed),
             "options": fingerprint(options),
@@ -324,8 +376,10 @@ class _Run:
                 "losses": self.stepper.objective.module.state_dict(),
                 "optimizer": self.stepper.optimizer.state_dict(),
                 "scaler": self.stepper.scaler.state_dict(),
+                "average": self.average.state_dict() if self.average else None,
                 "meter": numbers,
                 "history": self.history,
+                "cooldown": asdict(self.cooldown) if self.cooldown else None,
             }
         )
 
@@ -336,6 +390,11 @@ class _Run:
         self.stepper.objective.module.load_state_dict(state["losses"])
         self.stepper.optimizer.load_state_dict(state["optimizer"])
         self.stepper.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.history = state["history"]
+        if state["cooldown"]:
+            self.cooldown = Cooldown(**state["cooldown"])
+            self.num_steps = self.cooldown.from_step + self.cooldown.num_steps
         if self.workers.is_first:  # the sums are those of all processes
             self.stepper.meter.load(state["meter"])

@@ -99,7 +99,7 @@ RECIPE = """
 corpus: {name: manifests, root: "${CORPUS_ROOT}"}
 tokens: {name: char}
 seeds: [1]
-training: {epochs: 2, batch_duration_s: 10, average: 1, log_every: 1, precision: fp32, spec_augment: null}
+training: {epochs: 2, batch_duration_s: 10, log_every: 1, precision: fp32, spec_augment: null}
 systems:
   teacher:
     train:

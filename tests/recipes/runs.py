@@ -21,7 +21,7 @@ corpus: {name: manifests, root: "${CORPUS_ROOT}"}
 features: {name: fbank, num_mel_bins: 80, speed_perturb: [0.9, 1.0, 1.1]}
 tokens: {name: char}
 seeds: [1]
-training: {epochs: 4, batch_duration_s: 10, precision: fp32, average: 2, checkpoint_every_s: 0.001}
+training: {epochs: 4, batch_duration_s: 10, precision: fp32, checkpoint_every_s: 0.001}
 systems:
   teacher: {train: {model: {name: conformer, num_layers: 1, dim: 32, heads: {ctc: {}}}}}
   scratch: {train: {model: &small {name: conformer, num_layers: 1, dim: 16, heads: {ctc: {}}}}}

@@ -19,11 +19,21 @@ from train_toys import Calm, Imitate, ToyTeacher, toy_batches, toy_model, toy_ob
 
 from kdrecipe.errors import KdrecipeError, TrainingError
 from kdrecipe.interfaces import LossOutput
-from kdrecipe.train.checkpoints import Checkpoints
 from kdrecipe.train.distribution import Workers
 from kdrecipe.train.evaluation import edit_distance
-from kdrecipe.train.loop import Objective, Term, num_averaged
-from kdrecipe.train.optimisation import autocast_dtype, cpu_has_bf16, lr_factor, make_optimizer, seed_step
+from kdrecipe.train.loop import Objective, Term
+from kdrecipe.train.optimisation import (
+    Cooldown,
+    autocast_dtype,
+    cooldown_reason,
+    cpu_has_bf16,
+    hidden_matrices,
+    last_epoch,
+    lr_factor,
+    make_optimizer,
+    seed_step,
+    wsd_factor,
+)
 from kdrecipe.train.step import Stepper
 
 SCRIPT = Path(toys.__file__)
@@ -79,8 +89,9 @@ def test_a_toy_is_learnt(tmp_path):
     assert losses[-1] < 0.1 * losses[0]
     assert result.dev_ter < 0.2
     assert result.best_dev_ter <= result.history[0]["dev_ter"]
-    assert result.epochs == 25
-    assert result.audio_s == pytest.approx(25 * batches.duration_s(batches.ids), abs=0.1)
+    assert result.stopped == "flat"  # long before the bound
+    assert result.epochs < 25
+    assert result.audio_s == pytest.approx(result.epochs * batches.duration_s(batches.ids), abs=0.1)
 
 
 def test_the_log_tells_what_was_done(whole):
@@ -192,7 +203,7 @@ def gradients(loaded, accumulate, objective, tmp_path):
     options = toy_options(accumulate=accumulate, spec_augment=None, grad_clip=None)
     model = toy_model(dropout=0.0)
     named = [*model.named_parameters(), *objective.named_parameters()]
-    optimizer = make_optimizer(named, options)
+    optimizer = make_optimizer(model, objective.module.parameters(), options)
     workers = Workers(0, 1, torch.device("cpu"))
     stepper = Stepper(model, objective, {"t": ToyTeacher()}, optimizer, options, workers, 0, tmp_path)
     objective.module.zero_grad()
@@ -350,49 +361,142 @@ def test_a_losss_own_parameters_are_trained_and_not_kept(tmp_path):
 # ---------------------------------------------------------------- averaging, schedule, hooks
 
 
-def test_the_result_is_the_mean_of_the_last_epochs(tmp_path):
-    options = toy_options(epochs=9, average=2)
+def test_the_result_is_the_running_average_of_the_weights(tmp_path):
     model = toy_model()
     model.register_buffer("mask", torch.zeros(1))
-    ends = []
+    trail = [{k: v.clone() for k, v in model.named_parameters()}]
 
     def note(model, step, num_steps):
         model.mask.fill_(step)
-        if step % (num_steps // 9) == 0:
-            ends.append({k: v.clone() for k, v in model.state_dict().items()})
+        trail.append({k: v.detach().clone() for k, v in model.named_parameters()})
 
-    model, result = toy_run(tmp_path, model=model, options=options, on_step=note)
-    assert result.steps == 9 * (result.steps // 9)
+    model, result = toy_run(tmp_path, model=model, on_step=note)
+    # the power profile, written out: step s weighs s^8 - (s - 1)^8
+    weights = [s**8 - (s - 1) ** 8 for s in range(1, result.steps + 1)]
     for name, value in model.named_parameters():
-        torch.testing.assert_close(value.detach(), (ends[-1][name] + ends[-2][name]) / 2)
-    assert model.mask == result.steps  # buffers are the last epoch's
-    kept = sorted(p.name for p in (tmp_path / "checkpoints").glob("epoch-*.pt"))
-    assert kept == ["epoch-8.pt", "epoch-9.pt"]
+        steps = zip(weights, trail[1:], strict=True)
+        mean = sum(w * state[name].double() for w, state in steps) / sum(weights)
+        torch.testing.assert_close(value.detach(), mean.float(), rtol=1e-4, atol=1e-6)
+    assert model.mask == result.steps  # buffers are the last step's
     assert not model.training
 
 
-@pytest.mark.parametrize(
-    ("epochs", "average", "expected"), [(1, 5, 1), (6, 5, 1), (12, 5, 3), (30, 5, 5), (30, 1, 1)]
-)
-def test_short_runs_average_less(epochs, average, expected):
-    assert num_averaged(toy_options(epochs=epochs, average=average)) == expected
+def test_without_an_average_the_result_is_the_last_weights(tmp_path):
+    last = {}
+
+    def note(model, step, num_steps):
+        last.update({k: v.detach().clone() for k, v in model.named_parameters()})
+
+    model, _ = toy_run(tmp_path, options=toy_options(average=False), on_step=note)
+    assert_same_weights(dict(model.named_parameters()), last)
 
 
 def test_learning_rate_rises_and_falls():
     for schedule in ("cosine", "linear", "noam", "constant"):
-        factors = [lr_factor(step, 100, 0.1, schedule) for step in range(1, 101)]
+        factors = [lr_factor(step, 100, 10, schedule) for step in range(1, 101)]
         assert factors[9] == max(factors) == 1.0
         assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)])
         assert min(factors) > 0
         assert sorted(factors[9:], reverse=True) == factors[9:]
-    assert lr_factor(100, 100, 0.1, "cosine") < 0.001
-    assert lr_factor(1, 1, 0.0, "cosine") == 1.0
+    assert lr_factor(100, 100, 10, "cosine") < 0.001
+    assert lr_factor(1, 1, 0, "cosine") == 1.0
+
+
+def test_wsd_warms_up_holds_and_falls_to_nearly_0():
+    cooldown = Cooldown(after_epoch=6, last_epoch=8, from_step=60, num_steps=20, reason="flat")
+    factors = [wsd_factor(step, 10, cooldown) for step in range(1, 81)]
+    assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert set(factors[10:61]) == {1.0}
+    assert sorted(factors[60:], reverse=True) == factors[60:]
+    assert 0 < factors[-1] < 0.03
+    assert wsd_factor(10**6, 10, None) == 1.0
+
+
+def history(*scores):
+    """A log's epochs with these dev errors; None: not scored."""
+    return [{"epoch": n, "dev_ter": score} for n, score in enumerate(scores, start=1)]
+
+
+FALLING = [1.0, 0.9, 0.7, 0.5, 0.4, 0.33, 0.28, 0.24, 0.21, 0.18]
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        (FALLING, None),
+        ([*FALLING, 0.18, 0.179, 0.18, 0.181], "flat"),
+        ([*FALLING, 0.18, 0.179, 0.18], None),  # the last quarter is four epochs by now, and one of them fell
+        ([0.95] * 20, None),  # the plateau of blanks is no end
+        ([0.5, 0.5], None),  # too early to tell
+        ([0.5] * 4, "flat"),
+        ([*FALLING[:4], None, None, None, None], None),
+        ([1.0] * 79, None),
+        ([1.0] * 80, "bound"),
+        ([None] * 80, "no dev"),
+    ],
+)
+def test_cooldown_begins_where_the_dev_error_is_flat_or_the_bound_is_near(scores, expected):
+    options = toy_options(epochs=100, cooldown=0.25, flat=0.02)
+    assert cooldown_reason(history(*scores), options) == expected
+
+
+@pytest.mark.parametrize("bound", [2, 3, 7, 30])
+def test_a_cooldown_that_the_bound_forces_ends_with_it(bound):
+    options = toy_options(epochs=bound, cooldown=0.25)
+    start = next(n for n in range(1, bound) if cooldown_reason(history(*[0.9] * n), options))
+    assert start < last_epoch(start, "bound", options) == bound
+    assert bound - start <= 1 + 0.25 * bound
+
+
+def test_a_cooldown_lasts_a_share_of_what_came_before_it():
+    options = toy_options(epochs=30, cooldown=0.25)
+    assert last_epoch(20, "flat", options) == 25
+    assert last_epoch(28, "flat", options) == 30
+
+
+def test_a_run_ends_when_dev_is_flat_and_says_so(tmp_path, capfd):
+    options = toy_options(epochs=40, flat=0.99)  # nothing falls that fast
+    _, result = toy_run(tmp_path, options=options, dev=toy_batches(4, seed=1), progress=True)
+    if result.history[3]["dev_ter"] <= 0.8:
+        assert (result.stopped, result.cooldown_epoch, result.epochs) == ("flat", 4, 5)
+        assert "the dev error is flat" in capfd.readouterr().err
+    rates = [e["lr"] for e in lines(tmp_path) if e["event"] == "step"]
+    assert rates[-1] < max(rates)
+
+
+def test_the_bound_is_named_where_it_ends_a_run(tmp_path):
+    options = toy_options(epochs=4, flat=0.0)
+    _, result = toy_run(tmp_path, options=options, dev=toy_batches(4, seed=1))
+    assert (result.stopped, result.cooldown_epoch, result.epochs) == ("bound", 3, 4)
+    _, fixed = toy_run(tmp_path / "fixed", options=toy_options(epochs=2, schedule="cosine"))
+    assert (fixed.stopped, fixed.cooldown_epoch) == ("schedule", None)
 
 
 def test_weight_decay_leaves_biases_and_norms_alone():
-    groups = make_optimizer(toy_model().named_parameters(), toy_options()).param_groups
-    assert {p.dim() > 1 for p in groups[0]["params"]} == {True}
-    assert groups[1]["weight_decay"] == 0
+    for name in ("muon", "adamw"):
+        for group in make_optimizer(toy_model(), [], toy_options(optimizer=name)).param_groups:
+            assert group["weight_decay"] == (0 if group["params"][0].dim() <= 1 else 0.01)
+            assert len({p.dim() > 1 for p in group["params"]}) == 1
+
+
+def test_muon_gets_the_matrices_between_hidden_states_only():
+    model = toy_model()
+    hidden = {id(p) for p in hidden_matrices(model)}
+    names = {name for name, p in model.named_parameters() if id(p) in hidden}
+    assert names
+    assert not any(name.startswith("heads.ctc") for name in names)  # its rows are tokens
+    optimizer = make_optimizer(model, [], toy_options())
+    listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in model.parameters())
+    with torch.no_grad():
+        before = {n: p.clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if name in names:  # an orthogonal step: all singular values about equal
+            values = torch.linalg.svdvals(p.detach() - before[name] * (1 - 5e-3 * 0.01))
+            assert values.max() / values.min() < 3
 
 
 def test_plugins_may_bring_optimiser_and_metrics(tmp_path):
@@ -453,7 +557,7 @@ def test_auto_precision_does_not_take_emulated_bf16(monkeypatch):
 def stepper(tmp_path, objective, **options):
     """A stepper on the CPU, and its model."""
     model, settings = toy_model(), toy_options(**options)
-    optimizer = make_optimizer([*model.named_parameters(), *objective.named_parameters()], settings)
+    optimizer = make_optimizer(model, objective.module.parameters(), settings)
     workers = Workers(0, 1, torch.device("cpu"))
     return Stepper(model, objective, {}, optimizer, settings, workers, 5, tmp_path), model
 
@@ -555,7 +659,8 @@ class AtWork(nn.Module):
 
     def forward(self, out, targets, batch):
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state = sum(self.optimizer.state[p]["exp_avg"].numel() for p in parameters if self.optimizer.state)
+        states = [self.optimizer.state[p] for p in parameters] if self.optimizer.state else []
+        state = sum(max(value.numel() for value in one.values()) for one in states)
         self.seen.append((state, sum(p.numel() for p in parameters if p.grad is not None)))
         return LossOutput((out.logits["ctc"] * self.scale).square().sum(), len(batch))
 
@@ -623,14 +728,6 @@ def test_progress_is_plain_lines_without_a_terminal(tmp_path, capfd, monkeypatch
     assert "dev_ter" in shown
     toy_run(tmp_path / "quiet", progress=False)
     assert capfd.readouterr().err == ""
-
-
-def test_checkpoints_of_old_epochs_go(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    for number in (1, 2, 3, 11):
-        checkpoints.save_epoch(number, nn.Linear(1, 1))
-    checkpoints.drop_before(11)
-    assert [p.name for p in checkpoints.directory.iterdir()] == ["epoch-11.pt"]
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,6 @@ def toy_options(**changes):
         "batch_duration_s": 3.0,
         "lr": 5e-3,
         "precision": "fp32",
-        "average": 2,
         "log_every": 2,
         "checkpoint_every_s": 1e-9,
         "spec_augment": SpecAugment(num_freq_masks=1, freq_width=4, num_time_masks=2),
