@@ -142,6 +142,11 @@ class Recipe:
             wanted |= more
         return [name for name in depth_first(self.systems)[0] if name in wanted]
 
+    def first_teachers(self) -> list[str]:
+        """Systems of stage 3 that others learn from, without those that are only started from."""
+        taught_by = {name for system in self.systems.values() for name in system.teachers}
+        return [name for name in self.teaching() if name in taught_by]
+
     def build_order(self) -> list[str]:
         """All systems, each after what it needs: those of stage 3, of stage 5, of stage 6."""
         early = self.teaching()

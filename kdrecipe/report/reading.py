@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from kdrecipe.report.guard import verdict as teacher_verdict
 from kdrecipe.score.intervals import MIN_SEEDS
 
 SIGNIFICANT = 0.05
@@ -98,7 +99,8 @@ def reading(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """The sentences that follow from the figures: a list of ``{"verdict", "text"}``."""
     systems = {s["name"]: s for s in results["systems"]}
     few = [name for name, system in systems.items() if few_seeds(system)]
-    said: list[tuple[Verdict, str]] = [_compared(c, few) for c in results["comparisons"]]
+    said: list[tuple[Verdict, str]] = _little_learnt(results["guard"])
+    said += [_compared(c, few) for c in results["comparisons"]]
     for system in systems.values():
         said += _recovered(system)
         said += _shrunk(system, systems)
@@ -116,6 +118,12 @@ def seeds_won(c: Mapping[str, Any]) -> tuple[int, int, int]:
     """The number of seeds (or pairs of seeds) that a comparison's first system wins, loses, and of all."""
     won, lost, number = c.get("seeds_won") or c.get("seed_pairs") or (0, 0, 0)
     return won, lost, number
+
+
+def _little_learnt(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Verdict, str]]:
+    """Teachers that are not clearly better than a quick baseline, on which all that they taught depends."""
+    failed = [teacher_verdict(row) for row in rows if row["learnt"] is False]
+    return [("caution", f"**{lead}**: {rest}{'' if rest.endswith('?') else '.'}") for lead, rest in failed]
 
 
 def _compared(found: Mapping[str, Any], few: Sequence[str]) -> tuple[Verdict, str]:
@@ -246,6 +254,11 @@ def _time_taken(ratios: Sequence[float]) -> str:
 def _cautions(results: Mapping[str, Any], few: Sequence[str]) -> list[tuple[Verdict, str]]:
     """What a reader must know before trusting the table."""
     said: list[str] = []
+    if unfinished := [text for system in results["systems"] if (text := _unfinished(system))]:
+        said.append(
+            f"**Stopped by training.epochs while still improving**: {_listed(unfinished)}. "
+            "More epochs may improve these rows."
+        )
     trained = [s for s in results["systems"] if s["kind"] != "pretrained"]
     if few:
         said.append(
@@ -270,6 +283,15 @@ def _cautions(results: Mapping[str, Any], few: Sequence[str]) -> list[tuple[Verd
     said += _other_code(results["systems"])
     said += [f"{note}." for facts in results["splits"].values() for note in facts.get("notes") or ()]
     return [("caution", text) for text in said]
+
+
+def _unfinished(system: System) -> str | None:
+    """The system, if training ended before the dev error was flat; of several seeds, with how many."""
+    runs = (system["train"] or {}).get("by_seed", [])
+    number = sum(run.get("stopped") == "bound" for run in runs)
+    if not number:
+        return None
+    return str(system["name"]) if number == len(runs) else f"{system['name']} ({number} of {len(runs)} seeds)"
 
 
 def _other_code(systems: Sequence[System]) -> list[str]:

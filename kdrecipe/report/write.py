@@ -63,7 +63,8 @@ def write_report(
             :func:`kdrecipe.score.scoring.score`, which gives ``splits`` of each system,
             ``comparisons``, ``method``), ``comparisons``, ``searches`` (the result of
             :func:`kdrecipe.score.searches.score_searches`, with ``rtf``, ``decoder`` and
-            ``options`` of each), ``seconds`` (by job), ``sections``
+            ``options`` of each), ``guard`` (verdicts on teachers, see
+            :func:`kdrecipe.report.guard.verdict`), ``seconds`` (by job), ``sections``
             (``{title, markdown}``) and ``claims`` (fields of :class:`kdrecipe.recipe.sections.Claim`).
         hyps: system -> seed -> split -> hypotheses file, for the utterances on the page.
         logs: system -> seed -> the training's ``log.jsonl``.
@@ -104,6 +105,7 @@ def assemble(data: Mapping[str, Any]) -> dict[str, Any]:
         "units": UNITS,
         "corpus_summary": dict(data.get("corpus_summary") or {}),
         "systems": [_system(system, by_split) for system in data["systems"]],
+        "guard": [dict(row) for row in data.get("guard") or []],
         "comparisons": list(comparisons),
         "searches": [dict(row) for row in data.get("searches") or []],
         "method": scores.get("method"),

@@ -6,7 +6,7 @@ STAGES: tuple[tuple[str, str], ...] = (
     ("prepare", "raw corpus -> Lhotse recordings and supervisions, validated"),
     ("features", "manifests -> cut sets with log-mel features, subsets, normalisation"),
     ("tokens", "training text -> SentencePiece tokens, n-gram language model"),
-    ("teacher", "train or import the teachers"),
+    ("teacher", "train or import the teachers, and see that they have learnt"),
     ("targets", "what the teachers say about the training audio, cached"),
     ("distill", "train the students: from scratch and distilled"),
     ("compress", "prune and quantise"),

@@ -39,6 +39,9 @@ class Layout:
     def system(self, name: str, seed: int) -> Path:
         return self.root / "systems" / name / f"seed{seed}"
 
+    def guard(self, teacher: str) -> Path:
+        return self.root / "guard" / teacher
+
     def targets(self, teacher: str, seed: int) -> Path:
         return self.root / "targets" / teacher / f"seed{seed}"
 

@@ -10,6 +10,7 @@ from kdrecipe.stages import (
     decode,
     export,
     features,
+    guard,
     lm,
     prepare,
     report,
@@ -32,6 +33,7 @@ def build_plan(recipe: Recipe, layout: Layout) -> Plan:
     tokens.add_jobs(plan, recipe, layout)
     lm.add_jobs(plan, recipe, layout)
     train.add_teachers(plan, recipe, layout)
+    guard.add_jobs(plan, recipe, layout)
     targets.add_jobs(plan, recipe, layout)
     train.add_students(plan, recipe, layout)
     compress.add_jobs(plan, recipe, layout)

@@ -29,7 +29,8 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """The stage's one job."""
     each = [f"{name}/seed{seed}" for name in recipe.build_order() for seed in recipe.systems[name].seeds]
     measured = (f"{verb}/{e}" for verb in ("export", "decode") for e in each)
-    needs = ("prepare", "features", "tokens", "score", *each, *measured)
+    guards = (f"guard/{name}" for name in recipe.first_teachers())
+    needs = ("prepare", "features", "tokens", "score", *each, *guards, *measured)
     claims = [claim.model_dump(mode="json") for claim in recipe.claims]
     inputs = {
         "systems": list(recipe.systems),
@@ -56,6 +57,7 @@ def run(recipe: Recipe, layout: Layout, out: Path, before: Sequence[Job]) -> Non
         "corpus_summary": _corpus_summary(recipe, layout),
         "systems": [_row(system, recipe, layout, scores) for system in recipe.systems.values()],
         "scores": scores,
+        "guard": _verdicts(recipe, layout),
         "searches": _searches(scores["searches"], search_facts(recipe, layout)),
         "claims": [claim.model_dump(mode="json") for claim in recipe.claims],
         "seconds": {job.name: seconds_of(job) for job in before},
@@ -130,6 +132,12 @@ def _searches(
         seeds = [labels[row["search"]] for labels in facts[row["system"]].values()]
         rows.append({**row, **seeds[0], "rtf": _mean(found["rtf"] for found in seeds)})
     return rows
+
+
+def _verdicts(recipe: Recipe, layout: Layout) -> list[dict[str, Any]]:
+    """What stage 3 found of the teachers, a verdict for each and its seed."""
+    found = (read_json(layout.guard(name) / "guard.json") for name in recipe.first_teachers())
+    return [row for guard in found for row in guard["verdicts"]]
 
 
 def _corpus_summary(recipe: Recipe, layout: Layout) -> dict[str, Any]:

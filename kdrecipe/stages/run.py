@@ -11,7 +11,7 @@ from kdrecipe.jobs.executors import die_with_parent, num_gpus, set_threads
 from kdrecipe.jobs.forecast import Forecast
 from kdrecipe.jobs.run import Run
 from kdrecipe.jobs.stamps import Job, locked, run_job
-from kdrecipe.stages import STAGES
+from kdrecipe.stages import STAGES, guard
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.plan import build_plan
 from kdrecipe.stages.report import closing, publish
@@ -20,6 +20,7 @@ from kdrecipe.stages.timing import outlook, seconds_before
 if TYPE_CHECKING:
     from kdrecipe.recipe.load import Recipe
 
+TEACHER = 3  # the stage from which on it matters what teachers have learnt
 MAX_JOBS = 8  # more processes than this need a large machine, and a deliberate choice (--jobs)
 
 
@@ -76,6 +77,9 @@ def run_recipe(
         forecast = Forecast([j for j in selected if j.name in reasons], seconds_before(recipe, plan), number)
         if forecast.jobs:
             print(outlook(forecast), flush=True)
+        if last >= TEACHER:
+            for line in guard.warnings(recipe, layout, plan, reasons):
+                print(line, flush=True)
         Run(plan, selected, reasons, verbs, command, number, force, forecast).run()
     if last == len(STAGES) - 1:
         publish(recipe, layout)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lhotse import CutSet
 from torch import nn
 
 from kdrecipe.artifacts import read_json
 from kdrecipe.corpus.subsets import drawn_over_speakers
 from kdrecipe.data.batches import CutBatches
-from kdrecipe.data.features import has_dev, load_cuts
+from kdrecipe.data.features import has_dev, load_cuts, load_norm
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import RecipeError
 from kdrecipe.interfaces import Batch, LossSetup, ModelInfo, TargetSpec
-from kdrecipe.model.asr import model_info
+from kdrecipe.model.asr import FeatureNorm, build_model, model_info
 from kdrecipe.model.bundle import Bundle
 from kdrecipe.stages.inputs import needs_of, utterances_of
 from kdrecipe.targets.cache import TargetCache
@@ -33,7 +34,7 @@ from kdrecipe.train.distribution import local_device
 from kdrecipe.train.loop import Objective, TargetSource, Term, TrainResult, train
 
 if TYPE_CHECKING:
-    from lhotse.cut import CutSet
+    from lhotse.cut import MonoCut
 
     from kdrecipe.model.asr import AsrModel
     from kdrecipe.recipe.load import Recipe, System, Training
@@ -49,12 +50,14 @@ class Session:
         layout: where its artefacts are.
         system: the system, trained or distilled.
         seed: seed of initialisation, order of the data and augmentation.
+        max_audio_s: seconds of training data, drawn over all speakers; None: all of it.
     """
 
     recipe: Recipe
     layout: Layout
     system: System
     seed: int
+    max_audio_s: float | None = None
 
     @cached_property
     def tokens(self) -> Tokenizer:
@@ -65,6 +68,8 @@ class Session:
     def _data(self) -> tuple[CutSet, set[str]]:
         """The training cuts that the system learns from, perturbed copies included; ids of the labelled."""
         cuts, labelled, _ = training_data(self.layout, [self.system])
+        if self.max_audio_s is not None:
+            cuts = CutSet.from_cuts(_first(drawn_over_speakers(cuts), self.max_audio_s))
         return cuts, labelled
 
     @cached_property
@@ -72,6 +77,21 @@ class Session:
         """Utterances that it trains on, with labels or without; None: the whole training split."""
         cuts: Any = self._data[0]  # Lhotse's annotations do not let it be iterated
         return None if self.system.data is None else {cut.id for cut in cuts}
+
+    def new_model(self) -> AsrModel:
+        """The system's model with random weights, normalised by the audio that it trains on."""
+        assert self.system.model is not None  # imported ones are not trained
+        torch.manual_seed(self.seed)
+        model = build_model(
+            self.system.model,
+            input_dim=self.recipe.features.num_mel_bins,
+            vocab_size=len(self.tokens),
+            registry=self.recipe.plugins.registry,
+        )
+        model.norm = FeatureNorm.from_stats(
+            *map(torch.from_numpy, load_norm(self.layout.features, self.heard))
+        )
+        return model
 
     def batches(self, training: Training) -> CutBatches:
         """The training data; where only a part is labelled, both parts, the labels withheld."""
@@ -99,9 +119,8 @@ class Session:
         on_dev, limit_s = has_dev(self.layout.features), self.system.training.batch_duration_s
         cuts, labelled = self._data
         drawn = drawn_over_speakers(load_cuts(self.layout.features, "dev") if on_dev else cuts)
-        ends_s = np.cumsum([cut.duration for cut in drawn])
         batches = CutBatches(
-            drawn[: int(np.searchsorted(ends_s, num_batches * limit_s)) + 1],
+            _first(drawn, num_batches * limit_s),
             self.tokens,
             batch_duration_s=limit_s,
             seed=self.seed,
@@ -210,6 +229,12 @@ class Session:
             train_metrics=hook.train_metrics,
             device=str(device),
         )
+
+
+def _first(cuts: Sequence[MonoCut], seconds: float) -> Sequence[MonoCut]:
+    """The first cuts that together last so long, the last one included."""
+    ends_s = np.cumsum([cut.duration for cut in cuts])
+    return cuts[: int(np.searchsorted(ends_s, seconds)) + 1]
 
 
 def training_data(layout: Layout, systems: Iterable[System]) -> tuple[CutSet, set[str], set[str]]:

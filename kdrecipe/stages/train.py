@@ -81,23 +81,12 @@ def _needs(plan: Plan, recipe: Recipe, system: System, seed: int) -> tuple[str, 
 
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
     """Train one system with one seed and write its bundle; ``out/train`` keeps log and checkpoints."""
-    import torch
-
-    from kdrecipe.data.features import load_norm
-    from kdrecipe.model.asr import FeatureNorm, build_model
     from kdrecipe.model.bundle import Bundle, provenance
     from kdrecipe.stages.session import Session
 
     assert system.model is not None  # pretrained ones are imported
-    torch.manual_seed(seed)
     session = Session(recipe, layout, system, seed)
-    model = build_model(
-        system.model,
-        input_dim=recipe.features.num_mel_bins,
-        vocab_size=len(session.tokens),
-        registry=recipe.plugins.registry,
-    )
-    model.norm = FeatureNorm.from_stats(*map(torch.from_numpy, load_norm(layout.features, session.heard)))
+    model = session.new_model()
     if system.init_from:
         place = layout.system(system.init_from, recipe.seed_of(system.init_from, seed))
         parent = Bundle.load(place, recipe.plugins.registry)

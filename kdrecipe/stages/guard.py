@@ -1,0 +1,225 @@
+"""Stage 3, after the teachers: whether each has learnt clearly more than a quick baseline.
+
+The baseline is the encoder of the teacher's smallest student with a CTC head, trained for a fraction of
+the teacher's steps. Its optimiser and learning rate are the core's own, not the recipe's: those may be the
+reason why a teacher learnt nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrecipe.artifacts import read_json, write_json
+from kdrecipe.jobs.plan import Plan
+from kdrecipe.jobs.stamps import Job, why_run
+from kdrecipe.recipe import tiny
+from kdrecipe.recipe.load import Recipe, System, Training
+from kdrecipe.recipe.sections import Term
+from kdrecipe.report.guard import verdict
+from kdrecipe.stages.layout import Layout
+
+if TYPE_CHECKING:
+    from lhotse.cut import MonoCut
+    from torch import nn
+
+    from kdrecipe.data.tokens import Tokenizer
+    from kdrecipe.model.asr import AsrModel
+    from kdrecipe.stages.session import Session
+
+SHARE = 0.1  # of the teacher's steps
+MIN_STEPS = 240  # by then a small model has left CTC's plateau, see docs/decisions.md
+MAX_STEPS = 2000
+MAX_UTTERANCES = 300  # of dev, over all speakers
+MAX_BATCH_S = 60.0
+NOT_TINY = f"the profile {tiny.NAME} trains too little for one"
+
+
+def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
+    """One job per teacher, for all its seeds. No student depends on it: a verdict changes no weights."""
+    from kdrecipe.stages.inputs import system_inputs
+
+    for name in recipe.first_teachers():
+        seeds = recipe.systems[name].seeds
+        inputs = {
+            "baselines": [dict(system_inputs(recipe, system)) for system in baselines(recipe, name)],
+            "seed": seeds[0],
+            "judged": recipe.profile != tiny.NAME,
+        }
+        needs = ("features", "tokens", *(f"{name}/seed{seed}" for seed in seeds))
+        job = Job(
+            3,
+            f"guard/{name}",
+            layout.guard(name),
+            inputs,
+            partial(run, recipe, layout, name),
+            needs,
+            resumable=True,
+            alone=False,
+        )
+        plan.add(job)
+
+
+def warnings(recipe: Recipe, layout: Layout, plan: Plan, will_run: Container[str]) -> Iterator[str]:
+    """What earlier runs found and this one does not look at again: a line for each teacher that failed."""
+    for name in recipe.first_teachers():
+        job = plan.jobs[f"guard/{name}"]
+        if job.name not in will_run and why_run(job, plan.jobs) is None:
+            for row in read_json(layout.guard(name) / "guard.json")["verdicts"]:
+                if row["learnt"] is False:
+                    yield ": ".join(verdict(row))
+
+
+def baselines(recipe: Recipe, teacher: str) -> list[System]:
+    """What may be the baseline: each student's encoder with a CTC head, on the labels that the teacher had.
+
+    What an imported teacher learnt from is not known: there it is the labels that the student has.
+    """
+    taught = recipe.systems[teacher]
+    found = []
+    for student in recipe.systems.values():
+        if teacher not in student.teachers or student.model is None:
+            continue
+        options = student.model["heads"].get("ctc", {})
+        baseline = replace(
+            student,
+            kind="trained",
+            model={**student.model, "heads": {"ctc": options}},
+            data=student.data if taught.kind == "pretrained" else taught.data,
+            unlabelled=None,
+            teachers=(),
+            init_from=None,
+            terms=(Term("ctc"),),
+            training=_quick(student.training),
+        )
+        found.append(baseline)
+    return found
+
+
+def _quick(training: Training) -> Training:
+    """The core's own settings, but for what depends on the machine and on the size of the corpus."""
+    return Training(
+        batch_duration_s=min(MAX_BATCH_S, training.batch_duration_s),
+        precision=training.precision,
+        schedule="linear",
+        spec_augment=None,
+    )
+
+
+def run(recipe: Recipe, layout: Layout, teacher: str, out: Path) -> None:
+    """Train the baseline, compare each seed of the teacher with it, and say a line of each."""
+    from kdrecipe.model.bundle import Bundle
+    from kdrecipe.score.guard import compare
+    from kdrecipe.stages.session import Session
+
+    dev = _dev_sample(layout)
+    if not dev:
+        write_json(out / "guard.json", {"baseline": None, "verdicts": []})
+        print(f"{teacher}: not compared with a quick baseline, since the corpus has no dev", flush=True)
+        return
+    system, is_tiny = recipe.systems[teacher], recipe.profile == tiny.NAME
+    registry = recipe.plugins.registry
+    bundles = {seed: Bundle.load(layout.system(teacher, seed), registry) for seed in system.seeds}
+    training = {seed: bundle.meta.get("training") or {} for seed, bundle in bundles.items()}
+    taken = None if system.kind == "pretrained" else training[system.seeds[0]]["steps"]
+    chosen = replace(_smallest(recipe, baselines(recipe, teacher)), name=f"quick baseline of {teacher}")
+    session = Session(recipe, layout, chosen, system.seeds[0])
+    facts, model = _trained(session, None if is_tiny else num_steps(taken), out / "train")
+    said = _recognised(model, session.tokens, dev)
+    speakers = {cut.id: cut.supervisions[0].speaker for cut in dev if cut.supervisions[0].speaker}
+    rows = []
+    for seed, bundle in bundles.items():
+        row = {
+            "system": teacher,
+            "seed": seed,
+            "kind": system.kind,
+            **compare(_recognised(bundle.model, bundle.tokens, dev), said, speakers),
+            "steps": facts["steps"],
+            "curve": _curve(layout.system(teacher, seed) / "train" / "log.jsonl"),
+            "epochs": system.training.epochs,
+            "stopped": training[seed].get("stopped"),
+        }
+        rows.append({**row, "learnt": None, "why": NOT_TINY} if is_tiny else row)
+        print(": ".join(verdict(rows[-1])), flush=True)
+    write_json(out / "guard.json", {"baseline": facts, "verdicts": rows})
+
+
+def _dev_sample(layout: Layout) -> list[MonoCut]:
+    """Utterances of dev, over all speakers; none if the corpus has no dev."""
+    from kdrecipe.corpus.subsets import drawn_over_speakers
+    from kdrecipe.data.features import has_dev, load_cuts
+
+    if not has_dev(layout.features):
+        return []
+    return drawn_over_speakers(load_cuts(layout.features, "dev"), MAX_UTTERANCES)
+
+
+def _smallest(recipe: Recipe, systems: Sequence[System]) -> System:
+    """The system whose encoder has the fewest parameters."""
+    from kdrecipe.recipe.checks import build_encoder
+
+    def num_params(system: System) -> int:
+        model, bins = system.model or {}, recipe.features.num_mel_bins
+        encoder = build_encoder(recipe.plugins.registry, model, bins)
+        return sum(p.numel() for p in encoder.parameters())
+
+    return min(systems, key=num_params)
+
+
+def num_steps(of_teacher: int | None) -> int:
+    """Optimiser steps of the baseline, by those that the teacher took; None: it is imported."""
+    if of_teacher is None:
+        return MIN_STEPS
+    return min(max(MIN_STEPS, round(SHARE * of_teacher)), of_teacher, MAX_STEPS)
+
+
+def _trained(session: Session, steps: int | None, work_dir: Path) -> tuple[dict[str, Any], AsrModel]:
+    """Train the baseline for so many steps, in whole epochs; None: one epoch.
+
+    Returns:
+        What it is, and the model.
+    """
+    training = session.system.training
+    if steps is not None:
+        session.max_audio_s = steps * training.batch_duration_s
+    per_epoch = session.batches(training).num_batches(0)
+    epochs = max(1, (steps or 0) // per_epoch)
+    model = session.new_model()
+    fixed = training.model_copy(update={"epochs": epochs, "dev_every": epochs})
+    result = session.run(model, work_dir, fixed)
+    shutil.rmtree(work_dir / "checkpoints", ignore_errors=True)
+    system = session.system
+    facts = {"model": system.model, "params": model.num_params, "data": system.data, "seed": session.seed}
+    return {**facts, "steps": result.steps, "epochs": result.epochs}, model
+
+
+def _recognised(model: nn.Module, tokens: Tokenizer, dev: Sequence[MonoCut]) -> dict[str, tuple[str, str]]:
+    """Utterance id -> (reference, what the model's first head says by greedy search)."""
+    import torch
+
+    from kdrecipe.data.batches import CutBatches
+    from kdrecipe.train.distribution import local_device
+
+    device = local_device()
+    model = model.to(device).eval()
+    batches = CutBatches(dev, tokens, batch_duration_s=MAX_BATCH_S, seed=0, shuffle=False)
+    found = {}
+    for ids in batches.epoch(0):
+        batch = batches.load(ids).map(lambda x: x.to(device))
+        with torch.no_grad():
+            said = model.greedy(model(batch.features_BTF, batch.lens_B))  # type: ignore[operator]
+        for cut_id, text, ids_of_tokens in zip(batch.ids, batch.texts, said, strict=True):
+            found[cut_id] = text, tokens.decode(ids_of_tokens)
+    return found
+
+
+def _curve(log: Path) -> list[tuple[int, float]]:
+    """(epoch, dev token error rate) by a training's log; none of an imported model."""
+    from kdrecipe.report.html import read_log
+
+    rows = [row for row in read_log(log) if row.get("event") == "epoch"]
+    return [(row["epoch"], row["dev_ter"]) for row in rows if row.get("dev_ter") is not None]
