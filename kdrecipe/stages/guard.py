@@ -178,16 +178,19 @@ def num_steps(of_teacher: int | None) -> int:
 
 
 def _trained(session: Session, steps: int | None, work_dir: Path) -> tuple[dict[str, Any], AsrModel]:
-    """Train the baseline for so many steps, in whole epochs; None: one epoch.
+    """Train the baseline for about so many steps; None: one epoch.
+
+    A run has whole epochs, so the data is cut down until some of them have that many steps.
 
     Returns:
         What it is, and the model.
     """
-    training = session.system.training
+    training, epochs = session.system.training, 1
     if steps is not None:
-        session.max_audio_s = steps * training.batch_duration_s
-    per_epoch = session.batches(training).num_batches(0)
-    epochs = max(1, (steps or 0) // per_epoch)
+        data = session.batches(training)
+        epochs = -(-steps // data.num_batches(0))
+        share = steps / (epochs * data.num_batches(0))
+        session = replace(session, max_audio_s=share * data.duration_s(data.ids))
     model = session.new_model()
     fixed = training.model_copy(update={"epochs": epochs, "dev_every": epochs})
     result = session.run(model, work_dir, fixed)

@@ -52,6 +52,11 @@ def test_more_errors_equal_ones_and_a_little_fewer_are_not():
     assert little["learnt"] is False
 
 
+def test_a_teacher_on_the_plateau_has_not_learnt_whatever_the_baseline():
+    assert compare(texts(0.84), texts(1.0))["learnt"] is False
+    assert compare(texts(0.7), texts(1.0))["learnt"] is True
+
+
 def test_a_difference_that_chance_explains_is_not():
     right, wrong = ("ABCDE", "ABCDE"), ("ABCDE", "")
     found = compare(
