@@ -7,7 +7,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 recipe=voice_commands/ctc_kd
 if [[ $# -gt 0 && $1 != -* ]]; then
-    recipe=$1
+    recipe=${1#recipes/} # as the shell completes it, too
     shift
 fi
 exec "$KDRECIPE_PY" -m kdrecipe.cli run "$root/recipes/$recipe" "$@"

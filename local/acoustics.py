@@ -42,9 +42,19 @@ def convolve(samples_S: np.ndarray, response: np.ndarray) -> np.ndarray:
     return np.asarray(np.fft.irfft(spectrum, size)[: len(samples_S)])
 
 
-def add_noise(speech_S: np.ndarray, noise_S: np.ndarray, snr_db: float) -> np.ndarray:
-    """Speech and noise, the noise scaled so that their mean powers are ``snr_db`` apart."""
-    speech_power, noise_power = np.mean(speech_S**2), np.mean(noise_S**2)
+def add_noise(
+    speech_S: np.ndarray, noise_S: np.ndarray, snr_db: float, num_spoken: int | None = None
+) -> np.ndarray:
+    """Speech and noise, the noise scaled so that their mean powers are ``snr_db`` apart.
+
+    Args:
+        speech_S: speech, perhaps with silence around it.
+        noise_S: as long.
+        snr_db: the ratio.
+        num_spoken: samples that are not silence, over which the mean of the speech is taken; None: all.
+    """
+    speech_power = np.sum(speech_S**2) / (num_spoken or len(speech_S))
+    noise_power = np.mean(noise_S**2)
     if noise_power <= 0:
         return speech_S
     gain = float(np.sqrt(speech_power / noise_power * 10 ** (-snr_db / 10)))

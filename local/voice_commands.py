@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -50,7 +50,6 @@ david ed edward,edward2 f1 f2 f3 f4 f5 grandma grandpa gustave ian iven,iven2,iv
 kaukovalta klatt2 klatt3 klatt4 klatt5 klatt6 linda m1 m2 m3 m4 m5 m6 m7 m8 marcelo max michel
 miguel norbert pablo paul pedro quincy rob,robert sandro shelby steph,steph2,steph3 travis victor
 """
-_LEAD_S = 0.15  # silence before the first word; espeak-ng leaves about as much after the last
 # 22.05 kHz to 16 kHz is 320 to 441; the others make the vocal tract up to 9% shorter or 5% longer.
 # All have small prime factors, for the Fourier transform's sake.
 _UP, _DOWNS = 320, (405, 420, 432, 441, 450, 462)
@@ -88,10 +87,12 @@ class VoiceCommands:
         """Options of the corpus; each dictionary is by split (``train``, ``dev``, ``test``).
 
         Args:
-            num_utterances: per split, of about 2.6 s each.
-            hours: per split; replaces ``num_utterances`` where given.
+            num_utterances: per split, of about 2.5 s of speech each.
+            hours: of speech per split, silence not counted; replaces ``num_utterances`` where given.
             num_speakers: per split. No voice is in two splits.
-            snr_db: lowest and highest ratio of speech to noise.
+            silence_s: shortest and longest silence before the first word and after the last, in seconds;
+                noise goes on in it.
+            snr_db: lowest and highest ratio of speech to noise, silence not counted.
             noises: kinds of noise, one per utterance.
             reverb: share of the utterances that are in a room, the others have no reverberation.
             rt60_s: shortest and longest reverberation time in seconds.
@@ -102,6 +103,7 @@ class VoiceCommands:
         num_utterances: dict[SplitName, int] = {"train": 2000, "dev": 200, "test": 400}
         hours: dict[SplitName, float] = {}
         num_speakers: dict[SplitName, int] = {"train": 80, "dev": 10, "test": 20}
+        silence_s: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.1, 0.8)
         snr_db: tuple[float, float] = (0.0, 20.0)
         noises: tuple[NoiseName, ...] = Field(
             default=("white", "pink", "rumble", "hum", "crowd", "clatter"), min_length=1
@@ -118,7 +120,7 @@ class VoiceCommands:
                 raise ValueError("needs train, dev and test, each at least 1")
             return value
 
-        @field_validator("snr_db", "rt60_s")
+        @field_validator("snr_db", "rt60_s", "silence_s")
         @classmethod
         def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
             if value[0] > value[1]:
@@ -225,19 +227,22 @@ class VoiceCommands:
         return utterances
 
     def _place(self, spoken_S: np.ndarray, speaker: _Speaker, rng: np.random.Generator) -> np.ndarray:
-        """Clean speech at 22.05 kHz to int16 at 16 kHz in a room, with noise, at some level."""
+        """Clean speech at 22.05 kHz to int16 at 16 kHz between silences, in a room, with noise, at some
+        level."""
         import numpy as np
 
         from . import acoustics
 
         config = self.config
         speech = acoustics.resample(spoken_S / 32768, _UP, speaker.down)
-        speech = np.concatenate([np.zeros(round(_LEAD_S * SAMPLE_RATE)), speech])
+        num_spoken = len(speech)
+        silences = [np.zeros(round(rng.uniform(*config.silence_s) * SAMPLE_RATE)) for _ in range(2)]
+        speech = np.concatenate([silences[0], speech, silences[1]])
         if rng.uniform() < config.reverb:
             response = acoustics.room(rng, rng.uniform(*config.rt60_s), rng.uniform(0, 10))
             speech = acoustics.convolve(speech, response)
         noise = acoustics.NOISES[str(rng.choice(config.noises))](len(speech), rng)
-        mixed = acoustics.add_noise(speech, noise, rng.uniform(*config.snr_db))
+        mixed = acoustics.add_noise(speech, noise, rng.uniform(*config.snr_db), num_spoken)
         mixed *= rng.uniform(0.1, 0.9) / np.max(np.abs(mixed))
         return np.asarray(np.round(mixed * 32767), np.int16)
 

@@ -116,6 +116,7 @@ class TermSection(Options):
 
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     teacher: str | None = None
+    start_below: Annotated[float, Field(gt=0)] | None = None
 
 
 class Parser(Validator):
@@ -330,7 +331,10 @@ class Parser(Validator):
         section = self.validate(TermSection, {k: v for k, v in data.items() if k in core}, path)
         if named is None or section is None:
             return None
-        return Term(named.name, named.options, section.weight, section.teacher)
+        start_below = section.start_below
+        if "start_below" not in data:
+            start_below = getattr(self.registry.get("losses", named.name), "start_below", None)
+        return Term(named.name, named.options, section.weight, section.teacher, start_below)
 
     def _training(self, data: Any, base: Training, path: KeyPath) -> Training:
         """The recipe's settings with ``data`` over them, nested ones too."""

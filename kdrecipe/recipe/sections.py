@@ -38,10 +38,12 @@ class Term(Named):
     Args:
         weight: finite, 0 or more.
         teacher: the system it learns from; None: all teachers of its system, evenly.
+        start_below: it begins when the dev token error has fallen below this share; None: at once.
     """
 
     weight: float = 1.0
     teacher: str | None = None
+    start_below: float | None = None
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,8 @@ class SpecAugment(Options):
         num_time_masks: masks over time.
         time_width: feature frames of 0.01 s, the widest of them.
         max_time_fraction: share of an utterance that time masks may cover, 0 to 1.
+        start_below: masks begin when the dev token error has fallen below this share: before, they only
+            slow a model that fits nothing yet; null, or no dev split: from the start.
     """
 
     num_freq_masks: int = Field(default=2, ge=0)
@@ -231,6 +235,7 @@ class SpecAugment(Options):
     num_time_masks: int = Field(default=10, ge=0)
     time_width: int = Field(default=100, ge=0)
     max_time_fraction: float = Field(default=0.15, ge=0, le=1)
+    start_below: Annotated[float, Field(gt=0)] | None = 0.5
 
 
 class Training(Options):

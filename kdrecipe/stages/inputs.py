@@ -104,7 +104,14 @@ def system_inputs(recipe: Recipe, system: System) -> Mapping[str, Any]:
         "teachers": list(system.teachers),
         "init_from": system.init_from,
         "losses": [
-            {"name": t.name, "weight": t.weight, "teacher": t.teacher, **t.options} for t in system.terms
+            {
+                "name": t.name,
+                "weight": t.weight,
+                "teacher": t.teacher,
+                "start_below": t.start_below,
+                **t.options,
+            }
+            for t in system.terms
         ],
         "training": system.training.model_dump(mode="json"),
         "plugins": plugins,

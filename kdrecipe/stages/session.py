@@ -155,7 +155,8 @@ class Session:
             config = cls.Config.model_validate(term.options)
             needs = list(cls.requires(config)) if hasattr(cls, "requires") else []
             if not needs:
-                terms.append(Term(term.name, term.weight, cls(config, LossSetup(student)), None))
+                loss = cls(config, LossSetup(student))
+                terms.append(Term(term.name, term.weight, loss, None, term.start_below))
                 continue
             names = [term.teacher] if term.teacher else list(self.system.teachers)
             loss_name = term.name if count[term.name] == 1 else f"{term.name}:{needs[0].tap}"
@@ -164,7 +165,7 @@ class Session:
                 self._check(term.name, needs, student, name, teacher)
                 loss = cls(config, LossSetup(student, teacher))
                 label = loss_name if len(names) == 1 else f"{loss_name}@{name}"
-                terms.append(Term(label, term.weight / len(names), loss, name))
+                terms.append(Term(label, term.weight / len(names), loss, name, term.start_below))
         return Objective(terms)
 
     def _check(

@@ -24,7 +24,7 @@ from kdrecipe.train.checkpoints import Checkpoints
 from kdrecipe.train.distribution import Workers
 from kdrecipe.train.evaluation import DevScore, evaluate
 from kdrecipe.train.log import Progress, TrainLog, normalised
-from kdrecipe.train.objective import Objective, TargetSource, Term
+from kdrecipe.train.objective import Objective, TargetSource, Term, has_begun
 from kdrecipe.train.optimisation import (
     Cooldown,
     OptimizerHook,
@@ -196,6 +196,7 @@ class _Run:
 
     def do_epoch(self) -> None:
         """What is left of the current epoch, then its checkpoint and dev scores."""
+        self._begin()
         plan = self.batches.epoch(self.epoch)
         groups = [plan[i : i + self.group] for i in range(0, len(plan), self.group)]
         saved_at = time.monotonic()
@@ -247,6 +248,15 @@ class _Run:
         if self.options.schedule == "wsd":
             return wsd_factor(step, self.warmup_steps, self.cooldown)
         return lr_factor(step, self.num_steps, self.warmup_steps, self.options.schedule)
+
+    def _begin(self) -> None:
+        """Masks and losses that wait for the model to have left the plateau of blanks."""
+        if not self.dev:
+            return
+        lowest = min((e["dev_ter"] for e in self.history if e.get("dev_ter") is not None), default=None)
+        masks = self.options.spec_augment
+        self.stepper.augments = masks is not None and has_begun(masks.start_below, lowest)
+        self.stepper.objective.begin(lowest)
 
     def _do_step(self, group: list[list[str]]) -> None:
         began = time.monotonic()
@@ -349,7 +359,7 @@ class _Run:
             ignored.add("dev_every")
         options = {k: v for k, v in self.options.model_dump(mode="json").items() if k not in ignored}
         shapes = {name: list(p.shape) for name, p in self.stepper.model.state_dict().items()}
-        terms = [(t.name, t.weight, t.teacher) for t in self.stepper.objective.terms]
+        terms = [(t.name, t.weight, t.teacher, t.start_below) for t in self.stepper.objective.terms]
         plan = [self.batches.ids, self.batches.seed, self.batches.num_labelled, self.group]
         return {
             "seed": str(self.seed),

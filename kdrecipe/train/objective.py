@@ -29,12 +29,14 @@ class Term:
         weight: factor of the normalised loss (its sum over its count).
         loss: see :class:`kdrecipe.interfaces.Loss`.
         teacher: whose targets it gets; None for losses that need none.
+        start_below: dev token error below which it begins; None: it is there from the start.
     """
 
     name: str
     weight: float
     loss: Loss
     teacher: str | None = None
+    start_below: float | None = None
 
     @property
     def supervised(self) -> bool:
@@ -59,8 +61,8 @@ class Objective:
         if len(set(names)) < len(names):
             raise TrainingError(f"two loss terms have the same name: {', '.join(names)}")
         self.terms = list(terms)
-        self.num_views: int = max(int(getattr(t.loss, "num_views", 1)) for t in terms)
-        """Differently augmented copies of each batch that some loss asks for."""
+        self.begun: list[bool] = [True] * len(terms)
+        """Which terms are at work, see :meth:`begin`; the others are 0 of 0."""
         self.taps: tuple[str, ...] = tuple(
             dict.fromkeys(t for x in terms for t in getattr(x.loss, "taps", ()))
         )
@@ -69,6 +71,22 @@ class Objective:
             {str(i): term.loss for i, term in enumerate(terms) if isinstance(term.loss, nn.Module)}
         )
         """The losses that own parameters or buffers."""
+
+    @property
+    def num_views(self) -> int:
+        """Differently augmented copies of each batch that some term at work asks for."""
+        at_work = zip(self.terms, self.begun, strict=True)
+        return max(int(getattr(term.loss, "num_views", 1)) for term, begun in at_work if begun)
+
+    def begin(self, lowest: float | None) -> None:
+        """Put to work the terms whose time has come.
+
+        Args:
+            lowest: dev token error so far; None: none is known yet. Without any term at work, all are.
+        """
+        self.begun = [has_begun(term.start_below, lowest) for term in self.terms]
+        if not any(self.begun):
+            self.begun = [True] * len(self.terms)
 
     @property
     def weights(self) -> list[float]:
@@ -105,7 +123,10 @@ class Objective:
         }
         num_labelled = int(batch.labelled_B.sum())
         outputs = []
-        for term in self.terms:
+        for term, begun in zip(self.terms, self.begun, strict=True):
+            if not begun:
+                outputs.append(LossOutput(out.hidden_BTD.new_zeros(()), 0))
+                continue
             given = wide[term.teacher] if term.teacher is not None else Targets()
             if not term.supervised or num_labelled == len(batch):
                 outputs.append(term.loss(out, given, repeated))
@@ -121,6 +142,11 @@ class Objective:
         """The losses' own parameters, trained with the student."""
         for name, parameter in self.module.named_parameters():
             yield f"losses.{name}", parameter
+
+
+def has_begun(start_below: float | None, lowest: float | None) -> bool:
+    """Whether something that waits for a dev token error below ``start_below`` is due."""
+    return start_below is None or (lowest is not None and lowest < start_below)
 
 
 def count_vector(outputs: Sequence[LossOutput], device: torch.device) -> Tensor:

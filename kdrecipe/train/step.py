@@ -93,6 +93,8 @@ class Stepper:
         self.dtype = autocast_dtype(options.precision, workers.device)
         self.scaler = GradScaler(workers.device.type, enabled=self.dtype == torch.float16)
         self._overflows = 0
+        self.augments = True
+        """Whether the input is masked by now: see :class:`kdrecipe.recipe.sections.SpecAugment`."""
 
     def run(self, batches: Sequence[Batch], step: int, keep: bool = False) -> tuple[float, Seen | None]:
         """Do step ``step`` on this process's micro-batches (perhaps none).
@@ -264,7 +266,7 @@ class Stepper:
     def _augmented(self, batch: Batch, number: int) -> Tensor:
         """Every view's features, masked on its own, one view after the other."""
         options, num_views = self.options.spec_augment, self.objective.num_views
-        if options is None:
+        if options is None or not self.augments:
             return batch.repeat(num_views).features_BTF
         norm = getattr(self.model, "norm", None)
         fill_F = norm.mean_F if norm is not None else batch.features_BTF.new_zeros(())

@@ -22,10 +22,15 @@ class CrCtc:
     divided by its own count, ``ctc`` by tokens and this one by frames, so 0.2 of the paper is
     ``0.2 * frames per token`` in a recipe: about 1 at 25 frames and 5 tokens a second.
 
+    While a model still emits nothing but blanks, two views agree perfectly, and this term holds it there
+    (icefall's PR 2075 reports stalls and divergence). So it begins when the dev error is below a half, unless
+    the recipe's ``start_below`` says otherwise; until then there is one view only, at half the cost.
+
     Count: valid frames of one view.
     """
 
     num_views: ClassVar[int] = 2
+    start_below: ClassVar[float] = 0.5
     expected_failed_checks: ClassVar[dict[str, str]] = {
         "gradcheck": "the stop-gradient is part of the loss: its gradient is not that of its value",
     }

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from pydantic import ValidationError
 
 from kdrecipe.corpus.manifests import finish, sample, validate_corpus
@@ -312,11 +313,37 @@ def test_breathy_voices_do_not_depend_on_the_time_of_day() -> None:
 
 def test_voice_commands_by_hours(tmp_path: Path) -> None:
     pytest.importorskip("espeakng_loader")
-    options = {**TINY, "hours": {"train": 0.01}}
+    options = {**TINY, "hours": {"train": 0.01}, "silence_s": (0, 0)}
     prepared = VoiceCommands(VoiceCommands.Config(**options)).prepare(None, tmp_path)
     seconds = sum(sup.duration for sup in prepared.splits["train"][1])
     assert 32 < seconds < 52
     assert len(prepared.splits["test"][1]) == 3
+
+
+def test_voice_commands_begin_and_end_with_silence_in_which_noise_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("espeakng_loader")
+
+    def durations(name: str, silence_s: tuple[float, float]) -> dict[str, float]:
+        options = {**TINY, "silence_s": silence_s, "reverb": 0, "snr_db": (20, 20)}
+        prepared = VoiceCommands(VoiceCommands.Config(**options)).prepare(None, tmp_path / name)
+        return {sup.id: sup.duration for sup in prepared.splits["train"][1]}
+
+    tight, wide = durations("tight", (0, 0)), durations("wide", (0.5, 0.9))
+    added = [wide[i] - tight[i] for i in tight]
+    assert 1.0 <= min(added) < max(added) <= 1.8
+    assert len(set(added)) > 1
+    samples, rate = soundfile.read(next((tmp_path / "wide").rglob("train*.flac")))
+    lead, rest = samples[: rate // 2], samples[rate // 2 :]
+    assert 0 < np.mean(lead**2) < 0.1 * np.mean(rest**2)
+
+
+def test_the_ratio_of_speech_to_noise_leaves_silence_out() -> None:
+    rng = np.random.default_rng(0)
+    speech = np.concatenate([np.zeros(8000), np.sin(np.arange(8000) / 5)])
+    noise = NOISES["pink"](16000, rng)
+    added = add_noise(speech, noise, 10.0, num_spoken=8000) - speech
+    ratio = np.mean(speech[8000:] ** 2) / np.mean(added**2)
+    assert 10 * np.log10(ratio) == pytest.approx(10.0, abs=1e-6)
 
 
 def test_no_voice_in_two_splits_of_the_default_cast() -> None:

@@ -19,8 +19,10 @@ from train_toys import Calm, Imitate, ToyTeacher, toy_batches, toy_model, toy_ob
 
 from kdrecipe.errors import KdrecipeError, TrainingError
 from kdrecipe.interfaces import LossOutput
+from kdrecipe.recipe.sections import SpecAugment
+from kdrecipe.train import loop
 from kdrecipe.train.distribution import Workers
-from kdrecipe.train.evaluation import edit_distance
+from kdrecipe.train.evaluation import DevScore, edit_distance
 from kdrecipe.train.loop import Objective, Term
 from kdrecipe.train.optimisation import (
     Cooldown,
@@ -470,6 +472,46 @@ def test_the_bound_is_named_where_it_ends_a_run(tmp_path):
     assert (result.stopped, result.cooldown_epoch, result.epochs) == ("bound", 3, 4)
     _, fixed = toy_run(tmp_path / "fixed", options=toy_options(epochs=2, schedule="cosine"))
     assert (fixed.stopped, fixed.cooldown_epoch) == ("schedule", None)
+
+
+def test_masks_and_late_losses_begin_when_the_dev_error_has_fallen(tmp_path, monkeypatch):
+    early, late = Spy(), Spy(num_views=2)
+    scores = iter([0.9, 0.6, 0.4, 0.7, 0.3])
+    monkeypatch.setattr(loop, "evaluate", lambda stepper, dev: DevScore(1.0, next(scores)))
+    augment, masked = Stepper._augmented, []
+
+    def augmented(stepping, batch, number):
+        masked.append(stepping.augments)
+        return augment(stepping, batch, number)
+
+    monkeypatch.setattr(Stepper, "_augmented", augmented)
+    at_end = []  # of each step: whether it was masked, its views, how often the late loss was asked
+
+    def note(model, step, num_steps):
+        at_end.append((masked[-1], early.seen[-1][0].num_views, len(late.seen)))
+
+    toy_run(
+        tmp_path,
+        objective=Objective([Term("early", 1.0, early), Term("late", 1.0, late, start_below=0.5)]),
+        options=toy_options(
+            epochs=5, schedule="cosine", spec_augment=SpecAugment(freq_width=4, start_below=0.65)
+        ),
+        batches=toy_batches(2, duration_s=100.0),  # one step per epoch
+        teachers={},
+        dev=toy_batches(4, seed=1),
+        on_step=note,
+    )
+    # after 0.6 masks, after 0.4 the late loss, and neither ends with 0.7; the trial asks it once before
+    assert at_end == [(False, 1, 1), (False, 1, 1), (True, 1, 1), (True, 2, 2), (True, 2, 3)]
+
+
+def test_without_dev_or_any_other_loss_nothing_waits(tmp_path):
+    spy = Spy()
+    spied([Term("u", 1.0, Spy()), Term("late", 1.0, spy, start_below=0.5)], tmp_path)
+    assert len(spy.seen) > 1
+    objective = Objective([Term("late", 1.0, Spy(), start_below=0.5)])
+    objective.begin(None)
+    assert objective.begun == [True]
 
 
 def test_weight_decay_leaves_biases_and_norms_alone():
