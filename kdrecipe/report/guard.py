@@ -14,11 +14,11 @@ def verdict(row: Mapping[str, Any]) -> tuple[str, str]:
 
     Args:
         row: ``system``, ``seed``, ``kind``, ``learnt`` (None: no verdict, for the reason ``why``), ``cer``,
-            ``baseline_cer``, ``steps`` (of the baseline), ``curve`` (pairs: epoch, dev token error rate),
-            ``epochs`` (the bound) and ``stopped`` (why training ended).
+            ``baseline_cer``, ``baseline_steps``, ``curve`` (pairs: epoch, dev token error rate),
+            ``max_epochs`` (``training.epochs``) and ``stopped`` (why training ended).
     """
     name = f"{row['system']}/seed{row['seed']}"
-    baseline = f"a quick baseline of {row['steps']} steps {_percent(row['baseline_cer'])} %"
+    baseline = f"a quick baseline of {row['baseline_steps']} steps {_percent(row['baseline_cer'])} %"
     rates = f"{_percent(row['cer'])} % of dev's characters wrong, {baseline}"
     if row["learnt"] is None:
         return name, f"{rates} (no verdict: {row['why']})"
@@ -48,7 +48,7 @@ def _remedy(row: Mapping[str, Any]) -> str:
     other = "another training.lr or smaller batches (training.batch_duration_s)"
     if row["stopped"] == "flat":
         return f"its dev error was flat: try {other}"
-    return f"train it longer (training.epochs, now {row['epochs']}), or with {other}"
+    return f"train it longer (training.epochs, now {row['max_epochs']}), or with {other}"
 
 
 def _percent(rate: float) -> str:

@@ -18,7 +18,7 @@ from kdrecipe.score.claims import beside
 
 FORMAT = 2
 UNITS = {
-    "wer, cer, sub, ins, del, fidelity, agreement, gap_recovered": "fractions (0.05 is 5 %)",
+    "wer, cer, baseline_cer, sub, ins, del, fidelity, agreement, gap_recovered": "fractions (0.05 is 5 %)",
     "rtf": "seconds of computing per second of audio, one thread; of a system: by the scored search",
     "size_mb, peak_rss_mb": "10^6 bytes",
     "std": "over seeds; null for a single one",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kdrecipe.stages.session import Session
 
 SHARE = 0.1  # of the teacher's steps
-MIN_STEPS = 240  # by then a small model has left CTC's plateau, see docs/decisions.md
+MIN_STEPS = 240  # after so many a small model has left CTC's plateau on AN4, see docs/decisions.md
 MAX_STEPS = 2000
 MAX_UTTERANCES = 300  # of dev, over all speakers
 MAX_BATCH_S = 60.0
@@ -138,9 +138,9 @@ def run(recipe: Recipe, layout: Layout, teacher: str, out: Path) -> None:
             "seed": seed,
             "kind": system.kind,
             **compare(_recognised(bundle.model, bundle.tokens, dev), said, speakers),
-            "steps": facts["steps"],
+            "baseline_steps": facts["steps"],
             "curve": _curve(layout.system(teacher, seed) / "train" / "log.jsonl"),
-            "epochs": system.training.epochs,
+            "max_epochs": system.training.epochs,
             "stopped": training[seed].get("stopped"),
         }
         rows.append({**row, "learnt": None, "why": NOT_TINY} if is_tiny else row)
