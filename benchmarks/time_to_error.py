@@ -187,7 +187,7 @@ VARIANTS = {
 
 
 def measure(args: argparse.Namespace, variant: Variant, seed: int) -> dict[str, Any]:
-    """Train once; CPU-seconds to each level (None: not reached) and the curve."""
+    """Train once; the curve is (steps, CPU-seconds, dev token error) of each epoch."""
     from kdrecipe.data.features import load_norm
     from kdrecipe.model.asr import FeatureNorm, build_model, model_info
     from kdrecipe.recipe.load import load_recipe
@@ -242,8 +242,7 @@ def measure(args: argparse.Namespace, variant: Variant, seed: int) -> dict[str, 
                 device="cpu",
             )
         curve = watch.curve()
-    reached = {str(level): next((t for t, e in curve if e < level), None) for level in args.levels}
-    return {"cpu_s": reached, "curve": curve}
+    return {"curve": curve}
 
 
 def _follow_mode(model: nn.Module, optimizer: Optimizer) -> None:
@@ -277,34 +276,34 @@ class Watch:
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return [entry for entry in map(json.loads, lines) if entry["event"] == "epoch"]
 
-    def curve(self) -> list[tuple[float, float]]:
-        """(CPU-seconds, dev token error) at the end of each epoch, its evaluation included."""
+    def curve(self) -> list[tuple[int, float, float]]:
+        """(steps, CPU-seconds, dev token error) at the end of each epoch, its evaluation included."""
         end = time.process_time() - self.began
-        return [(self.at_step.get(e["step"] + 1, end), e["dev_ter"]) for e in self._epochs()]
+        return [(e["step"], self.at_step.get(e["step"] + 1, end), e["dev_ter"]) for e in self._epochs()]
 
 
 # ---------------------------------------------------------------- all runs, and the table
 
 
-def median(times: Iterable[float | None]) -> float:
-    """Of times, those not reached being beyond all."""
-    return statistics.median(math.inf if t is None else t for t in times)
+def reached(run: Mapping[str, Any], level: float) -> tuple[float, float]:
+    """(steps, CPU-seconds) at the first dev error below ``level``; infinite if there was none."""
+    return next(((n, t) for n, t, error in run["curve"] if error < level), (math.inf, math.inf))
 
 
 def table(results: Mapping[str, Mapping[int, Any]], levels: Iterable[float], limit_s: float) -> str:
-    """Medians over seeds, Markdown."""
-    levels = list(levels)
-    lines = [
-        "| variant | seeds | " + " | ".join(f"to {100 * level:g} %" for level in levels) + " | not there |"
-    ]
-    lines.append("|---|--:|" + "--:|" * (len(levels) + 1))
+    """Medians over seeds, Markdown; what fewer than half of the seeds reached is beyond the limit."""
+    levels = sorted(levels, reverse=True)
+    heads = " | ".join(f"CPU s to {100 * level:g} %" for level in levels)
+    lines = [f"| variant | seeds | steps to {100 * levels[0]:g} % | {heads} | seeds that got there |"]
+    lines.append("|---|--:|--:|" + "--:|" * (len(levels) + 1))
     for name, by_seed in results.items():
-        cells = []
+        steps = statistics.median(reached(run, levels[0])[0] for run in by_seed.values())
+        cells = ["–" if steps == math.inf else f"{steps:.0f}"]
         for level in levels:
-            found = median(run["cpu_s"][str(level)] for run in by_seed.values())
+            found = statistics.median(reached(run, level)[1] for run in by_seed.values())
             cells.append(f"> {limit_s:.0f}" if found == math.inf else f"{found:.0f}")
-        late = sum(run["cpu_s"][str(levels[-1])] is None for run in by_seed.values())
-        lines.append(f"| {name} | {len(by_seed)} | {' | '.join(cells)} | {late} of {len(by_seed)} |")
+        there = sum(reached(run, levels[-1])[0] < math.inf for run in by_seed.values())
+        lines.append(f"| {name} | {len(by_seed)} | {' | '.join(cells)} | {there} of {len(by_seed)} |")
     return "\n".join(lines)
 
 
@@ -345,8 +344,9 @@ def main() -> None:
             raise SystemExit(f"{variant}, seed {seed}: failed")
         run = json.loads(out.splitlines()[-1])
         known.setdefault(variant, {})[str(seed)] = run
-        curve = " ".join(f"{100 * error:.0f}" for _, error in run["curve"])
-        print(f"{variant} seed {seed}: {curve} | {run['cpu_s']}", file=sys.stderr, flush=True)
+        errors = " ".join(f"{100 * error:.0f}" for *_, error in run["curve"])
+        taken = f"{run['curve'][-1][1]:.0f} CPU s" if run["curve"] else "no epoch"
+        print(f"{variant} seed {seed}: {errors} | {taken}", file=sys.stderr, flush=True)
         if args.out:
             args.out.write_text(json.dumps(known))
     results = {v: {s: known[v][str(s)] for s in args.seeds} for v in args.variants}

@@ -238,6 +238,10 @@ class SpecAugment(Options):
     start_below: Annotated[float, Field(gt=0)] | None = 0.5
 
 
+MASKED_FROM = 5_000_000
+"""Parameters. Smaller models do not fit what they hear on a small corpus, and masks take from that."""
+
+
 class Training(Options):
     """``training``: the one loop's settings; a system overrides any of them.
 
@@ -258,7 +262,8 @@ class Training(Options):
         average: whether the running average of the weights is scored and kept, or the last weights.
         precision: ``auto`` takes bf16 where the hardware has it.
         accumulate: batches per optimiser step.
-        spec_augment: masks over the input; null: none.
+        spec_augment: masks over the input; null: none; ``auto``: those of :class:`SpecAugment` for models
+            that have at least :data:`MASKED_FROM` parameters or a loss that compares views.
         log_every: steps from one line of the log to the next.
         checkpoint_every_s: seconds from one checkpoint to the next within an epoch.
         dev_every: epochs from one pass over the development data to the next.
@@ -278,10 +283,16 @@ class Training(Options):
     average: bool = True
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     accumulate: int = Field(default=1, ge=1)
-    spec_augment: SpecAugment | None = SpecAugment()
+    spec_augment: SpecAugment | Literal["auto"] | None = "auto"
     log_every: int = Field(default=20, ge=1)
     checkpoint_every_s: Positive = 600.0
     dev_every: int = Field(default=1, ge=1)
+
+    def masks(self, num_params: int, num_views: int = 1) -> SpecAugment | None:
+        """The masks for a model of so many parameters, whose losses compare so many views."""
+        if self.spec_augment != "auto":
+            return self.spec_augment
+        return SpecAugment() if num_params >= MASKED_FROM or num_views > 1 else None
 
 
 class TargetOptions(Options):

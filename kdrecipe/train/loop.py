@@ -136,6 +136,8 @@ def train(
     model.to(workers.device).train()
     objective.module.to(workers.device).train()
     workers.share_state([*model.state_dict().values(), *objective.module.state_dict().values()])
+    num_params = sum(p.numel() for p in model.parameters())
+    options = options.model_copy(update={"spec_augment": options.masks(num_params, objective.num_views)})
     others = [p for _, p in objective.named_parameters()]
     optimizer = make_optimizer(model, others, options, build_optimizer)
     stepper = Stepper(model, objective, teachers, optimizer, options, workers, seed, work_dir)
@@ -254,7 +256,7 @@ class _Run:
         if not self.dev:
             return
         lowest = min((e["dev_ter"] for e in self.history if e.get("dev_ter") is not None), default=None)
-        masks = self.options.spec_augment
+        masks = self.stepper.masks
         self.stepper.augments = masks is not None and has_begun(masks.start_below, lowest)
         self.stepper.objective.begin(lowest)
 
@@ -297,6 +299,8 @@ class _Run:
         self.log.write("step", {**entry, "lr": lr, "grad_norm": norm, "audio_s_per_s": round(speed, 1)})
         shown = "-" if loss is None else f"{loss:.3f}"
         self.facts = f"epoch {self.epoch + 1} loss {shown} lr {lr:.1e} {speed:.0f} audio-s/s"
+        if self.history and self.history[-1].get("dev_ter") is not None:
+            self.facts += f" dev_ter {self.history[-1]['dev_ter']:.2%}"
         self.stepper.meter.clear()
         self.interval_audio_s = self.interval_s = 0.0
 

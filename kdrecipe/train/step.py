@@ -93,7 +93,9 @@ class Stepper:
         self.dtype = autocast_dtype(options.precision, workers.device)
         self.scaler = GradScaler(workers.device.type, enabled=self.dtype == torch.float16)
         self._overflows = 0
-        self.augments = True
+        assert options.spec_augment != "auto"  # the loop knows what that is for this model
+        self.masks = options.spec_augment
+        self.augments = self.masks is not None
         """Whether the input is masked by now: see :class:`kdrecipe.recipe.sections.SpecAugment`."""
 
     def run(self, batches: Sequence[Batch], step: int, keep: bool = False) -> tuple[float, Seen | None]:
@@ -265,7 +267,7 @@ class Stepper:
 
     def _augmented(self, batch: Batch, number: int) -> Tensor:
         """Every view's features, masked on its own, one view after the other."""
-        options, num_views = self.options.spec_augment, self.objective.num_views
+        options, num_views = self.masks, self.objective.num_views
         if options is None or not self.augments:
             return batch.repeat(num_views).features_BTF
         norm = getattr(self.model, "norm", None)

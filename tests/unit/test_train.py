@@ -505,6 +505,15 @@ def test_masks_and_late_losses_begin_when_the_dev_error_has_fallen(tmp_path, mon
     assert at_end == [(False, 1, 1), (False, 1, 1), (True, 1, 1), (True, 2, 2), (True, 2, 3)]
 
 
+def test_small_models_are_not_masked_unless_the_recipe_says_so():
+    masks = SpecAugment(freq_width=3)
+    assert toy_options(spec_augment="auto").masks(num_params=4_999_999) is None
+    assert toy_options(spec_augment="auto").masks(num_params=5_000_000) == SpecAugment()
+    assert toy_options(spec_augment="auto").masks(num_params=9, num_views=2) == SpecAugment()
+    assert toy_options(spec_augment=masks).masks(num_params=9) == masks
+    assert toy_options(spec_augment=None).masks(num_params=10**9) is None
+
+
 def test_without_dev_or_any_other_loss_nothing_waits(tmp_path):
     spy = Spy()
     spied([Term("u", 1.0, Spy()), Term("late", 1.0, spy, start_below=0.5)], tmp_path)
