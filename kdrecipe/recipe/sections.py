@@ -275,7 +275,7 @@ class Training(Options):
     lr: Positive = 4e-3
     warmup_steps: int = Field(default=100, ge=0)
     schedule: Literal["wsd", "cosine", "linear", "constant", "noam"] = "wsd"
-    flat: float = Field(default=0.02, ge=0, lt=1)
+    flat: float = Field(default=0.05, ge=0, lt=1)
     cooldown: float = Field(default=0.25, gt=0)
     weight_decay: NotNegative = 1e-2
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
