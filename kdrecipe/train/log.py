@@ -114,7 +114,7 @@ class Progress:
 
     Args:
         label: what is being trained; may be empty.
-        num_steps: in all.
+        num_steps: in all, see :meth:`expect`.
         done: steps done before (resumed).
         enabled: False says nothing.
     """
@@ -122,6 +122,7 @@ class Progress:
     def __init__(self, label: str, num_steps: int, done: int = 0, enabled: bool = True) -> None:
         self.label = f"{label}: " if label else ""
         self.num_steps = num_steps
+        self._at_most = False
         self.enabled = enabled
         self._said_at = self._began_at = time.monotonic()
         self._done = done
@@ -131,19 +132,27 @@ class Progress:
 
             self._bar = tqdm(total=num_steps, initial=done, desc=label, unit="step", dynamic_ncols=True)
 
+    def expect(self, num_steps: int, at_most: bool = False) -> None:
+        """So many steps in all, or at most so many."""
+        self.num_steps, self._at_most = num_steps, at_most
+        if self._bar is not None:
+            self._bar.total = None if at_most else num_steps
+            self._bar.refresh()
+
     def step(self, step: int, facts: str) -> None:
         """After optimiser step ``step``; ``facts`` is what the last log line said."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(facts, refresh=False)
         else:
-            self.note(f"step {step}/{self.num_steps}{self._left(step)} {facts}")
+            self.note(f"step {step}{'' if self._at_most else f'/{self.num_steps}'}{self._left(step)} {facts}")
 
     def _left(self, step: int) -> str:
         """``, about 3 min left``, by the steps so far; the bar on a terminal tells it by itself."""
+        word = "at most" if self._at_most else "about"
         done, left = step - self._done, self.num_steps - step
         seconds = (time.monotonic() - self._began_at) * left / done if done > 0 else 0.0
-        return f", about {duration(seconds)} left" if seconds >= 1 else ""
+        return f", {word} {duration(seconds)} left" if seconds >= 1 else ""
 
     def note(self, text: str) -> None:
         """A separate line, unless there was one a moment ago."""

@@ -220,7 +220,7 @@ class _Run:
             self._end_in_time()
         self._save()
         if entry.get("dev_ter") is not None:
-            self.progress.note(f"epoch {self.epoch}/{self.last_epoch} dev_ter {entry['dev_ter']:.2%}")
+            self.progress.note(f"epoch {self.epoch} dev_ter {entry['dev_ter']:.2%}")
 
     def _evaluate(self, dev: CutBatches) -> DevScore:
         if self.average is None:
@@ -236,7 +236,8 @@ class _Run:
         last = last_epoch(self.epoch, reason, self.options)
         steps = self._steps_of(range(self.epoch, last))
         self.cooldown = Cooldown(self.epoch, last, self.step, steps, reason)
-        self.num_steps = self.progress.num_steps = self.step + steps
+        self.num_steps = self.step + steps
+        self.progress.expect(self.num_steps)
         why = {
             "flat": "the dev error is flat",
             "bound": "still improving, but training.epochs is near",
@@ -348,8 +349,9 @@ class _Run:
             self._restore(state)
         self.log.rewind(self.step)
         self.progress = Progress(self.label, self.num_steps, self.step, self._talks)
+        self.progress.expect(self.num_steps, self.options.schedule == "wsd" and self.cooldown is None)
         if state:
-            self.progress.say(f"resuming after step {self.step} of {self.num_steps}")
+            self.progress.say(f"resuming after step {self.step}")
 
     @property
     def _talks(self) -> bool:
