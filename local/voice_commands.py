@@ -31,7 +31,8 @@ from .espeak import Voice, synthesise
 if TYPE_CHECKING:
     import numpy as np
 
-_ACCENTS = (
+Accent = Literal["en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-us-nyc", "en-029"]
+_ACCENTS: tuple[Accent, ...] = (
     "en-us",
     "en-us",
     "en",
@@ -90,6 +91,7 @@ class VoiceCommands:
             num_utterances: per split, of about 2.5 s of speech each.
             hours: of speech per split, silence not counted; replaces ``num_utterances`` where given.
             num_speakers: per split. No voice is in two splits.
+            accents: espeak-ng's, one per speaker; those named twice are drawn twice as often.
             silence_s: shortest and longest silence before the first word and after the last, in seconds;
                 noise goes on in it.
             snr_db: lowest and highest ratio of speech to noise, silence not counted.
@@ -103,6 +105,7 @@ class VoiceCommands:
         num_utterances: dict[SplitName, int] = {"train": 2000, "dev": 200, "test": 400}
         hours: dict[SplitName, float] = {}
         num_speakers: dict[SplitName, int] = {"train": 80, "dev": 10, "test": 20}
+        accents: tuple[Accent, ...] = Field(default=_ACCENTS, min_length=1)
         silence_s: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.1, 0.8)
         snr_db: tuple[float, float] = (0.0, 20.0)
         noises: tuple[NoiseName, ...] = Field(
@@ -185,7 +188,7 @@ class VoiceCommands:
             for index in range(wanted[split]):
                 variant = variants[index % len(variants)]
                 voice = Voice(
-                    f"{rng.choice(_ACCENTS)}+{variant}",
+                    f"{rng.choice(self.config.accents)}+{variant}",
                     rate=rng.randint(140, 200),
                     pitch=rng.randint(30, 70),
                     range=rng.randint(30, 80),
