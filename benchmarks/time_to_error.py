@@ -143,6 +143,7 @@ VARIANTS = {
         (
             *_MASKS_AT_ONCE,
             *(_TRAINING + text for text in ("optimizer=adamw", "schedule=cosine", "average=false")),
+            _TRAINING + "flat_start=0",
             *(_TRAINING + text for text in ("lr=0.002", "epochs=16", "warmup_steps=280")),
         ),
         (
@@ -152,6 +153,7 @@ VARIANTS = {
             _TRAINING + "spec_augment.max_time_fraction=0.3",
         ),
     ),
+    "no_flat_start": Variant((_TRAINING + "flat_start=0",)),
     "adamw": Variant((_TRAINING + "optimizer=adamw", _TRAINING + "lr=0.002")),
     "scaled_adam": Variant((_TRAINING + "schedule=constant", _TRAINING + "warmup_steps=0"), (), scaled_adam),
     "schedule_free": Variant(

@@ -256,6 +256,8 @@ class Training(Options):
             root of the step).
         flat: of ``wsd``: a dev error is flat that fell by less than this share over the last quarter.
         cooldown: of ``wsd``: the last part, in which the rate falls, as a share of what came before it.
+        flat_start: steps over which a flat start of CTC fades, at most a quarter of all; 0: none, which is
+            also what models have that start from others' weights. See :mod:`kdrecipe.train.flat_start`.
         weight_decay: on matrices only.
         betas: of AdamW.
         grad_clip: highest norm of the gradient; null: no clipping.
@@ -277,6 +279,7 @@ class Training(Options):
     schedule: Literal["wsd", "cosine", "linear", "constant", "noam"] = "wsd"
     flat: float = Field(default=0.05, ge=0, lt=1)
     cooldown: float = Field(default=0.25, gt=0)
+    flat_start: int = Field(default=150, ge=0)
     weight_decay: NotNegative = 1e-2
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     grad_clip: Positive | None = 5.0

@@ -55,7 +55,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
 def fine_tuning(training: Training, epochs: int) -> Training:
     """The system's settings for so many epochs: a compressor goes by the share of steps done."""
     fixed = "linear" if training.schedule == "wsd" else training.schedule
-    return training.model_copy(update={"epochs": epochs, "schedule": fixed})
+    return training.model_copy(update={"epochs": epochs, "schedule": fixed, "flat_start": 0})
 
 
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:

@@ -94,7 +94,8 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         if parent.meta["vocab_id"] != session.tokens.vocab_id:
             parts = [part for part in parts if not part.startswith("heads.")]  # they speak other tokens
         start_from(model, parent.model, parts)
-    training = session.run(model, out / "train", system.training).summary()
+    options = system.training.model_copy(update={"flat_start": 0}) if system.init_from else system.training
+    training = session.run(model, out / "train", options).summary()
     made = provenance(recipe.command, recipe=recipe.name, seconds=training.pop("seconds"))
     meta: dict[str, Any] = {
         "name": system.name,

@@ -30,7 +30,8 @@ class DevScore:
 def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
     """Score ``stepper``'s model, each process a part of the split."""
     model, workers = stepper.model, stepper.workers
-    supervised = [term for term in stepper.objective.terms if term.supervised and term.teacher is None]
+    terms = stepper.objective.terms
+    supervised = [t for t in terms if t.supervised and t.teacher is None and t.fade_steps is None]
     meter = Meter()
     errors = tokens = 0
     model.eval()

@@ -93,7 +93,7 @@ def normalised(
 ) -> tuple[float | None, dict[str, float], dict[str, float]]:
     """(loss, value of each term, metrics) from a meter's sums over all processes.
 
-    Terms that saw nothing have no value; the loss is None if no term has one.
+    Terms that saw nothing have no value; the loss is that of the terms with a weight, None if they have none.
     """
     terms, metrics = {}, {}
     for key, value in numbers.items():
@@ -105,7 +105,8 @@ def normalised(
             terms[name] = value / count
         else:
             metrics[f"{name}/{rest[0]}"] = value / count
-    loss = sum(weights[name] * value for name, value in terms.items()) if terms else None
+    counted = [weights[name] * value for name, value in terms.items() if name in weights]
+    loss = sum(counted) if counted else None
     return loss, terms, metrics
 
 

@@ -23,6 +23,7 @@ from kdrecipe.train.average import WeightAverage
 from kdrecipe.train.checkpoints import Checkpoints
 from kdrecipe.train.distribution import Workers
 from kdrecipe.train.evaluation import DevScore, evaluate
+from kdrecipe.train.flat_start import with_flat_start
 from kdrecipe.train.log import Progress, TrainLog, normalised
 from kdrecipe.train.objective import Objective, TargetSource, Term, has_begun
 from kdrecipe.train.optimisation import (
@@ -133,6 +134,8 @@ def train(
             remedy="give the system labelled data, or a loss that learns from a teacher",
         )
     workers = Workers.from_environment(device)
+    most_steps = options.epochs * batches.num_batches(0) // (options.accumulate * workers.world_size)
+    objective = with_flat_start(objective, min(options.flat_start, most_steps // 4))
     model.to(workers.device).train()
     objective.module.to(workers.device).train()
     workers.share_state([*model.state_dict().values(), *objective.module.state_dict().values()])
@@ -286,7 +289,7 @@ class _Run:
 
     def _write_log(self, lr: float, norm: float, seen: Seen | None) -> None:
         numbers = self.workers.sum_numbers(self.stepper.meter.numbers())
-        weights = dict(zip(self.stepper.names, self.stepper.objective.weights, strict=True))
+        weights = {t.name: t.weight for t in self.stepper.objective.terms if t.fade_steps is None}
         loss, terms, metrics = normalised(numbers, weights)
         if seen is not None and self.train_metrics is not None:
             with torch.no_grad():
@@ -365,7 +368,9 @@ class _Run:
             ignored.add("dev_every")
         options = {k: v for k, v in self.options.model_dump(mode="json").items() if k not in ignored}
         shapes = {name: list(p.shape) for name, p in self.stepper.model.state_dict().items()}
-        terms = [(t.name, t.weight, t.teacher, t.start_below) for t in self.stepper.objective.terms]
+        terms = [
+            (t.name, t.weight, t.teacher, t.start_below, t.fade_steps) for t in self.stepper.objective.terms
+        ]
         plan = [self.batches.ids, self.batches.seed, self.batches.num_labelled, self.group]
         return {
             "seed": str(self.seed),

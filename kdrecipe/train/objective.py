@@ -30,6 +30,8 @@ class Term:
         loss: see :class:`kdrecipe.interfaces.Loss`.
         teacher: whose targets it gets; None for losses that need none.
         start_below: dev token error below which it begins; None: it is there from the start.
+        fade_steps: its weight falls to 0 over the first so many steps, and then it is gone; such a term is no
+            part of the loss that is logged and scored on dev. None: it stays.
     """
 
     name: str
@@ -37,6 +39,11 @@ class Term:
     loss: Loss
     teacher: str | None = None
     start_below: float | None = None
+    fade_steps: int | None = None
+
+    def share(self, step: int) -> float:
+        """Of its weight, at ``step`` (from 1)."""
+        return 1.0 if self.fade_steps is None else max(0.0, 1 - (step - 1) / self.fade_steps)
 
     @property
     def supervised(self) -> bool:
@@ -61,8 +68,8 @@ class Objective:
         if len(set(names)) < len(names):
             raise TrainingError(f"two loss terms have the same name: {', '.join(names)}")
         self.terms = list(terms)
-        self.begun: list[bool] = [True] * len(terms)
-        """Which terms are at work, see :meth:`begin`; the others are 0 of 0."""
+        self._due: list[bool] = [True] * len(terms)
+        self._shares: list[float] = [1.0] * len(terms)
         self.taps: tuple[str, ...] = tuple(
             dict.fromkeys(t for x in terms for t in getattr(x.loss, "taps", ()))
         )
@@ -75,23 +82,33 @@ class Objective:
     @property
     def num_views(self) -> int:
         """Differently augmented copies of each batch that some term at work asks for."""
-        at_work = zip(self.terms, self.begun, strict=True)
-        return max(int(getattr(term.loss, "num_views", 1)) for term, begun in at_work if begun)
+        at_work = zip(self.terms, self.at_work, strict=True)
+        return max(int(getattr(term.loss, "num_views", 1)) for term, works in at_work if works)
+
+    @property
+    def at_work(self) -> list[bool]:
+        """Which terms are computed; the others are 0 of 0."""
+        return [due and share > 0 for due, share in zip(self._due, self._shares, strict=True)]
 
     def begin(self, lowest: float | None) -> None:
-        """Put to work the terms whose time has come.
+        """Put to work the terms whose time has come; all of them if none stays otherwise.
 
         Args:
-            lowest: dev token error so far; None: none is known yet. Without any term at work, all are.
+            lowest: dev token error so far; None: none is known yet.
         """
-        self.begun = [has_begun(term.start_below, lowest) for term in self.terms]
-        if not any(self.begun):
-            self.begun = [True] * len(self.terms)
+        self._due = [has_begun(term.start_below, lowest) for term in self.terms]
+        staying = [term.fade_steps is None for term in self.terms]
+        if not any(due and stays for due, stays in zip(self._due, staying, strict=True)):
+            self._due = [True] * len(self.terms)
+
+    def at_step(self, step: int) -> None:
+        """Fade what fades: weights are those of ``step`` (from 1) until the next call."""
+        self._shares = [term.share(step) for term in self.terms]
 
     @property
     def weights(self) -> list[float]:
-        """Weight of each term."""
-        return [term.weight for term in self.terms]
+        """Weight of each term at this step."""
+        return [term.weight * share for term, share in zip(self.terms, self._shares, strict=True)]
 
     @property
     def supervised_only(self) -> bool:
@@ -123,8 +140,8 @@ class Objective:
         }
         num_labelled = int(batch.labelled_B.sum())
         outputs = []
-        for term, begun in zip(self.terms, self.begun, strict=True):
-            if not begun:
+        for term, works in zip(self.terms, self.at_work, strict=True):
+            if not works:
                 outputs.append(LossOutput(out.hidden_BTD.new_zeros(()), 0))
                 continue
             given = wide[term.teacher] if term.teacher is not None else Targets()

@@ -88,7 +88,6 @@ class Stepper:
         self.work_dir = work_dir
         self.meter = Meter()
         self.names = [term.name for term in objective.terms]
-        self.weights = torch.tensor(objective.weights, dtype=torch.float64, device=workers.device)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.dtype = autocast_dtype(options.precision, workers.device)
         self.scaler = GradScaler(workers.device.type, enabled=self.dtype == torch.float16)
@@ -108,6 +107,7 @@ class Stepper:
             TrainingError: loss or gradient is not finite, or memory ran out.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self.objective.at_step(step)
         micros = [self._micro(batch, slot) for slot, batch in enumerate(batches)]
         with memory_errors(batches, self.options):
             outputs, seen = self.backward(micros, step, keep)
@@ -116,6 +116,11 @@ class Stepper:
         for output in outputs:
             self.meter.add(self.names, output)
         return norm, seen
+
+    @property
+    def weights(self) -> Tensor:
+        """float64, of the objective's terms at this step."""
+        return torch.tensor(self.objective.weights, dtype=torch.float64, device=self.workers.device)
 
     def _update(self, outputs: Sequence[Sequence[LossOutput]], batches: Sequence[Batch], step: int) -> float:
         """Clip and do the optimiser's step; returns the gradient's norm before clipping.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -521,7 +521,7 @@ def test_without_dev_or_any_other_loss_nothing_waits(tmp_path):
     assert len(spy.seen) > 1
     objective = Objective([Term("late", 1.0, Spy(), start_below=0.5)])
     objective.begin(None)
-    assert objective.begun == [True]
+    assert objective.at_work == [True]
 
 
 def test_weight_decay_leaves_biases_and_norms_alone():

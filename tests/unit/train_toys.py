@@ -142,6 +142,7 @@ def toy_options(**changes):
         "lr": 5e-3,
         "precision": "fp32",
         "log_every": 2,
+        "flat_start": 0,
         "checkpoint_every_s": 1e-9,
         "spec_augment": SpecAugment(num_freq_masks=1, freq_width=4, num_time_masks=2),
         **changes,
