@@ -279,7 +279,7 @@ class Training(Options):
     schedule: Literal["wsd", "cosine", "linear", "constant", "noam"] = "wsd"
     flat: float = Field(default=0.05, ge=0, lt=1)
     cooldown: float = Field(default=0.25, gt=0)
-    flat_start: int = Field(default=150, ge=0)
+    flat_start: int = Field(default=100, ge=0)
     weight_decay: NotNegative = 1e-2
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     grad_clip: Positive | None = 5.0
