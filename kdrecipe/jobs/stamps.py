@@ -122,8 +122,9 @@ def describe_change(old: Any, new: Any, path: str = "") -> str:
 def _changes(old: Any, new: Any, path: str) -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
-            if old.get(key) != new.get(key):
-                yield from _changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            before, after = old.get(key, _ABSENT), new.get(key, _ABSENT)
+            if before != after:
+                yield from _changes(before, after, f"{path}.{key}" if path else key)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for index, (a, b) in enumerate(zip(old, new, strict=True)):
             if a != b:
@@ -132,8 +133,11 @@ def _changes(old: Any, new: Any, path: str) -> Iterator[str]:
         yield f"{path} {_short(old)} -> {_short(new)}"
 
 
+_ABSENT = "absent"  # not None: a new option whose default is null is a change as well
+
+
 def _short(value: Any) -> str:
-    text = "absent" if value is None else str(value)
+    text = "null" if value is None else str(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 

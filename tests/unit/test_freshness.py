@@ -17,6 +17,7 @@ from kdrecipe.corpus.manifests import audio_files, finish
 from kdrecipe.data.features import compute_features, load_cuts
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.interfaces import Prepared
+from kdrecipe.jobs.stamps import describe_change
 from kdrecipe.model.asr import build_model
 from kdrecipe.model.bundle import Bundle
 from kdrecipe.plugin.loader import load_plugins
@@ -287,3 +288,9 @@ def test_other_weights_of_the_same_shape_count(importing, capsys):
     assert (importing.recipe / "bundle" / "weights.pt").stat().st_size == size
     run_recipe(load_recipe(importing.recipe), 5, 5, dry_run=True, work=importing.work)
     assert "would run: changed: bundle" in capsys.readouterr().out
+
+
+def test_a_change_is_described_even_if_the_new_value_is_null():
+    assert describe_change({"a": {}}, {"a": {"b": None}}) == "a.b absent -> null"
+    assert describe_change({"a": {"b": None}}, {"a": {"b": 2}}) == "a.b null -> 2"
+    assert describe_change({"a": 1, "b": [1, 2]}, {"b": [1, 3]}) == "a 1 -> absent, b[1] 2 -> 3"
