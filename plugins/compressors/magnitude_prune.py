@@ -80,7 +80,7 @@ class MagnitudePrune:
     def finish(self, model: nn.Module) -> nn.Module:
         """Prune to the final sparsity and take the masks away.
 
-        The weights may be an average over checkpoints, the older ones of them less sparse: the
+        The weights may be an average over steps, the earlier ones of them less sparse: the
         last mask holds, and if it should fall short, magnitude decides once more.
         """
         layers = self._layers(model)
