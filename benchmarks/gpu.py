@@ -40,7 +40,7 @@ from train_speed import (
 from kdrecipe.interfaces import SAMPLE_RATE, Batch, LossSetup
 from kdrecipe.model.asr import AsrModel, model_info
 from kdrecipe.model.heads.ctc import CtcLoss, CtcLossOptions
-from kdrecipe.recipe.sections import Training
+from kdrecipe.recipe.sections import SpecAugment, Training
 from kdrecipe.targets.cache import write_targets
 from kdrecipe.targets.live import LiveTargets
 from kdrecipe.train.distribution import Workers
@@ -131,10 +131,10 @@ class Bench:
     ) -> tuple[float, str]:
         """As :meth:`time`, of a training step."""
         objective = Objective(terms)
-        options = Training(precision="bf16", lr=1e-5)  # noise teaches nothing; it must not diverge
-        named = [*model.train().named_parameters(), *objective.named_parameters()]
+        # noise teaches nothing; it must not diverge
+        options = Training(precision="bf16", lr=1e-5, spec_augment=SpecAugment())
         workers = Workers(0, 1, torch.device(self.device))
-        optimizer = make_optimizer(named, options)
+        optimizer = make_optimizer(model.train(), objective.module.parameters(), options)
         stepper = Stepper(model, objective, teachers, optimizer, options, workers, 0, self.work_dir)
         return self.time(lambda step: stepper.run([self.batch], step))
 

@@ -46,7 +46,7 @@ _ACCENTS: tuple[Accent, ...] = (
 # second formant moved by more than a third, hardly a third one): a model that has not heard such a voice
 # gets every other word wrong. Those joined by commas are takes on one voice and stay in one split.
 _VARIANTS = """
-Alex Andrea Andy,AnxiousAndy Annie Denis Diogo Gene,Gene2 Henrique Hugo Mario
+Alex Andrea Annie Denis Diogo Gene,Gene2 Henrique Hugo Mario
 Michael Mike,mike2 Nguyen Reed Storm adam anika announcer antonio aunty belinda benjamin boris croak
 david ed edward,edward2 f1 f2 f3 f4 f5 grandma grandpa gustave ian iven,iven2,iven3,iven4 john
 klatt2 klatt3 klatt4 klatt5 klatt6 linda m1 m2 m3 m4 m5 m6 m7 m8 marcelo max michel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from markupsafe import Markup, escape
 
 from kdrecipe.report import plots
 from kdrecipe.report.listen import Audio, Listening, select
-from kdrecipe.report.reading import first_parent
+from kdrecipe.report.reading import first_parent, read_log
 from kdrecipe.report.text import Block, Code, Table, sections, split_names
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -179,21 +178,6 @@ def _line_keys(names: Sequence[str]) -> list[_Key]:
         _Key(name, f"border-color: var({plots.colour_of(i)}); border-top-style: {border}")
         for i, (name, border) in enumerate(zip(names, borders, strict=True))
     ]
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a training log, without incomplete lines; a missing file has none."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 def per_epoch(log: Sequence[Mapping[str, Any]], key: str, scale: float = 1.0) -> list[tuple[float, float]]:

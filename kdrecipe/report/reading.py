@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from kdrecipe.report.guard import verdict as teacher_verdict
@@ -92,6 +94,24 @@ def rtf(system: System) -> float | None:
     return None if median is None else float(median)
 
 
+# ---------------------------------------------------------------- logs of training
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Lines of a training log, without incomplete lines; a missing file has none."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
 # ---------------------------------------------------------------- the reading
 
 
@@ -99,7 +119,7 @@ def reading(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """The sentences that follow from the figures: a list of ``{"verdict", "text"}``."""
     systems = {s["name"]: s for s in results["systems"]}
     few = [name for name, system in systems.items() if few_seeds(system)]
-    said: list[tuple[Verdict, str]] = _little_learnt(results["guard"])
+    said: list[tuple[Verdict, str]] = _little_learnt(results.get("guard", []))
     said += [_compared(c, few) for c in results["comparisons"]]
     for system in systems.values():
         said += _recovered(system)

@@ -222,7 +222,7 @@ def _recognised(model: nn.Module, tokens: Tokenizer, dev: Sequence[MonoCut]) -> 
 
 def _curve(log: Path) -> list[tuple[int, float]]:
     """(epoch, dev token error rate) by a training's log; none of an imported model."""
-    from kdrecipe.report.html import read_log
+    from kdrecipe.report.reading import read_log
 
     rows = [row for row in read_log(log) if row.get("event") == "epoch"]
     return [(row["epoch"], row["dev_ter"]) for row in rows if row.get("dev_ter") is not None]

@@ -19,8 +19,9 @@ from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Metric
 from kdrecipe.recipe.sections import Claim
 from kdrecipe.report import plots
-from kdrecipe.report.html import from_markdown, per_epoch, read_log
+from kdrecipe.report.html import from_markdown, per_epoch
 from kdrecipe.report.listen import Listening, aligned, encode
+from kdrecipe.report.reading import read_log
 from kdrecipe.report.write import assemble, write_report
 from kdrecipe.score.scoring import Question, score
 from kdrecipe.score.searches import score_searches
