@@ -190,8 +190,7 @@ VARIANTS = {
 
 def measure(args: argparse.Namespace, variant: Variant, seed: int) -> dict[str, Any]:
     """Train once; the curve is (steps, CPU-seconds, dev token error) of each epoch."""
-    from kdrecipe.data.features import load_norm
-    from kdrecipe.model.asr import FeatureNorm, build_model, model_info
+    from kdrecipe.model.asr import model_info
     from kdrecipe.recipe.load import load_recipe
     from kdrecipe.stages.layout import Layout
     from kdrecipe.stages.session import Session
@@ -204,16 +203,8 @@ def measure(args: argparse.Namespace, variant: Variant, seed: int) -> dict[str, 
     sets = [*variant.sets, *(() if plain.teachers else variant.teacher)]
     recipe = load_recipe(path, overrides=[*args.set, *(text.format(system=section) for text in sets)])
     system, layout = recipe.systems[args.system], Layout(args.work)
-    assert system.model is not None
-    torch.manual_seed(seed)
     session = Session(recipe, layout, system, seed)
-    model = build_model(
-        system.model,
-        input_dim=recipe.features.num_mel_bins,
-        vocab_size=len(session.tokens),
-        registry=recipe.plugins.registry,
-    )
-    model.norm = FeatureNorm.from_stats(*map(torch.from_numpy, load_norm(layout.features, session.heard)))
+    model = session.new_model()
     batches = session.batches(system.training)
     if variant.prepare is not None:
         variant.prepare(model, batches)
