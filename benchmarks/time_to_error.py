@@ -11,8 +11,8 @@ A run ends below the lowest level or at the limit; what it had not reached count
 
 Variants change one thing each: the optimiser (``scaled_adam`` is icefall's, with Eden;
 ``schedule_free`` needs ``pip install schedulefree``) or what may get training off CTC's plateau of
-blanks. ``before`` is AdamW with a cosine over a fixed number of epochs, SpecAugment from the first step,
-and CR-CTC in teachers.
+blanks; those of ``kl`` are for distilled systems. ``before`` is AdamW with a cosine over a fixed number
+of epochs, SpecAugment from the first step, and CR-CTC in teachers.
 """
 
 from __future__ import annotations
@@ -135,6 +135,13 @@ def _short_first(model: nn.Module, batches: Any) -> None:
     batches.epoch = lambda n: plan(n) if n else sorted(plan(n), key=lambda ids: length(ids) / len(ids))
 
 
+def _kl(option: str) -> Variant:
+    """A distilled system with CTC and KL at even weights, and an option of ``kl``."""
+    return Variant(
+        (f"{{system}}.losses=[{{{{name: ctc, weight: 0.5}}}}, {{{{name: kl, weight: 0.5, {option}}}}}]",)
+    )
+
+
 _TRAINING = "{system}.training."
 _MASKS_AT_ONCE = (_TRAINING + "spec_augment.start_below=null",)
 VARIANTS = {
@@ -180,6 +187,9 @@ VARIANTS = {
         (*_MASKS_AT_ONCE, "{system}.losses=[{{name: ctc}}, {{name: cr_ctc, weight: 1.0, start_below: null}}]")
     ),
     "cr_ctc": Variant(("{system}.losses=[{{name: ctc}}, {{name: cr_ctc, weight: 1.0}}]",)),
+    "kl_later": _kl("start_below: 0.5"),
+    "kl_select": _kl("blank: select"),
+    "kl_weight": _kl("blank: weight"),
     "rare_blank": Variant((), (), None, _rare_blank),
     "short_first": Variant((), (), None, _short_first),
 }

@@ -54,11 +54,19 @@ def test_variants_run_in_turn_and_known_runs_are_not_run_again(prepared, tmp_pat
     assert again.stderr == ""
 
 
-@pytest.mark.parametrize("variant", ["scaled_adam", "cr_ctc_at_once", "rare_blank", "short_first"])
-def test_every_kind_of_variant_trains(prepared, variant):
-    done = measure(
-        prepared, "--variants", variant, "--seeds", 1, "--levels", 0.01, "--set", "training.epochs=2"
-    )
+@pytest.mark.parametrize(
+    ("system", "variant"),
+    [
+        ("teacher", "scaled_adam"),
+        ("teacher", "cr_ctc_at_once"),
+        ("teacher", "rare_blank"),
+        ("teacher", "short_first"),
+        ("kd", "kl_later"),
+    ],
+)
+def test_every_kind_of_variant_trains(prepared, system, variant):
+    short = ("--seeds", 1, "--levels", 0.01, "--set", "training.epochs=2")
+    done = measure(prepared, "--system", system, "--variants", variant, *short)
     assert done.returncode == 0, done.stderr
     assert "| 0 of 1 |" in done.stdout
 
