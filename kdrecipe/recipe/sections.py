@@ -249,7 +249,7 @@ class Training(Options):
         epochs: passes over the data, at least 1; with ``schedule: wsd`` a bound, else their number.
         batch_duration_s: audio per batch and process, in seconds.
         optimizer: ``muon`` for the matrices between hidden states and AdamW for the rest, or ``adamw`` alone.
-        lr: the highest learning rate.
+        lr: the highest learning rate; ``auto``: by the optimiser and the model's size, see :meth:`for_model`.
         warmup_steps: in which the rate rises from 0; at most a tenth of all.
         schedule: afterwards: ``wsd`` holds the rate until the dev error is flat and then lets it fall to
             0; of fixed length are ``cosine`` and ``linear`` (to 0), ``constant`` and ``noam`` (inverse square
@@ -274,7 +274,7 @@ class Training(Options):
     epochs: int = Field(default=100, ge=1)
     batch_duration_s: Positive = 60.0
     optimizer: Literal["muon", "adamw"] = "muon"
-    lr: Positive = 4e-3
+    lr: Positive | Literal["auto"] = "auto"
     warmup_steps: int = Field(default=100, ge=0)
     schedule: Literal["wsd", "cosine", "linear", "constant", "noam"] = "wsd"
     flat: float = Field(default=0.05, ge=0, lt=1)
@@ -291,11 +291,23 @@ class Training(Options):
     checkpoint_every_s: Positive = 600.0
     dev_every: int = Field(default=1, ge=1)
 
-    def masks(self, num_params: int, num_views: int = 1) -> SpecAugment | None:
-        """The masks for a model of so many parameters, whose losses compare so many views."""
-        if self.spec_augment != "auto":
-            return self.spec_augment
-        return SpecAugment() if num_params >= MASKED_FROM or num_views > 1 else None
+    def for_model(self, num_params: int, num_views: int = 1) -> Training:
+        """These settings with every ``auto`` decided, save that of ``precision``.
+
+        The learning rate is 4e-3 (AdamW: 2e-3) at 3 M parameters and goes by the cube root of
+        their number, within 1e-3 and 1e-2: a narrow model bears, and needs, a higher rate than a wide one.
+
+        Args:
+            num_params: of the model.
+            num_views: of the input, that its losses compare.
+        """
+        lr, masks = self.lr, self.spec_augment
+        if lr == "auto":
+            scale = (3e6 / max(1, num_params)) ** (1 / 3)
+            lr = min(1e-2, max(1e-3, (4e-3 if self.optimizer == "muon" else 2e-3) * scale))
+        if masks == "auto":
+            masks = SpecAugment() if num_params >= MASKED_FROM or num_views > 1 else None
+        return self.model_copy(update={"lr": lr, "spec_augment": masks})
 
 
 class TargetOptions(Options):

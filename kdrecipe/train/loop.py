@@ -136,11 +136,12 @@ def train(
     workers = Workers.from_environment(device)
     most_steps = options.epochs * batches.num_batches(0) // (options.accumulate * workers.world_size)
     objective = with_flat_start(objective, min(options.flat_start, most_steps // 4))
+    objective.labelled_share = batches.num_labelled / len(batches.ids)
     model.to(workers.device).train()
     objective.module.to(workers.device).train()
     workers.share_state([*model.state_dict().values(), *objective.module.state_dict().values()])
     num_params = sum(p.numel() for p in model.parameters())
-    options = options.model_copy(update={"spec_augment": options.masks(num_params, objective.num_views)})
+    options = options.for_model(num_params, objective.num_views)
     others = [p for _, p in objective.named_parameters()]
     optimizer = make_optimizer(model, others, options, build_optimizer)
     stepper = Stepper(model, objective, teachers, optimizer, options, workers, seed, work_dir)
@@ -289,7 +290,9 @@ class _Run:
 
     def _write_log(self, lr: float, norm: float, seen: Seen | None) -> None:
         numbers = self.workers.sum_numbers(self.stepper.meter.numbers())
-        weights = {t.name: t.weight for t in self.stepper.objective.terms if t.fade_steps is None}
+        objective = self.stepper.objective
+        staying = zip(objective.terms, objective.weights, strict=True)
+        weights = {term.name: weight for term, weight in staying if term.fade_steps is None}
         loss, terms, metrics = normalised(numbers, weights)
         if seen is not None and self.train_metrics is not None:
             with torch.no_grad():

@@ -70,6 +70,9 @@ class Objective:
         self.terms = list(terms)
         self._due: list[bool] = [True] * len(terms)
         self._shares: list[float] = [1.0] * len(terms)
+        self.labelled_share: float = 1.0
+        """Of the training utterances. Beside terms that see all of them, a supervised one weighs by this
+        share, as in a mean over all utterances: the few labelled ones of a batch would drown the others."""
         self.taps: tuple[str, ...] = tuple(
             dict.fromkeys(t for x in terms for t in getattr(x.loss, "taps", ()))
         )
@@ -108,7 +111,11 @@ class Objective:
     @property
     def weights(self) -> list[float]:
         """Weight of each term at this step."""
-        return [term.weight * share for term, share in zip(self.terms, self._shares, strict=True)]
+        labelled = 1.0 if self.supervised_only else self.labelled_share
+        return [
+            term.weight * share * (labelled if term.supervised else 1.0)
+            for term, share in zip(self.terms, self._shares, strict=True)
+        ]
 
     @property
     def supervised_only(self) -> bool:

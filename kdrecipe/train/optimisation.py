@@ -90,9 +90,10 @@ def make_optimizer(
     Args:
         model: what is trained.
         others: parameters of losses, trained along.
-        options: the recipe's ``training``.
+        options: the recipe's ``training``, for this model.
         hook: see :data:`OptimizerHook`.
     """
+    assert options.lr != "auto"  # the loop knows what that is for this model
     trainable = [p for p in (*model.parameters(), *others) if p.requires_grad]
     groups = _groups(trainable, options.weight_decay)
     optimizer = hook(params=groups, config=options) if hook else None

@@ -105,8 +105,11 @@ def test_the_log_tells_what_was_done(whole):
     )
     for entry in steps:
         assert set(entry["terms"]) == {"ctc", "calm", "imitate"}
+        labelled = 0.5  # of the utterances; the other terms see all of them
         weighted = (
-            0.7 * entry["terms"]["ctc"] + 0.1 * entry["terms"]["calm"] + 0.3 * entry["terms"]["imitate"]
+            labelled * 0.7 * entry["terms"]["ctc"]
+            + 0.1 * entry["terms"]["calm"]
+            + 0.3 * entry["terms"]["imitate"]
         )
         assert entry["loss"] == pytest.approx(weighted)
         assert entry["metrics"]["calm/frames"] == 1.0  # a sum over the count
@@ -507,12 +510,28 @@ def test_masks_and_late_losses_begin_when_the_dev_error_has_fallen(tmp_path, mon
 
 
 def test_small_models_are_not_masked_unless_the_recipe_says_so():
-    masks = SpecAugment(freq_width=3)
-    assert toy_options(spec_augment="auto").masks(num_params=4_999_999) is None
-    assert toy_options(spec_augment="auto").masks(num_params=5_000_000) == SpecAugment()
-    assert toy_options(spec_augment="auto").masks(num_params=9, num_views=2) == SpecAugment()
-    assert toy_options(spec_augment=masks).masks(num_params=9) == masks
-    assert toy_options(spec_augment=None).masks(num_params=10**9) is None
+    def masks(value, **model):
+        return toy_options(spec_augment=value).for_model(**model).spec_augment
+
+    own = SpecAugment(freq_width=3)
+    assert masks("auto", num_params=4_999_999) is None
+    assert masks("auto", num_params=5_000_000) == SpecAugment()
+    assert masks("auto", num_params=9, num_views=2) == SpecAugment()
+    assert masks(own, num_params=9) == own
+    assert masks(None, num_params=10**9) is None
+
+
+def test_the_learning_rate_goes_by_the_models_size_unless_the_recipe_says_it():
+    def rate(num_params, lr="auto", optimizer="muon"):
+        return toy_options(lr=lr, optimizer=optimizer).for_model(num_params).lr
+
+    assert rate(3_000_000) == pytest.approx(4e-3)
+    assert rate(375_000) == pytest.approx(8e-3)
+    assert rate(24_000_000) == pytest.approx(2e-3)
+    assert rate(3_000_000, optimizer="adamw") == pytest.approx(2e-3)
+    assert rate(9) == 1e-2
+    assert rate(10**9) == 1e-3
+    assert rate(9, lr=0.5) == 0.5
 
 
 def test_without_dev_or_any_other_loss_nothing_waits(tmp_path):
@@ -601,6 +620,24 @@ def test_auto_precision_does_not_take_emulated_bf16(monkeypatch):
     assert autocast_dtype("auto", gpu) == torch.float16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert autocast_dtype("auto", gpu) == torch.bfloat16
+
+
+# ---------------------------------------------------------------- labels for some of the utterances
+
+
+def test_labels_of_a_few_weigh_by_their_share_beside_terms_that_see_all(tmp_path):
+    def weights(terms, labelled):
+        objective = Objective(terms)
+        toy_run(
+            tmp_path / f"{len(terms)} {labelled}", objective=objective, teachers={},
+            batches=toy_batches(20, labelled=range(labelled)), options=toy_options(epochs=1, flat_start=0),
+        )  # fmt: skip
+        return objective.weights
+
+    ctc, calm = Term("ctc", 0.8, toys.ctc()), Term("calm", 0.5, toys.Calm())
+    assert weights([ctc, calm], labelled=5) == pytest.approx([0.2, 0.5])
+    assert weights([ctc, calm], labelled=20) == [0.8, 0.5]
+    assert weights([ctc], labelled=5) == [0.8]  # nothing to balance
 
 
 # ---------------------------------------------------------------- what goes wrong
