@@ -166,7 +166,8 @@ corpus: {name: manifests, root: "${CORPUS_ROOT}", subsets: {few: {speakers: 2}}}
 features: {num_mel_bins: 40}
 tokens: {name: char, data: all}
 seeds: [1]
-training: {batch_duration_s: 5, lr: 0.004, precision: fp32, schedule: linear, spec_augment: null, warmup_steps: 10}
+training:
+  {batch_duration_s: 5, lr: 0.004, precision: fp32, schedule: linear, spec_augment: null, warmup_steps: 10}
 systems:
   teacher:
     train: {model: {name: conformer, num_layers: 1, dim: 48, heads: {ctc: {}}}, training: {epochs: 2}}
