@@ -136,7 +136,7 @@ def train(
     workers = Workers.from_environment(device)
     most_steps = options.epochs * batches.num_batches(0) // (options.accumulate * workers.world_size)
     objective = with_flat_start(objective, min(options.flat_start, most_steps // 4))
-    objective.labelled_share = batches.num_labelled / len(batches.ids)
+    objective.labelled_share = batches.num_labelled / len(batches)
     model.to(workers.device).train()
     objective.module.to(workers.device).train()
     workers.share_state([*model.state_dict().values(), *objective.module.state_dict().values()])
