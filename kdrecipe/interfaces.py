@@ -30,6 +30,9 @@ UNK_ID = 2
 SAMPLE_RATE = 16000
 """Hz, of all audio that models hear."""
 
+FRAME_SAMPLES = 160
+"""Samples from one feature frame to the next: 0.01 s."""
+
 
 class Options(BaseModel):
     """Base of every plugin's nested ``Config``: unknown keys are errors, values do not change."""
@@ -196,18 +199,34 @@ def _map_tensors(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
 # ---------------------------------------------------------------- batches and outputs
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A cut within a row of a batch.
+
+    Args:
+        id: of the cut.
+        start: feature frame at which it begins.
+        num_frames: its feature frames.
+    """
+
+    id: str
+    start: int
+    num_frames: int
+
+
 @dataclass
 class Batch:
     """Utterances as a model sees them, padded at the end.
 
     Args:
-        ids: cut ids, B of them.
+        ids: cut ids, B of them; of cuts that were joined, with ``+`` between them.
         features_BTF: float32 log-mel features, padding arbitrary.
         lens_B: int64, valid feature frames.
         tokens_BU: int64 labels, padded with BLANK_ID; unlabelled utterances have length 0.
         token_lens_B: int64.
         labelled_B: bool, False where the text must not be used (or is not known).
         texts: transcripts ('' where unlabelled).
+        pieces: the cuts that each row consists of, with silence around them; empty: a row is its cut.
     """
 
     ids: list[str]
@@ -217,9 +236,14 @@ class Batch:
     token_lens_B: Tensor
     labelled_B: Tensor
     texts: list[str] = field(default_factory=list)
+    pieces: list[tuple[Piece, ...]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def pieces_of(self, row: int) -> tuple[Piece, ...]:
+        """The cuts that a row consists of, in order."""
+        return self.pieces[row] if self.pieces else (Piece(self.ids[row], 0, int(self.lens_B[row])),)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """A copy with every tensor changed; ids and texts stay."""
@@ -231,14 +255,20 @@ class Batch:
         keep = rows_B.nonzero().flatten().tolist()
         picked = self.map(lambda x: x[rows_B])
         texts = [self.texts[i] for i in keep] if self.texts else []
-        return replace(picked, ids=[self.ids[i] for i in keep], texts=texts)
+        pieces = [self.pieces[i] for i in keep] if self.pieces else []
+        return replace(picked, ids=[self.ids[i] for i in keep], texts=texts, pieces=pieces)
 
     def repeat(self, num_views: int) -> Batch:
         """The batch ``num_views`` times over, whole copies one after the other."""
         if num_views == 1:
             return self
         copies = self.map(lambda x: x.repeat(num_views, *[1] * (x.dim() - 1)))
-        return replace(copies, ids=self.ids * num_views, texts=self.texts * num_views)
+        return replace(
+            copies,
+            ids=self.ids * num_views,
+            texts=self.texts * num_views,
+            pieces=self.pieces * num_views,
+        )
 
 
 @dataclass

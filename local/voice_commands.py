@@ -235,7 +235,7 @@ class VoiceCommands:
         level."""
         import numpy as np
 
-        from . import acoustics
+        from kdrecipe.corpus import acoustics
 
         config = self.config
         speech = acoustics.resample(spoken_S / 32768, _UP, speaker.down)

@@ -5,7 +5,8 @@ B utterances, T feature frames, F bins, U tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,10 +15,14 @@ from torch import Tensor
 
 from kdrecipe.data.memory import Kept, MemoryBudget
 from kdrecipe.errors import DataError
-from kdrecipe.interfaces import BLANK_ID, Batch, TokenTable
+from kdrecipe.interfaces import BLANK_ID, Batch, Piece, TokenTable
 
 if TYPE_CHECKING:  # Lhotse is slow to import, and only its cuts' attributes are used here
     from lhotse.cut import Cut
+
+    from kdrecipe.data.augment import Augmenter
+
+_FULL_SCALE = 32767.0
 
 # Durations are multiplied by a random factor of up to this much before sorting: batches then hold
 # utterances of about equal length (little padding), yet other ones in every epoch.
@@ -35,8 +40,10 @@ class CutBatches:
         seed: of the plans.
         labelled_ids: cuts whose text may be used; None: all that have a text.
         shuffle: False: one plan for all epochs, longest batch first (for dev).
-        cache: bytes of features kept in memory; None: as many as this process's budget allows, see
-            :mod:`kdrecipe.data.memory`.
+        cache: bytes of features and audio kept in memory; None: as many as this process's budget allows,
+            see :mod:`kdrecipe.data.memory`.
+        augmenter: makes what :meth:`load_augmented` gives.
+        extract: features (T, F) of samples (S,), for that.
 
     Raises:
         DataError: no cuts, a cut without features, or the same id twice.
@@ -52,6 +59,8 @@ class CutBatches:
         labelled_ids: Set[str] | None = None,
         shuffle: bool = True,
         cache: int | None = None,
+        augmenter: Augmenter | None = None,
+        extract: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         listed = list(cuts)
         self._cuts = {cut.id: cut for cut in listed}
@@ -66,7 +75,10 @@ class CutBatches:
             cut.id for cut in listed if (labelled_ids is None or cut.id in labelled_ids) and _text(cut)
         }
         self._labels: dict[str, list[int]] = {}
-        self._features: Kept[Tensor] = Kept(None if cache is None else MemoryBudget(cache))
+        budget = None if cache is None else MemoryBudget(cache)
+        self._features: Kept[Tensor] = Kept(budget)
+        self._audio: Kept[np.ndarray] = Kept(budget)
+        self._augmenter, self._extract = augmenter, extract
 
     # ------------------------------------------------------------ plans
 
@@ -123,46 +135,101 @@ class CutBatches:
         Raises:
             DataError: features on disk are missing or damaged.
         """
-        features = [self._load_features(i) for i in ids]
+        return self._batch([[i] for i in ids], [self._load_features(i) for i in ids], [])
+
+    def load_augmented(self, ids: Sequence[str], seed: Sequence[int]) -> Batch:
+        """The batch of these cuts in scenes of the augmenter; rows of several are labelled, or not, alike.
+
+        Args:
+            ids: of the cuts.
+            seed: the same cuts and seed give the same batch.
+
+        Raises:
+            DataError: audio can't be read.
+        """
+        assert self._augmenter is not None
+        assert self._extract is not None
+        rng = np.random.default_rng(seed)
+        rows: list[list[str]] = []
+        for known in (True, False):  # a row with words that must not be used has no label
+            alike = [i for i in ids if (i in self._labelled) == known]
+            durations_s = [self._cuts[i].duration for i in alike]
+            if alike:
+                rows += [[alike[n] for n in row] for row in self._augmenter.rows(durations_s, rng)]
+        features, pieces = [], []
+        for row in rows:
+            scene = self._augmenter.scene([self._load_audio(i) for i in row], rng)
+            features.append(torch.from_numpy(self._extract(scene.samples_S)))
+            pieces.append(tuple(Piece(i, *frames) for i, frames in zip(row, scene.frames, strict=True)))
+        return self._batch(rows, features, pieces)
+
+    def _batch(
+        self, rows: Sequence[Sequence[str]], features: Sequence[Tensor], pieces: list[tuple[Piece, ...]]
+    ) -> Batch:
+        """Rows of one cut or more, which their features belong to."""
         lens = [len(f) for f in features]
-        features_BTF = features[0].new_zeros(len(ids), max(lens), features[0].shape[1])
+        features_BTF = features[0].new_zeros(len(rows), max(lens), features[0].shape[1])
         for row, item in zip(features_BTF, features, strict=True):
             row[: len(item)] = item
-        labelled = [i in self._labelled for i in ids]
-        labels = [self._encode(i) if known else [] for i, known in zip(ids, labelled, strict=True)]
-        tokens_BU = torch.full((len(ids), max(map(len, labels))), BLANK_ID, dtype=torch.int64)
+        labelled = [row[0] in self._labelled for row in rows]
+        texts = [
+            " ".join(_text(self._cuts[i]) for i in row) if known else ""
+            for row, known in zip(rows, labelled, strict=True)
+        ]
+        ids = ["+".join(row) for row in rows]
+        known_rows = zip(ids, texts, labelled, strict=True)
+        labels = [self._encode(i, text) if known else [] for i, text, known in known_rows]
+        tokens_BU = torch.full((len(rows), max(map(len, labels))), BLANK_ID, dtype=torch.int64)
         for row, label in zip(tokens_BU, labels, strict=True):
             row[: len(label)] = torch.tensor(label, dtype=torch.int64)
         return Batch(
-            ids=list(ids),
+            ids=ids,
             features_BTF=features_BTF,
             lens_B=torch.tensor(lens),
             tokens_BU=tokens_BU,
             token_lens_B=torch.tensor([len(label) for label in labels]),
             labelled_B=torch.tensor(labelled),
-            texts=[_text(self._cuts[i]) if known else "" for i, known in zip(ids, labelled, strict=True)],
+            texts=texts,
+            pieces=pieces,
         )
 
-    def _encode(self, cut_id: str) -> list[int]:
-        if cut_id not in self._labels:
-            self._labels[cut_id] = self.tokenizer.encode(_text(self._cuts[cut_id]))
-        return self._labels[cut_id]
+    def _encode(self, row: str, text: str) -> list[int]:
+        if row not in self._cuts:  # joined anew each time
+            return self.tokenizer.encode(text)
+        if row not in self._labels:
+            self._labels[row] = self.tokenizer.encode(text)
+        return self._labels[row]
 
     def _load_features(self, cut_id: str) -> Tensor:
         cached = self._features.get(cut_id)
         if cached is not None:
             return cached
-        try:
+        with _reading("features", cut_id, "rerun the features stage with --force"):
             array = self._cuts[cut_id].load_features()
-        except Exception as error:  # a missing file, a truncated one, a wrong header
-            raise DataError(
-                f"can't read its features: {type(error).__name__}: {str(error).strip().splitlines()[0]}",
-                where=cut_id,
-                remedy="rerun the features stage with --force",
-            ) from error
         features = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
         self._features.offer(cut_id, features, features.numel() * features.element_size())
         return features
+
+    def _load_audio(self, cut_id: str) -> np.ndarray:
+        """(S,) float32; in memory as 16 bits, as most files have them."""
+        kept = self._audio.get(cut_id)
+        if kept is None:
+            with _reading("audio", cut_id, "rerun the recipe from --stage 0"):
+                samples_S = np.asarray(self._cuts[cut_id].load_audio())[0]
+            kept = np.round(samples_S * _FULL_SCALE).clip(-_FULL_SCALE, _FULL_SCALE).astype(np.int16)
+            self._audio.offer(cut_id, kept, kept.nbytes)
+        return kept.astype(np.float32) / _FULL_SCALE
+
+
+@contextlib.contextmanager
+def _reading(what: str, cut_id: str, remedy: str) -> Iterator[None]:
+    """Whatever goes wrong with a file (it is missing, cut short, of another kind) is about that file."""
+    try:
+        yield
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        reason = f"can't read its {what}: {type(error).__name__}: {first}"
+        raise DataError(reason, where=cut_id, remedy=remedy) from error
 
 
 def _check(cuts: Sequence[Cut], by_id: dict[str, Cut]) -> None:

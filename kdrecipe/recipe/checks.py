@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kdrecipe.errors import KdrecipeError, PluginError, Problem, did_you_mean
-from kdrecipe.interfaces import VOCABULARY_KINDS, LossSetup, ModelInfo, TargetSpec, tap_shifts_s
+from kdrecipe.interfaces import FORCED_KINDS, VOCABULARY_KINDS, LossSetup, ModelInfo, TargetSpec, tap_shifts_s
 from kdrecipe.plugin.loader import reason
 from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.bundles import other_tokens
@@ -25,6 +25,7 @@ from kdrecipe.recipe.sections import (
     Lm,
     Named,
     System,
+    TargetOptions,
     Term,
     Tokens,
     depth_first,
@@ -47,8 +48,10 @@ class Checker:
         corpus: Corpus | None,
         decode: Decode,
         exports: tuple[Named, ...],
+        targets: TargetOptions,
     ) -> None:
         self.parser = parser
+        self.targets = targets
         self.systems = systems
         self.corpus = corpus
         self.decode = decode
@@ -66,6 +69,7 @@ class Checker:
             if system.kind in ("trained", "distilled"):
                 self._data(system)
                 self._terms(system)
+                self._joined(system)
             if system.kind == "compressed":
                 self._fine_tuning(system)
         for circle in depth_first(self.systems)[1]:
@@ -204,6 +208,21 @@ class Checker:
         if system.unlabelled is not None and all(self._supervised(t) for t in system.terms):
             remedy = "add a loss that needs no labels, or remove unlabelled:"
             self._problem(system, ("unlabelled",), "all losses need labels", remedy)
+
+    def _joined(self, system: System) -> None:
+        """Utterances can't be joined beside cached targets that follow the text of one of them."""
+        augment = system.training.augment
+        if augment is None or augment.join == 0 or self.targets.mode != "cached":
+            return
+        # targets of teachers that are distilled themselves are never cached
+        cached = {n for n in system.teachers if n in self.systems and not self.systems[n].teachers}
+        for i, term in enumerate(system.terms):
+            if not cached & ({term.teacher} if term.teacher else set(system.teachers)):
+                continue
+            for kind in dict.fromkeys(need.kind for need in self.requires(term) if need.kind in FORCED_KINDS):
+                what = f"{term.name!r} learns from cached {kind}, which follow the text of one utterance"
+                remedy = "training.augment.join joins utterances: set it to 0 here, or targets.mode: live"
+                self._problem(system, ("losses", i), what, remedy)
 
     def requires(self, term: Term) -> list[TargetSpec]:
         """What a term asks of a teacher."""

@@ -231,7 +231,7 @@ def load_recipe(
     lm = parser.lm()
     systems = parser.systems(seeds, training, targets)
     exports = parser.exports(systems)
-    checker = Checker(parser, systems, corpus, decode, exports)
+    checker = Checker(parser, systems, corpus, decode, exports, targets)
     checker.check()
     check_lm(parser, lm, decode)
     tokens, lm = _with_texts(parser, tokens, lm, systems, corpus)

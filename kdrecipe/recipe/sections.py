@@ -238,6 +238,56 @@ class SpecAugment(Options):
     start_below: Annotated[float, Field(gt=0)] | None = 0.5
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Range = tuple[Annotated[float, Field(allow_inf_nan=False)], Annotated[float, Field(allow_inf_nan=False)]]
+
+
+class Augment(Options):
+    """Speech as devices hear it: with silence around it, joined, at other levels, in rooms, under noise.
+
+    Made anew from the audio each time an utterance is heard, see :mod:`kdrecipe.data.augment`. A share of 0
+    turns a part off; amounts are uniform in their range.
+
+    Args:
+        silence: share of utterances with silence around them.
+        silence_s: seconds of it, on each side.
+        join: share of batches whose utterances are joined.
+        join_s: seconds that joined utterances last at most.
+        gain: share of utterances at another level.
+        gain_db: by so many decibels.
+        reverb: share of utterances in a room.
+        rt60_s: seconds in which the room's sound falls by 60 dB.
+        noise: share of utterances with noise over them.
+        snr_db: ratio of speech to noise.
+        noises: a directory of audio files to take noise from, such as MUSAN's; null: made noise.
+        start_below: it begins when the dev token error has fallen below this share: before, it only slows
+            a model that fits nothing yet; null, or no dev split: from the start.
+    """
+
+    silence: Share = 0.5
+    silence_s: Range = (0.0, 1.5)
+    join: Share = 0.2
+    join_s: Positive = 12.0
+    gain: Share = 0.5
+    gain_db: Range = (-20.0, 20.0)
+    reverb: Share = 0.1
+    rt60_s: Range = (0.1, 0.5)
+    noise: Share = 0.3
+    snr_db: Range = (5.0, 40.0)
+    noises: str | None = None
+    start_below: Annotated[float, Field(gt=0)] | None = 0.5
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Augment:
+        for name in ("silence_s", "gain_db", "rt60_s", "snr_db"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} is a range: the lower end first, not [{low:g}, {high:g}]")
+            if name.endswith("_s") and low < 0:
+                raise ValueError(f"{name} are seconds, 0 or more")
+        return self
+
+
 MASKED_FROM = 5_000_000
 """Parameters. Smaller models do not fit what they hear on a small corpus, and masks take from that."""
 
@@ -266,6 +316,7 @@ class Training(Options):
         accumulate: batches per optimiser step.
         spec_augment: masks over the input; null: none; ``auto``: those of :class:`SpecAugment` for models
             that have at least :data:`MASKED_FROM` parameters or a loss that compares views.
+        augment: what surrounds and covers speech in training; null: nothing.
         log_every: steps from one line of the log to the next.
         checkpoint_every_s: seconds from one checkpoint to the next within an epoch.
         dev_every: epochs from one pass over the development data to the next.
@@ -287,6 +338,7 @@ class Training(Options):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     accumulate: int = Field(default=1, ge=1)
     spec_augment: SpecAugment | Literal["auto"] | None = "auto"
+    augment: Augment | None = None
     log_every: int = Field(default=20, ge=1)
     checkpoint_every_s: Positive = 600.0
     dev_every: int = Field(default=1, ge=1)
@@ -367,6 +419,8 @@ class Decode(Options):
         metrics: figures over the hypotheses; the first one is the table's.
         compare: pairs of systems whose difference is tested for significance.
         measure_max: utterances of the first split, over all speakers, on which searches are timed in torch.
+        robustness: so many of them are also recognised with silence around, joined, at other levels and
+            under noise, see :mod:`kdrecipe.measure.conditions`; 0: none.
     """
 
     splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("test",)
@@ -374,6 +428,7 @@ class Decode(Options):
     metrics: Annotated[tuple[Plugin, ...], Field(min_length=1)] = (Named("wer"), Named("cer"))
     compare: tuple[tuple[str, str], ...] = ()
     measure_max: int = Field(default=100, ge=1)
+    robustness: int = Field(default=100, ge=0)
 
 
 class Claim(Options):

@@ -27,7 +27,7 @@ _SECTIONS: Mapping[str, tuple[type[BaseModel] | None, Mapping[str, Any]]] = {
     "features": (None, {"speed_perturb": [1.0]}),
     "lm": (Lm, {"order": 3, "word_order": 2}),
     "training": (Training, _TRAINING),
-    "decode": (None, {"measure_max": 5}),
+    "decode": (None, {"measure_max": 5, "robustness": 3}),
     "parity": (Parity, {"num_utterances": 5}),
 }
 # Next to untrained, a rounding error decides between words.

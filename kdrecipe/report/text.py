@@ -375,6 +375,28 @@ def _shipped_rows(results: Mapping[str, Any], split: str) -> list[list[str]]:
     return rows
 
 
+def _robustness_section(robustness: Mapping[str, Any]) -> Section:
+    """Error rates under conditions, and by how much they exceed those of the utterances as recorded."""
+    conditions: Mapping[str, str] = robustness["conditions"]
+    clean, *others = conditions
+    rows = []
+    for system, rates in robustness["systems"].items():
+        cells = [f"{percent(rates[x])} ({_times(rates[x], rates[clean])})" for x in others]
+        rows.append([system, percent(rates[clean]), *cells])
+    headers = ["system", *conditions.values()]
+    said = (
+        f"{robustness['metric'].upper()} % of {robustness['utterances']} utterances over all speakers, with "
+        "the search and the files of the table of systems, averaged over seeds; in brackets, how many times "
+        "the first column. What is said is the same in all columns."
+    )
+    return Section("Robustness", [said, Table(headers, rows, frozenset(range(1, len(headers))))])
+
+
+def _times(rate: float, clean: float) -> str:
+    """``×1.3``; nothing to compare with where the clean utterances have no errors."""
+    return f"×{rate / clean:.2f}" if clean else NONE
+
+
 def _claims_section(claims: Sequence[Mapping[str, Any]]) -> Section:
     """Published figures beside measured ones."""
     rows = [
@@ -413,6 +435,8 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
         found.append(Section("Systems", [main_table(results, "")]))
     if results["comparisons"]:
         found.append(Section("Comparisons", [_comparison_table(results)]))
+    if robustness := results.get("robustness"):
+        found.append(_robustness_section(robustness))
     found += [_making_section(results), _corpus_section(results), _made_section(results)]
     return [section for section in found if section.blocks]
 

@@ -27,6 +27,7 @@ UNITS = {
     "p, p_adjusted": "from the same variances as ci95; the second allows for the number of comparisons",
     "seeds_won": "[seeds in which a has the lower rate, in which b has, all]",
     "seed_pairs": "the same for pairs of one seed of each, where the seeds are independent",
+    "robustness": "error rates by the metric of that name, of the same utterances under each condition",
     "units": "speakers or utterances: the units whose variance intervals and p-values use",
 }
 _OPTIONAL = (
@@ -113,6 +114,7 @@ def assemble(data: Mapping[str, Any]) -> dict[str, Any]:
             split: {key: facts.get(key) for key in ("utterances", "words", "speakers", "units", "notes")}
             for split, facts in by_split.items()
         },
+        "robustness": dict(scores.get("robustness") or {}),
         "claims": [],
         "seconds": dict(data.get("seconds") or {}),
         "sections": [dict(section) for section in data.get("sections") or []],

@@ -52,3 +52,8 @@ def hyps_file(directory: Path, split: str) -> Path:
 def bundle_hyps_file(directory: Path, label: str, split: str) -> Path:
     """The hypotheses of the bundle in torch, by the search ``label``."""
     return directory / "bundle" / label / f"{split}.jsonl"
+
+
+def condition_hyps_file(directory: Path, condition: str) -> Path:
+    """The hypotheses of a system's row for utterances under a condition."""
+    return directory / "robustness" / f"{condition}.jsonl"

@@ -10,7 +10,7 @@ other.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,13 +31,15 @@ from kdrecipe.recipe.suitable import (
     searches,
     unfit,
 )
-from kdrecipe.score.hypotheses import bundle_hyps_file, hyps_file
+from kdrecipe.score.hypotheses import bundle_hyps_file, condition_hyps_file, hyps_file
 from kdrecipe.stages.inputs import model_plugins
 from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
     from lhotse.cut import MonoCut
 
+    from kdrecipe.corpus.audio import Utterance
+    from kdrecipe.measure.runtime import Measurement
     from kdrecipe.model.bundle import Bundle
 
 BATCH_DURATION_S = 60.0
@@ -51,12 +53,14 @@ class Row:
         search: ``label``, ``decoder`` and ``options`` in the recipe; ``runs_in``: ``sherpa-onnx``, or
             ``torch`` for a bundle; ``name``: its name there; ``variant``: ``fp32`` or ``int8``.
         hypotheses: split -> rows of the hypotheses file, which are scored.
+        recognise: the texts of any other utterances by the same search in the same place.
         costs: of the same recognition: ``size_mb``, ``rtf``, ``peak_rss_mb``, ``runtime`` and more; of a
             bundle only ``size_mb`` of the exported files, and ``runtime`` says why there is no more.
     """
 
     search: dict[str, Any]
     hypotheses: dict[str, list[dict[str, Any]]]
+    recognise: Callable[[Sequence[Utterance]], list[str]]
     costs: dict[str, Any]
 
     def __post_init__(self) -> None:
@@ -74,6 +78,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
             inputs = {
                 "splits": recipe.decode.splits,
                 "measure_max": recipe.decode.measure_max,
+                "robustness": recipe.decode.robustness,
                 "searches": [{"label": label, "name": d.name, **d.options} for label, d in found.items()],
                 "plugins": {d.name: registry.fingerprint("decoders", d.name) for d in found.values()},
                 "exporter": _exporter_input(recipe, name),
@@ -122,10 +127,14 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
             _write(bundle_hyps_file(out, label, split), rows)
     main = next(iter(found))
     of_bundle = {split: by_label[main] for split, by_label in said.items()}
-    row = _row(recipe, bundle, layout.export(system.name, seed), (main, found[main]), cuts, of_bundle)
+    in_torch = partial(_recognise, bundle, decoders[main])
+    exports = layout.export(system.name, seed)
+    row = _row(recipe, bundle, exports, (main, found[main]), cuts, of_bundle, in_torch)
     for split, rows in row.hypotheses.items():
         _write(hyps_file(out, split), rows)
     first = recipe.decode.splits[0]
+    if recipe.decode.robustness:
+        _under_conditions(row, cuts[first], recipe.decode.robustness, out)
     same = None if row.hypotheses is of_bundle else _same_texts(row.hypotheses[first], of_bundle[first])
     facts = _search_facts(recipe, bundle, decoders, found, cuts[first])
     decoded = {"params": bundle.meta["params"], **row.costs, "search": row.search}
@@ -218,6 +227,7 @@ def _row(
     search: tuple[str, Named],
     cuts: Mapping[str, Sequence[MonoCut]],
     of_bundle: dict[str, list[dict[str, Any]]],
+    in_torch: Callable[[Sequence[Utterance]], list[str]],
 ) -> Row:
     """The row of the export if its runtime has the search (label, decoder), otherwise that of the bundle."""
     registry, heads = recipe.plugins.registry, list(bundle.meta["model"]["heads"])
@@ -244,7 +254,8 @@ def _row(
     else:
         size_mb = None
     costs = {"size_mb": size_mb, "rtf": None, "peak_rss_mb": None, "runtime": f"not measured: {why}"}
-    return Row({**about, "runs_in": "torch", "name": search[1].name, "why": why}, of_bundle, costs)
+    about |= {"runs_in": "torch", "name": search[1].name, "why": why}
+    return Row(about, of_bundle, in_torch, costs)
 
 
 def _shipped(
@@ -258,12 +269,13 @@ def _shipped(
     from kdrecipe.corpus.audio import utterances_from_cuts
     from kdrecipe.measure.runtime import measure_export
 
-    measured = {
-        split: measure_export(
-            exporter, directory, about["variant"], utterances_from_cuts(listed), search=search
-        )
-        for split, listed in cuts.items()
-    }
+    def measure(utterances: Iterable[Utterance]) -> Measurement:
+        return measure_export(exporter, directory, about["variant"], utterances, search=search)
+
+    def recognise(utterances: Sequence[Utterance]) -> list[str]:
+        return [found.text for found in measure(utterances).utterances]
+
+    measured = {split: measure(utterances_from_cuts(listed)) for split, listed in cuts.items()}
     hypotheses = {
         split: [
             _line(cut, found.text, found.tokens, found.times_s)
@@ -271,7 +283,31 @@ def _shipped(
         ]
         for split, listed in cuts.items()
     }
-    return Row(about, hypotheses, next(iter(measured.values())).summary())
+    return Row(about, hypotheses, recognise, next(iter(measured.values())).summary())
+
+
+def _recognise(bundle: Bundle, decoder: Decoder, utterances: Sequence[Utterance]) -> list[str]:
+    """Texts by the bundle in torch, one utterance at a time."""
+    from kdrecipe.measure.search import recognise
+
+    model, features = bundle.model.to("cpu"), bundle.meta["features"]
+    return [recognise(model, decoder, features, u.samples_S).text for u in utterances]
+
+
+def _under_conditions(row: Row, cuts: Sequence[MonoCut], number: int, out: Path) -> None:
+    """What the row says of ``number`` utterances, over all speakers, under each condition."""
+    from kdrecipe.corpus.audio import utterances_from_cuts
+    from kdrecipe.corpus.subsets import drawn_over_speakers
+    from kdrecipe.measure.conditions import CONDITIONS
+
+    drawn = drawn_over_speakers(cuts, number)
+    by_speaker = sorted(drawn, key=lambda cut: (str(cut.supervisions[0].speaker), cut.id))
+    clean = list(utterances_from_cuts(by_speaker))
+    heard = {name: condition.apply(clean) for name, condition in CONDITIONS.items()}
+    texts = iter(row.recognise([u for utterances in heard.values() for u in utterances]))
+    for name, utterances in heard.items():
+        rows = [{"id": u.id, "ref": u.text, "hyp": next(texts)} for u in utterances]
+        _write(condition_hyps_file(out, name), rows)
 
 
 def _variant(bundle: Bundle) -> str:

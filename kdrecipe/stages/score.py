@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import read_json, write_json
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe, System
-from kdrecipe.score.hypotheses import bundle_hyps_file, hyps_file
+from kdrecipe.score.hypotheses import (
+    bundle_hyps_file,
+    condition_hyps_file,
+    hyps_file,
+    read_hypotheses,
+)
 from kdrecipe.stages.layout import Layout
+
+if TYPE_CHECKING:
+    from kdrecipe.interfaces import Metric
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
@@ -26,6 +34,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
         "compare": comparisons(recipe),
         "baselines": baselines(recipe),
         "families": families(recipe),
+        "robustness": recipe.decode.robustness,
     }
     needs = tuple(
         f"decode/{name}/seed{seed}" for name in recipe.build_order() for seed in recipe.systems[name].seeds
@@ -76,6 +85,7 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     for wanted in recipe.decode.metrics:
         cls = registry.get("metrics", wanted.name)
         metrics[wanted.name] = cls(cls.Config.model_validate(wanted.options))
+    main_metric = next(iter(metrics))
     hyps = hypotheses(recipe, layout)
     teachers = {n: s.teachers[0] for n, s in recipe.systems.items() if s.teachers}
     question = Question(
@@ -92,10 +102,35 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     result["searches"] = score_searches(files, first_seed, metrics, speakers=speakers)
     main = {name: next(iter(labels.values())) for name, labels in files.items()}
     result["bundles"] = {name: mean_rates(seeds, metrics) for name, seeds in main.items()}
+    result["robustness"] = _robustness(recipe, layout, {main_metric: metrics[main_metric]})
     write_json(out / "scores.json", result)
-    first, metric = recipe.decode.splits[0], next(iter(metrics))
+    first = recipe.decode.splits[0]
     for name, facts in result["splits"][first]["systems"].items():
-        print(f"  {name:20s} {metric.upper()} {100 * facts[metric]['mean']:6.2f} % on {first}", flush=True)
+        rate = 100 * facts[main_metric]["mean"]
+        print(f"  {name:20s} {main_metric.upper()} {rate:6.2f} % on {first}", flush=True)
+
+
+def _robustness(recipe: Recipe, layout: Layout, metric: dict[str, Metric]) -> dict[str, Any]:
+    """Error rates of some utterances under conditions: ``metric``, ``utterances``, ``conditions`` (name -> in
+    words) and ``systems`` (name -> condition -> rate); empty if none were recognised."""
+    from kdrecipe.measure.conditions import CONDITIONS
+    from kdrecipe.score.searches import mean_rates
+
+    if not recipe.decode.robustness:
+        return {}
+    [name] = metric
+    rates = {}
+    for system in recipe.systems.values():
+        places = {seed: layout.hyps(system.name, seed) for seed in system.seeds}
+        files = {
+            seed: {condition: condition_hyps_file(place, condition) for condition in CONDITIONS}
+            for seed, place in places.items()
+        }
+        found = mean_rates(files, metric)
+        rates[system.name] = {condition: found[condition][name] for condition in CONDITIONS}
+    clean = read_hypotheses(next(iter(files[system.seeds[0]].values())))
+    titles = {condition: found.title for condition, found in CONDITIONS.items()}
+    return {"metric": name, "utterances": len(clean), "conditions": titles, "systems": rates}
 
 
 def _speakers(hyps: dict[str, dict[int, dict[str, Path]]]) -> dict[str, str]:

@@ -5,6 +5,7 @@ Teachers, students and fine-tuning under compression all train through :class:`S
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,13 +21,15 @@ from torch import nn
 
 from kdrecipe.artifacts import read_json
 from kdrecipe.corpus.subsets import drawn_over_speakers
+from kdrecipe.data.augment import Augmenter, NoiseFiles
 from kdrecipe.data.batches import CutBatches
-from kdrecipe.data.features import has_dev, load_cuts, load_norm
+from kdrecipe.data.features import FRAME_SHIFT_S, extract, has_dev, load_cuts, load_norm
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import RecipeError
-from kdrecipe.interfaces import Batch, LossSetup, ModelInfo, TargetSpec
+from kdrecipe.interfaces import SAMPLE_RATE, Batch, LossSetup, ModelInfo, TargetSpec
 from kdrecipe.model.asr import FeatureNorm, build_model, model_info
 from kdrecipe.model.bundle import Bundle
+from kdrecipe.recipe.sections import Location
 from kdrecipe.stages.inputs import needs_of, utterances_of
 from kdrecipe.targets.cache import TargetCache
 from kdrecipe.targets.live import LiveTargets
@@ -96,6 +99,7 @@ class Session:
     def batches(self, training: Training) -> CutBatches:
         """The training data; where only a part is labelled, both parts, the labels withheld."""
         cuts, labelled = self._data
+        features = self.recipe.features.model_dump()
         return CutBatches(
             cuts,
             self.tokens,
@@ -103,7 +107,22 @@ class Session:
             seed=self.seed,
             labelled_ids=labelled,
             shuffle=True,
+            augmenter=self._augmenter(training),
+            extract=lambda samples_S: extract(samples_S, SAMPLE_RATE, features),
         )
+
+    def _augmenter(self, training: Training) -> Augmenter | None:
+        """What makes scenes of utterances, which begin at whole frames of the student and of its teachers."""
+        options = training.augment
+        if options is None:
+            return None
+        given = [spec for bundle in self.teacher_bundles.values() for spec in bundle.info.provides()]
+        grid = math.lcm(*(round(s.frame_shift_s / FRAME_SHIFT_S) for s in given if s.frame_shift_s))
+        noises = None
+        if options.noises is not None:
+            where = f"training.augment.noises of {self.system.name}"
+            noises = NoiseFiles(Location(options.noises, where, self.recipe.dir).path())
+        return Augmenter(options, grid, noises)
 
     @cached_property
     def dev(self) -> CutBatches | None:

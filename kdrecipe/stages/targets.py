@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
     from kdrecipe.train.distribution import local_device
 
     bundle = Bundle.load(layout.system(teacher, seed), recipe.plugins.registry)
+    shifts_s = {spec.key: spec.frame_shift_s for spec in bundle.info.provides()}
     cuts, labelled, unlabelled = training_data(layout, students_of(recipe, teacher))
     batches = CutBatches(
         cuts, bundle.tokens, batch_duration_s=120.0, seed=0, labelled_ids=labelled, shuffle=False
@@ -59,7 +61,7 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
         cuts,
         batches,
         bundle.model.to(local_device()),
-        all_needs(recipe, teacher),
+        [replace(need, frame_shift_s=shifts_s[need.key]) for need in all_needs(recipe, teacher)],
         out,
         key_parts=target_key(bundle, recipe),
         own_ids=unlabelled,

@@ -17,6 +17,7 @@ B utterances, T frames, U tokens, P = U + 1 positions between them, K kept class
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,7 +33,7 @@ from lhotse.utils import fastcopy
 from torch import Tensor, nn
 
 from kdrecipe.artifacts import fingerprint, read_json, write_json
-from kdrecipe.data.features import write_cuts
+from kdrecipe.data.features import FRAME_SHIFT_S, write_cuts
 from kdrecipe.data.memory import Kept, MemoryBudget
 from kdrecipe.errors import DataError, Problem
 from kdrecipe.interfaces import (
@@ -41,12 +42,14 @@ from kdrecipe.interfaces import (
     Batch,
     Hidden,
     LatticePosteriors,
+    Piece,
     Posteriors,
     Targets,
     TargetSpec,
 )
 from kdrecipe.targets.identity import audio_changed, identify, perturbed
 from kdrecipe.targets.live import LiveTargets, padded_tokens
+from kdrecipe.targets.rows import in_row
 
 FORMAT = 2
 DEFAULT_FRAME_SHIFT_S = 0.04
@@ -155,25 +158,21 @@ class TargetCache:
         _refuse(problems)
 
     def targets(self, batch: Batch) -> Targets:
-        """All targets for ``batch``, whose features must be those of the cached cuts.
+        """All targets for ``batch``: those of its cuts, put where each of them is in its row.
+
+        What lies between and around them counts as silence, see :func:`kdrecipe.targets.rows.in_row`.
 
         Raises:
             DataError: a cut is missing, has another number of feature frames or another transcript,
-                or its targets follow another text than the batch needs.
+                or its targets follow another text than the batch needs, or can't be joined.
         """
-        for cut_id, num_frames in zip(batch.ids, batch.lens_B.tolist(), strict=True):
-            if cut_id not in self._cuts:
-                raise DataError("there are no cached targets for this cut", where=cut_id, remedy=RECOMPUTE)
-            expected = _record(self._cuts[cut_id])["num_features"]
-            if num_frames != expected:
-                raise DataError(
-                    f"{num_frames} feature frames, its cached targets were computed from {expected}",
-                    where=cut_id,
-                    remedy=f"{RECOMPUTE}; perturb speed before, as separate cuts",
-                )
+        rows = [batch.pieces_of(row) for row in range(len(batch))]
+        for piece in itertools.chain.from_iterable(rows):
+            self._check_piece(piece)
         labelled = batch.labelled_B.tolist()
         sides: list[Along] = ["transcript" if known else "own" for known in labelled]
-        items = {spec.key: self._collate(batch.ids, sides, spec) for spec in self.specs}
+        lens = batch.lens_B.tolist()
+        items = {spec.key: self._collate(rows, lens, sides, spec) for spec in self.specs}
         found = Targets(items)
         if any(spec.kind in FORCED_KINDS for spec in self.specs):
             tokens_BU, token_lens_B = padded_tokens(self._texts(batch, sides))
@@ -181,15 +180,27 @@ class TargetCache:
         device = batch.features_BTF.device
         return found.map(lambda x: x.to(device))
 
+    def _check_piece(self, piece: Piece) -> None:
+        if piece.id not in self._cuts:
+            raise DataError("there are no cached targets for this cut", where=piece.id, remedy=RECOMPUTE)
+        expected = _record(self._cuts[piece.id])["num_features"]
+        if piece.num_frames != expected:
+            raise DataError(
+                f"{piece.num_frames} feature frames, its cached targets were computed from {expected}",
+                where=piece.id,
+                remedy=f"{RECOMPUTE}; perturb speed before, as separate cuts",
+            )
+
     def _texts(self, batch: Batch, sides: Sequence[Along]) -> list[list[int]]:
         """The texts that the targets follow; a transcript must be the batch's own."""
         texts: list[list[int]] = []
-        rows = zip(batch.ids, sides, batch.tokens_BU.tolist(), batch.token_lens_B.tolist(), strict=True)
-        for cut_id, along, tokens, length in rows:
-            text = [int(t) for t in self._arrays(cut_id, f"tokens__{along}")["tokens"]]
+        rows = zip(sides, batch.tokens_BU.tolist(), batch.token_lens_B.tolist(), strict=True)
+        for row, (along, tokens, length) in enumerate(rows):
+            (piece,) = batch.pieces_of(row)  # targets along a text are not joined
+            text = [int(t) for t in self._arrays(piece.id, f"tokens__{along}")["tokens"]]
             if along == "transcript" and text != tokens[:length]:
                 what = "its transcript has changed since its targets were computed"
-                raise DataError(what, where=cut_id, remedy=RECOMPUTE)
+                raise DataError(what, where=piece.id, remedy=RECOMPUTE)
             texts.append(text)
         return texts
 
@@ -213,11 +224,18 @@ class TargetCache:
         return arrays
 
     def _collate(
-        self, ids: Sequence[str], sides: Sequence[Along], spec: TargetSpec
+        self,
+        rows: Sequence[Sequence[Piece]],
+        lens: Sequence[int],
+        sides: Sequence[Along],
+        spec: TargetSpec,
     ) -> Posteriors | Hidden | LatticePosteriors:
         forced = spec.kind in FORCED_KINDS
-        names = [_name(spec, along if forced else "") for along in sides]
-        arrays = [self._arrays(cut_id, name) for cut_id, name in zip(ids, names, strict=True)]
+        stride = round((spec.frame_shift_s or DEFAULT_FRAME_SHIFT_S) / FRAME_SHIFT_S)
+        arrays = []
+        for pieces, num_frames, along in zip(rows, lens, sides, strict=True):
+            said = [self._arrays(piece.id, _name(spec, along if forced else "")) for piece in pieces]
+            arrays.append(in_row(said, pieces, num_frames, spec, stride))
         parts = {name: _pad([a[name] for a in arrays]) for name in arrays[0]}
         lens_B = torch.tensor([len(next(iter(a.values()))) for a in arrays])
         if spec.kind == "hidden":

@@ -60,7 +60,7 @@ class LiveTargets:
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Targets:
-        """All targets for ``batch``, whose features must not be augmented."""
+        """All targets for ``batch``, whose features must not be masked: the teacher hears all of them."""
         model = self.model.eval()  # other users of the module may have set it back
         taps = [spec.tap for spec in self.specs if spec.kind == "hidden"]
         forced = any(spec.kind in FORCED_KINDS for spec in self.specs)

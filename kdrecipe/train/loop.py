@@ -39,6 +39,7 @@ from kdrecipe.train.optimisation import (
 from kdrecipe.train.step import Seen, Stepper
 
 if TYPE_CHECKING:
+    from kdrecipe.interfaces import Batch
     from kdrecipe.recipe.sections import Training
 
 __all__ = ["Objective", "TargetSource", "Term", "TrainResult", "train"]
@@ -149,7 +150,7 @@ def train(
     run.on_step, run.train_metrics, run.show_progress, run.label = on_step, train_metrics, progress, label
     run.resume()
     if run.epoch < run.last_epoch:
-        stepper.try_out(batches.load(batches.longest()))
+        stepper.try_out(run.longest())
     try:
         while run.epoch < run.last_epoch:
             run.do_epoch()
@@ -185,6 +186,7 @@ class _Run:
         # in a short run, no more than a tenth
         self.warmup_steps = min(self.options.warmup_steps, max(1, self.num_steps // 10))
         self.cooldown: Cooldown | None = None
+        self.scenes_begun = self.options.augment is not None
         self.epoch = self.index = self.step = 0  # epochs and steps done; steps done in this epoch
         self.seconds = self.audio_s = self.interval_audio_s = self.interval_s = 0.0
         self.facts = ""
@@ -257,13 +259,26 @@ class _Run:
         return lr_factor(step, self.num_steps, self.warmup_steps, self.options.schedule)
 
     def _begin(self) -> None:
-        """Masks and losses that wait for the model to have left the plateau of blanks."""
+        """Masks, scenes and losses that wait for the model to have left the plateau of blanks."""
         if not self.dev:
             return
         lowest = min((e["dev_ter"] for e in self.history if e.get("dev_ter") is not None), default=None)
-        masks = self.stepper.masks
-        self.stepper.augments = masks is not None and has_begun(masks.start_below, lowest)
+        masks, augment = self.stepper.masks, self.options.augment
+        self.stepper.masks_begun = masks is not None and has_begun(masks.start_below, lowest)
+        self.scenes_begun = augment is not None and has_begun(augment.start_below, lowest)
         self.stepper.objective.begin(lowest)
+
+    def longest(self) -> Batch:
+        """The batch that needs the most memory."""
+        ids = self.batches.longest()
+        if self.options.augment is None:
+            return self.batches.load(ids)
+        return self.batches.load_augmented(ids, (self.seed,))
+
+    def _load(self, ids: list[str], step: int, slot: int) -> Batch:
+        if not self.scenes_begun:
+            return self.batches.load(ids)
+        return self.batches.load_augmented(ids, (self.seed, step, slot, self.workers.rank))
 
     def _do_step(self, group: list[list[str]]) -> None:
         began = time.monotonic()
@@ -271,7 +286,7 @@ class _Run:
         step = self.step + 1
         logs = step % self.options.log_every == 0 or step == self.num_steps
         lr = set_lr(self.stepper.optimizer, self._lr_factor(step))
-        loaded = [self.batches.load(ids) for ids in mine]
+        loaded = [self._load(ids, step, slot) for slot, ids in enumerate(mine)]
         norm, seen = self.stepper.run(loaded, step, keep=logs and self.train_metrics is not None)
         self.step, self.index = step, self.index + 1
         if self.on_step:

@@ -19,11 +19,11 @@ from kdrecipe.artifacts import replacing
 from kdrecipe.errors import TrainingError
 from kdrecipe.frames import full_precision
 from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Targets
-from kdrecipe.train.augment import spec_augment
 from kdrecipe.train.distribution import Workers
 from kdrecipe.train.log import Meter
 from kdrecipe.train.objective import Objective, TargetSource, count_vector, weighted_sum
 from kdrecipe.train.optimisation import autocast_dtype, clip_gradients, seed_step
+from kdrecipe.train.spec_augment import spec_augment
 
 if TYPE_CHECKING:
     from kdrecipe.recipe.sections import Training
@@ -94,7 +94,7 @@ class Stepper:
         self._overflows = 0
         assert options.spec_augment != "auto"  # the loop knows what that is for this model
         self.masks = options.spec_augment
-        self.augments = self.masks is not None
+        self.masks_begun = self.masks is not None
         """Whether the input is masked by now: see :class:`kdrecipe.recipe.sections.SpecAugment`."""
 
     def run(self, batches: Sequence[Batch], step: int, keep: bool = False) -> tuple[float, Seen | None]:
@@ -273,7 +273,7 @@ class Stepper:
     def _augmented(self, batch: Batch, number: int) -> Tensor:
         """Every view's features, masked on its own, one view after the other."""
         options, num_views = self.masks, self.objective.num_views
-        if options is None or not self.augments:
+        if options is None or not self.masks_begun:
             return batch.repeat(num_views).features_BTF
         norm = getattr(self.model, "norm", None)
         fill_F = norm.mean_F if norm is not None else batch.features_BTF.new_zeros(())

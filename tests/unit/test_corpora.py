@@ -15,12 +15,12 @@ import pytest
 import soundfile
 from pydantic import ValidationError
 
+from kdrecipe.corpus.acoustics import NOISES, add_noise, convolve, resample, room
 from kdrecipe.corpus.manifests import finish, sample, validate_corpus
 from kdrecipe.errors import DataError, MissingExtra
 from kdrecipe.interfaces import Prepared
 from kdrecipe.testing.corpus import WORDS, make_corpus
 from kdrecipe_local import an4, librispeech, manifests, voice_commands
-from kdrecipe_local.acoustics import NOISES, add_noise, convolve, resample, room
 from kdrecipe_local.an4 import An4
 from kdrecipe_local.command_grammar import sentences
 from kdrecipe_local.espeak import Voice, synthesise

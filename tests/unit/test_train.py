@@ -18,9 +18,10 @@ import train_toys as toys
 from torch import nn
 from train_toys import Calm, Imitate, ToyTeacher, toy_batches, toy_model, toy_objective, toy_options, toy_run
 
+from kdrecipe.data.batches import CutBatches
 from kdrecipe.errors import KdrecipeError, TrainingError
 from kdrecipe.interfaces import LossOutput
-from kdrecipe.recipe.sections import SpecAugment
+from kdrecipe.recipe.sections import Augment, SpecAugment
 from kdrecipe.train import loop
 from kdrecipe.train.distribution import Workers
 from kdrecipe.train.evaluation import DevScore, edit_distance
@@ -485,7 +486,7 @@ def test_masks_and_late_losses_begin_when_the_dev_error_has_fallen(tmp_path, mon
     augment, masked = Stepper._augmented, []
 
     def augmented(stepping, batch, number):
-        masked.append(stepping.augments)
+        masked.append(stepping.masks_begun)
         return augment(stepping, batch, number)
 
     monkeypatch.setattr(Stepper, "_augmented", augmented)
@@ -507,6 +508,22 @@ def test_masks_and_late_losses_begin_when_the_dev_error_has_fallen(tmp_path, mon
     )
     # after 0.6 masks, after 0.4 the late loss, and neither ends with 0.7; the trial asks it once before
     assert at_end == [(False, 1, 1), (False, 1, 1), (True, 1, 1), (True, 2, 2), (True, 2, 3)]
+
+
+def test_scenes_begin_when_the_dev_error_has_fallen_and_are_new_at_each_step(tmp_path, monkeypatch):
+    scores, made = iter([0.9, 0.4, 0.7]), []
+    monkeypatch.setattr(loop, "evaluate", lambda stepper, dev: DevScore(1.0, next(scores)))
+
+    def load_augmented(batches, ids, seed):
+        made.append(tuple(seed))
+        return batches.load(ids)
+
+    monkeypatch.setattr(CutBatches, "load_augmented", load_augmented)
+    options = toy_options(epochs=3, schedule="cosine", augment=Augment(start_below=0.5), accumulate=2)
+    _, result = toy_run(tmp_path, options=options, dev=toy_batches(4, seed=1))
+    own = made[1:]  # the first one tries the longest batch
+    assert len(set(own)) == len(own) == toy_batches().num_batches(2)
+    assert max(seed[1] for seed in own) == result.steps
 
 
 def test_small_models_are_not_masked_unless_the_recipe_says_so():
