@@ -8,6 +8,7 @@ S samples.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ Noise = Callable[[int, np.random.Generator], np.ndarray]
 """``noise(num_samples, rng)``: (S,) of any level."""
 
 _SILENT = 1 / 3  # share of silences that are digital zeros, as in padding and before streams
+_MADE_S = 20  # seconds of each noise
 _LOWEST_DB = -80.0  # of full scale: the quietest room
 
 
@@ -59,7 +61,7 @@ class Augmenter:
     def __init__(self, options: Augment, grid: int, noises: Noise | None = None) -> None:
         self.options = options
         self.grid = grid
-        self.noise = noises or _made_noise
+        self.noise = noises or made_noise
 
     def rows(self, durations_s: Sequence[float], rng: np.random.Generator) -> list[list[int]]:
         """Which utterances of a batch come in a row: all on their own, or all rows of about equal length.
@@ -83,18 +85,46 @@ class Augmenter:
             rows[-1].append(i)
         return rows
 
-    def scene(self, utterances: Sequence[np.ndarray], rng: np.random.Generator) -> Scene:
-        """Some utterances, one after the other, with all that surrounds and covers them.
+    def scenes(self, rows: Sequence[Sequence[np.ndarray]], rng: np.random.Generator) -> list[Scene]:
+        """The utterances of each row, one after the other, with all that surrounds and covers them.
+
+        If the batch has silence around its rows at all, they all end at the same time, so that none of its
+        frames is padding.
 
         Args:
-            utterances: (S,) float32 each.
+            rows: utterances, (S,) float32 each.
             rng: decides.
         """
+        placed = [self._in_a_row(row, rng) for row in rows]
+        lens = [starts[-1] + num_frames(len(row[-1])) for row, starts in zip(rows, placed, strict=True)]
+        spare = [0] * len(rows)
+        if rng.random() < self.options.silence:
+            end = max(lens) + self._frames(rng.uniform(*self.options.silence_s))
+            spare = [(end - length) // self.grid for length in lens]
+        scenes = []
+        for row, starts, silent in zip(rows, placed, spare, strict=True):
+            before = int(rng.integers(silent + 1)) * self.grid
+            after = silent * self.grid - before
+            scenes.append(self._scene(row, [before + start for start in starts], after, rng))
+        return scenes
+
+    def _frames(self, seconds: float) -> int:
+        """Feature frames, whole encoder frames of them."""
+        return round(seconds * SAMPLE_RATE / FRAME_SAMPLES / self.grid) * self.grid
+
+    def _in_a_row(self, utterances: Sequence[np.ndarray], rng: np.random.Generator) -> list[int]:
+        """The feature frame at which each begins, the first at 0, with pauses of up to half a second."""
+        starts = [0]
+        for utterance in utterances[:-1]:
+            end = starts[-1] + -(-len(utterance) // FRAME_SAMPLES)
+            starts.append(-(-end // self.grid) * self.grid + self._frames(rng.uniform(0, 0.5)))
+        return starts
+
+    def _scene(
+        self, utterances: Sequence[np.ndarray], starts: Sequence[int], after: int, rng: np.random.Generator
+    ) -> Scene:
         options = self.options
-        before, after = 0, 0
-        if rng.random() < options.silence:
-            before, after = (self._frames(rng.uniform(*options.silence_s)) for _ in range(2))
-        samples_S, starts = self._in_a_row(utterances, before, after, rng)
+        samples_S = self._placed(utterances, starts, after, rng)
         speech_power = sum(float(np.sum(u**2)) for u in utterances) / max(1, sum(map(len, utterances)))
         if rng.random() < options.reverb:
             response = acoustics.room(rng, rng.uniform(*options.rt60_s), rng.uniform(0, 15))
@@ -108,29 +138,21 @@ class Augmenter:
         lens = (num_frames(len(utterance)) for utterance in utterances)
         return Scene(np.asarray(samples_S, dtype=np.float32), tuple(zip(starts, lens, strict=True)))
 
-    def _frames(self, seconds: float) -> int:
-        """Feature frames, whole encoder frames of them."""
-        return round(seconds * SAMPLE_RATE / FRAME_SAMPLES / self.grid) * self.grid
-
-    def _in_a_row(
-        self, utterances: Sequence[np.ndarray], before: int, after: int, rng: np.random.Generator
-    ) -> tuple[np.ndarray, tuple[int, ...]]:
-        """The utterances with silence of some kind where there is none of them; where each begins."""
-        starts, end = [before], before * FRAME_SAMPLES + len(utterances[0])
-        for utterance in utterances[1:]:
-            frames = -(-end // (FRAME_SAMPLES * self.grid)) * self.grid
-            starts.append(frames + self._frames(rng.uniform(0, 0.5)))
-            end = starts[-1] * FRAME_SAMPLES + len(utterance)
+    def _placed(
+        self, utterances: Sequence[np.ndarray], starts: Sequence[int], after: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        """The utterances where they begin, and silence of some kind where there is none of them."""
+        end = starts[-1] * FRAME_SAMPLES + len(utterances[-1])
         samples_S = np.zeros(end + after * FRAME_SAMPLES, dtype=np.float32)
-        speech_S = np.zeros(len(samples_S), dtype=bool)
+        spoken_S = np.zeros(len(samples_S), dtype=bool)
         for start, utterance in zip(starts, utterances, strict=True):
             where = slice(start * FRAME_SAMPLES, start * FRAME_SAMPLES + len(utterance))
-            samples_S[where], speech_S[where] = utterance, True
-        if not speech_S.all() and rng.random() >= _SILENT:
+            samples_S[where], spoken_S[where] = utterance, True
+        if not spoken_S.all() and rng.random() >= _SILENT:
             floor_db = 20 * np.log10(max(_floor(utterances), 1e-5))
             level = 10 ** (rng.uniform(_LOWEST_DB, max(floor_db + 3, _LOWEST_DB)) / 20)
-            samples_S = np.where(speech_S, samples_S, at_level(self.noise(len(samples_S), rng), level))
-        return samples_S, tuple(starts)
+            samples_S = np.where(spoken_S, samples_S, at_level(self.noise(len(samples_S), rng), level))
+        return samples_S
 
 
 def at_level(noise_S: np.ndarray, level: float) -> np.ndarray:
@@ -146,9 +168,19 @@ def _floor(utterances: Sequence[np.ndarray]) -> float:
     return float(np.sqrt(np.quantile(powers, 0.1))) if len(powers) else 0.0
 
 
-def _made_noise(num_samples: int, rng: np.random.Generator) -> np.ndarray:
-    names = sorted(acoustics.NOISES)
-    return acoustics.NOISES[names[int(rng.integers(len(names)))]](num_samples, rng)
+@functools.cache
+def _made() -> list[np.ndarray]:
+    """Noises of all kinds, three of each: made once, since that takes as long as features do."""
+    rng = np.random.default_rng(0)
+    kinds = (acoustics.NOISES[name] for name in sorted(acoustics.NOISES))
+    return [make(_MADE_S * SAMPLE_RATE, rng).astype(np.float32) for make in kinds for _ in range(3)]
+
+
+def made_noise(num_samples: int, rng: np.random.Generator) -> np.ndarray:
+    """A part of one of the noises of :mod:`kdrecipe.corpus.acoustics`, over and over if it is too short."""
+    noise_S = _made()[int(rng.integers(len(_made())))]
+    start = int(rng.integers(len(noise_S)))
+    return np.take(noise_S, np.arange(start, start + num_samples), mode="wrap")
 
 
 class NoiseFiles:

@@ -156,11 +156,12 @@ class CutBatches:
             durations_s = [self._cuts[i].duration for i in alike]
             if alike:
                 rows += [[alike[n] for n in row] for row in self._augmenter.rows(durations_s, rng)]
-        features, pieces = [], []
-        for row in rows:
-            scene = self._augmenter.scene([self._load_audio(i) for i in row], rng)
-            features.append(torch.from_numpy(self._extract(scene.samples_S)))
-            pieces.append(tuple(Piece(i, *frames) for i, frames in zip(row, scene.frames, strict=True)))
+        scenes = self._augmenter.scenes([[self._load_audio(i) for i in row] for row in rows], rng)
+        features = [torch.from_numpy(self._extract(scene.samples_S)) for scene in scenes]
+        pieces = [
+            tuple(Piece(i, *frames) for i, frames in zip(row, scene.frames, strict=True))
+            for row, scene in zip(rows, scenes, strict=True)
+        ]
         return self._batch(rows, features, pieces)
 
     def _batch(

@@ -249,8 +249,8 @@ class Augment(Options):
     turns a part off; amounts are uniform in their range.
 
     Args:
-        silence: share of utterances with silence around them.
-        silence_s: seconds of it, on each side.
+        silence: share of batches with silence around their utterances.
+        silence_s: seconds of it, before and after together, around the longest.
         join: share of batches whose utterances are joined.
         join_s: seconds that joined utterances last at most.
         gain: share of utterances at another level.
@@ -265,7 +265,7 @@ class Augment(Options):
     """
 
     silence: Share = 0.5
-    silence_s: Range = (0.0, 1.5)
+    silence_s: Range = (0.0, 3.0)
     join: Share = 0.2
     join_s: Positive = 12.0
     gain: Share = 0.5

@@ -12,6 +12,7 @@ import soundfile
 from runs import kdrecipe, write_recipe
 
 from kdrecipe.data.features import load_cuts
+from kdrecipe.measure.conditions import CONDITIONS
 from kdrecipe.testing.corpus import make_corpus
 from kdrecipe_plugins.exporters.attention_runtime import Recogniser
 from kdrecipe_plugins.exporters.onnx_transducer import OnnxTransducerRunner
@@ -182,6 +183,21 @@ def test_a_search_that_the_runtime_lacks_makes_a_row_of_the_bundle_without_a_tim
     assert cells[3:5] == [label, "torch"]
     assert cells[-2:] == ["–", "–"]
     assert f"- {name}: what the bundle says in torch by {label}, without a time, since" in text
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, *IN_TORCH])
+def test_robustness_is_of_the_search_and_the_files_of_the_row(work, name):
+    said = {row["id"]: row["hyp"] for row in work.hyps(name)}
+    clean = work.hyps(name, "robustness/clean.jsonl")
+    assert {row["id"]: row["hyp"] for row in clean} == said
+    found = work.results["robustness"]
+    assert found["utterances"] == len(clean)
+    assert found["metric"] == "wer"
+    for condition, rate in found["systems"][name].items():
+        rows = work.hyps(name, f"robustness/{condition}.jsonl")
+        assert " ".join(row["ref"] for row in rows) == " ".join(row["ref"] for row in clean)
+        assert rate == pytest.approx(wer(rows), abs=1e-6)
+    assert list(found["systems"][name]) == list(found["conditions"]) == list(CONDITIONS)
 
 
 def test_the_bundle_stands_beside_the_row(work):

@@ -33,6 +33,11 @@ def speech(num_samples, seed=0):
     return (0.1 * np.random.default_rng(seed).standard_normal(num_samples)).astype(np.float32)
 
 
+def scene_of(made, utterances, seed=0):
+    [scene] = made.scenes([utterances], np.random.default_rng(seed))
+    return scene
+
+
 def augmenter(grid=4, **changes):
     return Augmenter(Augment(**{**NOTHING, **changes}), grid)
 
@@ -45,7 +50,7 @@ def augmenter(grid=4, **changes):
 )
 def test_utterances_stand_unchanged_where_the_scene_says(lens, grid, seed):
     utterances = [speech(n, seed + i) for i, n in enumerate(lens)]
-    scene = augmenter(grid, silence=1.0).scene(utterances, np.random.default_rng(seed))
+    scene = scene_of(augmenter(grid, silence=1.0), utterances, seed)
     end = 0
     for utterance, (start, frames) in zip(utterances, scene.frames, strict=True):
         assert start % grid == 0
@@ -71,26 +76,26 @@ def test_rows_hold_each_utterance_once_and_last_no_longer_than_they_may(duration
 
 
 def test_nothing_of_it_leaves_an_utterance_as_it_is():
-    scene = augmenter().scene([speech(5000)], np.random.default_rng(0))
+    scene = scene_of(augmenter(), [speech(5000)], 0)
     np.testing.assert_array_equal(scene.samples_S, speech(5000))
     assert scene.frames == ((0, 31),)
 
 
 def test_noise_lies_so_far_below_the_speech():
     for db in (0.0, 20.0):
-        scene = augmenter(noise=1.0, snr_db=(db, db)).scene([speech(16000)], np.random.default_rng(1))
+        scene = scene_of(augmenter(noise=1.0, snr_db=(db, db)), [speech(16000)], 1)
         noise = scene.samples_S - speech(16000)
         ratio = 10 * np.log10(np.mean(speech(16000) ** 2) / np.mean(noise**2))
         assert ratio == pytest.approx(db, abs=0.01)
 
 
 def test_gain_changes_the_level_and_nothing_else():
-    scene = augmenter(gain=1.0, gain_db=(-20.0, -20.0)).scene([speech(5000)], np.random.default_rng(0))
+    scene = scene_of(augmenter(gain=1.0, gain_db=(-20.0, -20.0)), [speech(5000)], 0)
     np.testing.assert_allclose(scene.samples_S, 0.1 * speech(5000), rtol=1e-5)
 
 
 def test_a_room_keeps_the_length():
-    scene = augmenter(reverb=1.0).scene([speech(5000)], np.random.default_rng(0))
+    scene = scene_of(augmenter(reverb=1.0), [speech(5000)], 0)
     assert len(scene.samples_S) == 5000
     assert not np.allclose(scene.samples_S, speech(5000))
 
@@ -98,19 +103,32 @@ def test_a_room_keeps_the_length():
 def test_silence_is_digital_at_times_and_else_no_louder_than_the_noise_of_the_utterance():
     levels = []
     for seed in range(40):
-        scene = augmenter(silence=1.0, silence_s=(0.5, 0.5)).scene(
-            [speech(8000)], np.random.default_rng(seed)
-        )
-        levels.append(float(np.sqrt(np.mean(scene.samples_S[: 48 * FRAME_SAMPLES] ** 2))))
+        scene = scene_of(augmenter(silence=1.0, silence_s=(0.5, 0.5)), [speech(8000)], seed)
+        start = scene.frames[0][0] * FRAME_SAMPLES
+        silence = np.delete(scene.samples_S, np.s_[start : start + 8000])
+        assert len(silence) == 48 * FRAME_SAMPLES
+        levels.append(float(np.sqrt(np.mean(silence**2))))
     assert 5 <= levels.count(0.0) <= 22
     assert max(levels) <= 0.1 * 10 ** (6 / 20)  # 3 dB, and made noises swell
+
+
+def test_silence_makes_all_rows_of_a_batch_end_together():
+    rows = [[speech(5000)], [speech(9000), speech(700)], [speech(12345)]]
+    ends = set()
+    for seed in range(10):
+        scenes = augmenter(silence=1.0, silence_s=(1.0, 2.0)).scenes(rows, np.random.default_rng(seed))
+        lens = [num_frames(len(scene.samples_S)) for scene in scenes]
+        assert max(lens) - min(lens) < 4  # within a frame of the encoder
+        assert 77 + 100 <= max(lens) <= 77 + 50 + 9 + 200
+        ends.add(max(lens))
+    assert len(ends) > 5
 
 
 def test_one_sample_and_digital_silence_make_scenes(tmp_path):
     options = dict.fromkeys(NOTHING, 1.0)
     for utterance in (np.zeros(1, np.float32), np.zeros(16000, np.float32), speech(1)):
         for seed in range(5):
-            scene = augmenter(**options).scene([utterance, utterance], np.random.default_rng(seed))
+            scene = scene_of(augmenter(**options), [utterance, utterance], seed)
             assert np.isfinite(scene.samples_S).all()
 
 

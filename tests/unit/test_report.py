@@ -50,6 +50,12 @@ WORDS = [
     "gate",
 ]
 METRICS: dict[str, Metric] = {"wer": Wer(TextOptions()), "cer": Cer(TextOptions())}
+ROBUSTNESS = {
+    "metric": "wer",
+    "utterances": 20,
+    "conditions": {"clean": "as recorded", "joined": "joined"},
+    "systems": {"teacher": {"clean": 0.1, "joined": 0.15}, "kd": {"clean": 0.0, "joined": 0.05}},
+}
 EVIL = '<script>alert("x")</script> & </td>'
 
 # name: kind, parent, error rate, parameters, MB, real-time factor
@@ -174,7 +180,7 @@ def make_inputs(
             "notes": ["25 of 99 test sentences occur in train"],
         },
         "systems": systems,
-        "scores": score(hyps, METRICS, question, speakers=speakers),
+        "scores": {**score(hyps, METRICS, question, speakers=speakers), "robustness": ROBUSTNESS},
         "searches": make_searches(directory, hyps),
         "sections": [
             {
@@ -392,6 +398,16 @@ def test_searches_and_claims_are_shown(made: tuple[Path, Any]) -> None:
         assert f">{title}</h2>" in page
     assert "10 % WER on LibriSpeech test-clean" in text
     assert '<td class="prose">' in page
+
+
+def test_robustness_is_shown_beside_the_clean_utterances(made: tuple[Path, Any]) -> None:
+    text, page = ((made[0] / name).read_text() for name in ("RESULTS.md", "report.html"))
+    section = text[text.index("## Robustness") :]
+    assert "WER % of 20 utterances" in section
+    assert re.search(r"^\| system +\| as recorded +\| +joined +\|$", section, re.MULTILINE)
+    assert re.search(r"^\| teacher +\| +10.00 +\| +15.00 \(×1.50\) +\|$", section, re.MULTILINE)
+    assert re.search(r"^\| kd +\| +0.00 +\| +5.00 \(–\) +\|$", section, re.MULTILINE)
+    assert ">Robustness</h2>" in page
 
 
 def test_markdown(made: tuple[Path, Any]) -> None:
