@@ -716,7 +716,8 @@ class Metric(Protocol):
     """A figure over a split, built as ``cls(config)``.
 
     A metric may also have ``details(reference, hypothesis) -> dict[str, int]`` that splits the
-    errors into ``sub``, ``ins`` and ``del``; the report shows them for the recipe's first metric.
+    errors into ``sub``, ``ins`` and ``del``; the report shows them for the recipe's first metric. It may
+    have ``notes(references, hypotheses) -> list[str]``, what the report must state of it on these texts.
     """
 
     Config: ClassVar[type[Options]]

@@ -15,6 +15,7 @@ from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.score.hypotheses import bundle_hyps_file, hyps_file
 from kdrecipe.stages.layout import Layout
+from kdrecipe.text import read_lines
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
@@ -102,7 +103,7 @@ def _speakers(hyps: dict[str, dict[int, dict[str, Path]]]) -> dict[str, str]:
     """Utterance id -> speaker, of those whose cuts name one: stage 8 wrote it beside the hypothesis."""
     found: dict[str, str] = {}
     for path in next(iter(next(iter(hyps.values())).values())).values():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in read_lines(path):
             row = json.loads(line)
             if row.get("speaker") is not None:
                 found[row["id"]] = row["speaker"]

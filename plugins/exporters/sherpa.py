@@ -9,8 +9,7 @@ import numpy as np
 
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import BundleLike, Hypothesis
-
-from .shared import WORD_START
+from kdrecipe.text import WORD_START
 
 FRAME_SHIFT_S = 0.04  # fixed in sherpa-onnx for these slots
 SUBSAMPLING = 4
