@@ -569,6 +569,8 @@ class TokenTable(Protocol):
     """Tokens of a bundle; :class:`kdrecipe.data.tokens.Tokenizer` is one."""
 
     vocab_id: str
+    pieces: list[str]
+    """The text of each token, as ``tokens.txt`` has it."""
 
     def __len__(self) -> int: ...
 
@@ -662,6 +664,10 @@ class RuntimeSearch:
     options: tuple[str, ...] = ()
 
 
+Speller = Callable[[Sequence[int]], str]
+"""The text that a runtime writes for token ids."""
+
+
 @dataclass(frozen=True)
 class Runtime:
     """What runs an export on the device.
@@ -695,6 +701,8 @@ class Exporter(Protocol):
 
     Optional static methods: ``unfit(model)`` says why a model of this description (``{name, <options>,
     heads: {...}}``) can't be exported, or None; such a system keeps its row, without size and speed.
+    ``speller(pieces)`` gives the :data:`Speller` of the runtime for these tokens, where its text is not
+    simply their pieces in a row: stage 2 then says what becomes of the corpus's texts, before any training.
     ``load_file(path)`` loads a file of any name that came from elsewhere; exporters with it have an
     attribute ``suffix`` (``.onnx``), that of such files, and one part.
     """

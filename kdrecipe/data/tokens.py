@@ -234,3 +234,16 @@ def read_pieces(path: Path) -> list[str]:
     rows = (line.rpartition(" ") for line in read_lines(path))
     by_id = {int(number): piece for piece, _, number in rows}
     return [by_id[i] for i in range(len(by_id))]
+
+
+def ids_by_name(pieces: Sequence[str]) -> dict[str, int]:
+    """Token ids by the names that runtimes give them in a result.
+
+    These are the piece, or with a space for its word-start mark, and of a byte (``<0x41>``) its letter.
+    """
+    spaced = {piece: " " + piece[1:] for piece in pieces if piece.startswith(WORD_START)}
+    ids = {name: i for i, piece in enumerate(pieces) for name in (piece, spaced.get(piece, piece))}
+    for i, piece in enumerate(pieces):
+        if re.fullmatch("<0x[2-7][0-9A-F]>", piece):
+            ids.setdefault(chr(int(piece[3:5], 16)), i)
+    return ids

@@ -6,6 +6,7 @@ The same for the searches of a system on its bundle, against its main one.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     )
     speakers = _speakers(hyps)
     result = score(hyps, metrics, question, speakers=speakers)
+    for split, note in _rewritten(recipe, layout):
+        result["splits"][split]["notes"].append(note)
     facts = search_facts(recipe, layout)
     files = _search_hypotheses(recipe, layout, facts)
     first_seed = {name: next(iter(seeds.values())) for name, seeds in facts.items()}
@@ -97,6 +100,14 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     first, metric = recipe.decode.splits[0], next(iter(metrics))
     for name, facts in result["splits"][first]["systems"].items():
         print(f"  {name:20s} {metric.upper()} {100 * facts[metric]['mean']:6.2f} % on {first}", flush=True)
+
+
+def _rewritten(recipe: Recipe, layout: Layout) -> Iterator[tuple[str, str]]:
+    """Split and note for each system whose row counts rewritten texts; of several seeds, the first such."""
+    for name, system in recipe.systems.items():
+        found = (read_json(layout.hyps(name, seed) / "decode.json")["rewritten"] for seed in system.seeds)
+        for split, note in next((notes for notes in found if notes), {}).items():
+            yield split, f"{name}: {note}; its row counts what the runtime writes"
 
 
 def _speakers(hyps: dict[str, dict[int, dict[str, Path]]]) -> dict[str, str]:
