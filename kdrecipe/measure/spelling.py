@@ -43,7 +43,7 @@ class Spelling:
         num_changed: of them, those that were written otherwise (also words added).
         num_utterances: how many were looked at.
         rewritten: tokens and written text of each utterance whose tokens spell another one.
-        left_out: pieces that stood behind a text without being in the runtime's list, with how often.
+        left_out: pieces that the runtime said nothing for, with how often.
     """
 
     tokens: TokenTable
@@ -69,6 +69,14 @@ class Spelling:
         if spelled != written:
             self.num_changed += max(1, edits(words, written.split()).errors)
             self.rewritten.append((list(tokens), written))
+
+    def foresee(self, text: str) -> None:
+        """Count what the runtime will write if the model says ``text``, by what is known of it."""
+        assert self.speller is not None
+        ids = self.tokens.encode(text)
+        self.add(ids, self.speller(ids))
+        silent = (i for i in ids if not self.speller([i]) and self.tokens.decode([i]))
+        self.left_out.update(self.tokens.pieces[i] for i in silent)
 
     def heard(self, said: Hypothesis, likely: Sequence[int]) -> list[int]:
         """The tokens behind what a runtime said.

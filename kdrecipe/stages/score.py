@@ -105,7 +105,7 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
 def _rewritten(recipe: Recipe, layout: Layout) -> Iterator[tuple[str, str]]:
     """Split and note for each system whose row counts rewritten texts; of several seeds, the first such."""
     for name, system in recipe.systems.items():
-        found = (read_json(layout.hyps(name, seed) / "decode.json")["rewritten"] for seed in system.seeds)
+        found = (read_json(layout.hyps(name, seed) / "decode.json").get("rewritten") for seed in system.seeds)
         for split, note in next((notes for notes in found if notes), {}).items():
             yield split, f"{name}: {note}; its row counts what the runtime writes"
 

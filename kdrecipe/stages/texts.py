@@ -15,7 +15,7 @@ from kdrecipe.errors import DataError, Problem
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe
-from kdrecipe.recipe.suitable import bundle_meta, exporters_for
+from kdrecipe.recipe.suitable import bundle_meta, exporters_for, origin_of
 from kdrecipe.stages.layout import Layout
 from kdrecipe.text import shown
 
@@ -91,12 +91,10 @@ def _spelled(recipe: Recipe) -> Iterator[tuple[str, str]]:
     bundles = _bundles(recipe)
     pairs: dict[tuple[str, str], None] = {}
     for name in recipe.systems:
-        model, root = recipe.model_of(name), name
-        while (parent := recipe.systems[root].parent) is not None:
-            root = parent
-        if model is None or (recipe.systems[root].kind == "pretrained" and root not in bundles):
+        model, origin = recipe.model_of(name), origin_of(recipe.systems, name)
+        if model is None or origin is None or (origin.kind == "pretrained" and origin.name not in bundles):
             continue  # a bundle that is not there yet
-        whose = f"the tokens of {root}" if root in bundles else SHARED
+        whose = f"the tokens of {origin.name}" if origin.name in bundles else SHARED
         for exporter in exporters_for(model, recipe.export, registry):
             if hasattr(registry.get("exporters", exporter.name), "speller"):
                 pairs[whose, exporter.name] = None
@@ -132,8 +130,7 @@ def _rewritten(
     spelling = Spelling(tokenizer, speller, cls.runtime.name if cls.runtime else exporter)
     for listed in texts.values():
         for text in listed:
-            ids = tokenizer.encode(text)
-            spelling.add(ids, speller(ids))
+            spelling.foresee(text)
     if not spelling.rewritten:
         return "", None
     note = f"{exporter}, transcripts of {' and '.join(texts)}: {spelling.summary()}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 
 from kdrecipe.artifacts import read_json, write_json
 from kdrecipe.data.tokens import Tokenizer
@@ -17,7 +19,6 @@ from kdrecipe.recipe.load import load_recipe
 from kdrecipe.stages import decode, score, texts
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.plan import build_plan
-from kdrecipe.stages.texts import _lost
 from kdrecipe.testing.corpus import make_corpus
 
 RECIPE = """
@@ -76,22 +77,39 @@ def test_characters_without_a_token_are_counted_by_split(tmp_path, capsys):
     assert "2 of 3 dev transcripts are not" in capsys.readouterr().out
 
 
-def test_a_tokeniser_that_rewrites_is_found_out(tmp_path):
-    """As an imported bundle may have it: SentencePiece's own default."""
-    import io
-
-    import sentencepiece
-
+def test_a_pretrained_tokeniser_that_rewrites_is_found_out(tmp_path):
+    """SentencePiece's own default, NFKC, with the recipe's tokens."""
+    spoken = {"train": ["ABC 1 No"], "dev": ["ABC"], "test": ["ＡＢＣ", "ABC", "№ 1"]}
+    bundle = tmp_path / "big"
+    bundle.mkdir()
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["ABC 1 2 No fi . ⁄"]), model_writer=model, model_type="char", vocab_size=30,
+        sentence_iterator=iter(spoken["train"]), model_writer=model, model_type="char", vocab_size=30,
         hard_vocab_limit=False, user_defined_symbols=["<blk>", "<sos/eos>"], unk_id=2, bos_id=-1, eos_id=-1,
         pad_id=-1, minloglevel=2,
     )  # fmt: skip
-    tokenizer = Tokenizer(model.getvalue())
-    note = _lost(["ＡＢＣ", "ABC", "№ 1"], "test", "the tokens of big", tokenizer)
-    assert note.startswith("2 of 3 test transcripts are not what the tokens of big can spell (")
-    assert note.endswith("'ＡＢＣ' becomes 'ABC'")
+    Tokenizer(model.getvalue()).save(bundle)
+    described = {"name": "conformer", "num_layers": 1, "dim": 16, "num_heads": 2, "heads": {"ctc": {}}}
+    features = {"name": "fbank", "num_mel_bins": 80}
+    write_json(bundle / "bundle.json", {"format": 2, "model": described, "features": features})
+    own, big = notes_of(tmp_path, spoken, "ctc: {}", "systems.big={pretrained: {bundle: big}}")
+    assert own.startswith("2 of 3 test transcripts are not what the tokens can spell (")
+    assert big.startswith("2 of 3 test transcripts are not what the tokens of big can spell (")
+    assert big.endswith("'№ 1' becomes 'No 1'") or big.endswith("'ＡＢＣ' becomes 'ABC'")
+
+
+def test_a_pretrained_token_that_its_runtime_leaves_out_stops_before_training(tmp_path):
+    recipe, _ = work(tmp_path, PLAIN)
+    pieces = ["<blk>", "<sos/eos>", "<unk>", "▁FOS", "SIL"]
+    said = {"FOSSIL": [3, 4]}
+
+    def decode(ids):
+        return "".join(pieces[i] for i in ids).replace("▁", " ").strip()
+
+    elsewhere = SimpleNamespace(pieces=pieces, encode=said.get, decode=decode)
+    note, problem = texts._rewritten(recipe, "onnx_ctc", elsewhere, {"test": ["FOSSIL"]})
+    assert "('FOSSIL' (tokens ▁FOS SIL) becomes 'FOS'; it leaves out SIL)" in note
+    assert "at most 0.00% allowed (parity.max_rewritten)" in problem.what
 
 
 def test_what_a_runtime_rewrites_stops_before_training(tmp_path):

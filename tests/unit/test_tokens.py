@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from kdrecipe.data.tokens import RESERVED, SPECIALS, Tokenizer
+from kdrecipe.data.tokens import RESERVED, SPECIALS, Tokenizer, read_pieces
 from kdrecipe.errors import DataError, KdrecipeError, RecipeError
 from kdrecipe.interfaces import UNK_ID
 from kdrecipe.testing.corpus import WORDS
@@ -158,6 +158,14 @@ def test_an_unknown_character_is_spelled_as_the_tokens_are(tokenizer, ids):
     """A bundle says what a runtime says that joins the pieces."""
     joined = "".join(tokenizer.pieces[i] for i in ids).replace("▁", " ").strip()
     assert tokenizer.decode(ids) == joined
+
+
+def test_a_list_of_tokens_is_read_line_by_line(tmp_path):
+    """Of a bundle from elsewhere, whose tokens may hold anything."""
+    pieces = [*SPECIALS, "▁", "\u2028", "a\u0085b", "\u3000", "\x1c"]
+    path = tmp_path / "tokens.txt"
+    path.write_bytes("".join(f"{piece} {i}\n" for i, piece in enumerate(pieces)).encode())
+    assert read_pieces(path) == pieces
 
 
 def test_no_text_is_an_error(tmp_path):
