@@ -599,6 +599,8 @@ class TokenTable(Protocol):
     """Tokens of a bundle; :class:`kdrecipe.data.tokens.Tokenizer` is one."""
 
     vocab_id: str
+    pieces: list[str]
+    """The text of each token, as ``tokens.txt`` has it."""
 
     def __len__(self) -> int: ...
 
@@ -692,6 +694,10 @@ class RuntimeSearch:
     options: tuple[str, ...] = ()
 
 
+Speller = Callable[[Sequence[int]], str]
+"""The text that a runtime writes for token ids."""
+
+
 @dataclass(frozen=True)
 class Runtime:
     """What runs an export on the device.
@@ -725,6 +731,8 @@ class Exporter(Protocol):
 
     Optional static methods: ``unfit(model)`` says why a model of this description (``{name, <options>,
     heads: {...}}``) can't be exported, or None; such a system keeps its row, without size and speed.
+    ``speller(pieces)`` gives the :data:`Speller` of the runtime for these tokens, where its text is not
+    simply their pieces in a row: stage 2 then says what becomes of the corpus's texts, before any training.
     ``load_file(path)`` loads a file of any name that came from elsewhere; exporters with it have an
     attribute ``suffix`` (``.onnx``), that of such files, and one part.
     """
@@ -746,7 +754,8 @@ class Metric(Protocol):
     """A figure over a split, built as ``cls(config)``.
 
     A metric may also have ``details(reference, hypothesis) -> dict[str, int]`` that splits the
-    errors into ``sub``, ``ins`` and ``del``; the report shows them for the recipe's first metric.
+    errors into ``sub``, ``ins`` and ``del``; the report shows them for the recipe's first metric. It may
+    have ``notes(references, hypotheses) -> list[str]``, what the report must state of it on these texts.
     """
 
     Config: ClassVar[type[Options]]

@@ -12,8 +12,7 @@ from kdrecipe.corpus.audio import read_audio, resample
 from kdrecipe.errors import DataError, KdrecipeError, Problem
 from kdrecipe.interfaces import Hypothesis
 from kdrecipe.recipe.sections import Named
-
-WORD_START = "\u2581"  # SentencePiece's mark on a piece that begins a word
+from kdrecipe.text import WORD_START
 
 
 class Recogniser(Protocol):

@@ -13,6 +13,8 @@ import gzip
 import itertools
 import json
 import random
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +25,7 @@ from kdrecipe.artifacts import fingerprint, sha256_file, write_jsonl_gz
 from kdrecipe.corpus.gather import reason
 from kdrecipe.corpus.problems import NAMES_SHOWN, DataProblem, OnError, as_left_out, settle
 from kdrecipe.interfaces import SAMPLE_RATE, Prepared, TokenTable
+from kdrecipe.text import clean, control_characters, odd_characters, shown
 
 if TYPE_CHECKING:
     from lhotse.audio import RecordingSet
@@ -126,8 +129,11 @@ def _check_supervision(sup: Any, recording: Any | None) -> list[DataProblem]:
         what = f"{sup.start:.2f} to {sup.end:.2f} s of {recording.duration:.2f} s"
         if recording.duration > 0:  # an empty recording is reported as such
             found.append(DataProblem(what, where, kind="beyond_audio", id=sup.id))
-    if not text.strip():
+    if not clean(text):
         found.append(DataProblem("", where, kind="empty_text", id=sup.id))
+    if controls := control_characters(text):
+        what = f"{sup.id}: {shown(dict.fromkeys(controls))}"
+        found.append(DataProblem(what, where, kind="control_characters", id=sup.id))
     if "\ufffd" in text:  # what readers write for bytes that they could not decode
         found.append(DataProblem(repr(text[:40]), where, kind="not_utf8", id=sup.id))
     return found
@@ -203,6 +209,24 @@ def check_lengths(
     return problems
 
 
+def text_notes(splits: dict[str, tuple[RecordingSet, SupervisionSet]]) -> list[str]:
+    """What is odd about the texts as the corpus has them, as sentences for the report."""
+    notes = []
+    for split, (_, supervisions) in splits.items():
+        texts = [sup.text or "" for sup in _items(supervisions)]
+        odd = Counter(c for text in texts for c in odd_characters(text))
+        if odd:
+            number = sum(bool(odd_characters(text)) for text in texts)
+            counts = ", ".join(f"{shown(c)} ({n})" for c, n in odd.most_common(NAMES_SHOWN))
+            notes.append(f"{number} {split} transcripts have invisible characters or rare spaces: {counts}")
+        rewritten = sum(unicodedata.normalize("NFC", text) != text for text in texts)
+        if rewritten:
+            notes.append(f"{rewritten} {split} transcripts were brought to Unicode's normal form C")
+        if len(texts) > 1 and len({clean(text) for text in texts}) == 1:
+            notes.append(f"all {len(texts)} {split} transcripts are the same: {clean(texts[0])[:40]!r}")
+    return notes
+
+
 def overlap_notes(splits: dict[str, tuple[RecordingSet, SupervisionSet]]) -> list[str]:
     """What ``dev`` and ``test`` share with ``train``, as sentences for the report.
 
@@ -227,6 +251,8 @@ def overlap_notes(splits: dict[str, tuple[RecordingSet, SupervisionSet]]) -> lis
 def finish(prepared: Prepared, out_dir: Path, on_error: OnError) -> Summary:
     """Write manifests and ``summary.json``, without whatever ``prepared.problems`` says to leave out.
 
+    Texts are written by :func:`kdrecipe.text.clean`.
+
     The files do not depend on the time of writing: equal input gives equal bytes. Audio below ``out_dir``
     is named relative to it, so that the directory can be copied; :func:`audio_files` finds it.
 
@@ -250,7 +276,7 @@ def finish(prepared: Prepared, out_dir: Path, on_error: OnError) -> Summary:
         for sup in _items(supervisions):
             if sup.id not in seen and sup.id not in out:
                 seen.add(sup.id)
-                sups.append(sup)
+                sups.append(replace(sup, text=clean(sup.text or "")))
         wanted = {sup.recording_id for sup in sups}
         recs = list({r.id: r for r in reversed(_items(recordings)) if r.id in wanted}.values())[::-1]
         listed = {sup.recording_id for sup in _items(supervisions)}
@@ -266,7 +292,8 @@ def finish(prepared: Prepared, out_dir: Path, on_error: OnError) -> Summary:
         }
     empty = [DataProblem("", split, kind="empty_split") for split, sets in kept.items() if not len(sets[1])]
     settle(empty, "stop")
-    summary.notes = list(dict.fromkeys(summary.notes + overlap_notes(kept)))
+    notes = text_notes(prepared.splits) + overlap_notes(kept)
+    summary.notes = list(dict.fromkeys(summary.notes + notes))
     out_dir.mkdir(parents=True, exist_ok=True)
     for split, (recording_set, supervision_set) in kept.items():
         folder = out_dir.absolute()

@@ -52,6 +52,11 @@ KINDS = {
         "texts that are not UTF-8",
         "convert the file: iconv -f latin1 -t utf-8 (or whatever its encoding is)",
     ),
+    "control_characters": _Kind(
+        "transcript with control characters",
+        "transcripts with control characters",
+        "remove them from the texts",
+    ),
     "malformed": _Kind("line that can't be read", "lines that can't be read", "fix the file"),
     "beyond_audio": _Kind(
         "transcript outside its audio", "transcripts outside their audio", "correct start and duration"

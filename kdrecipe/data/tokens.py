@@ -10,17 +10,22 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import sentencepiece as spm
 
 from kdrecipe.artifacts import sha256_bytes, write_atomic
 from kdrecipe.errors import DataError, KdrecipeError, RecipeError
 from kdrecipe.interfaces import BLANK_ID, SOS_EOS_ID, UNK_ID
+from kdrecipe.text import WORD_START, clean, read_lines
 
 TokenKind = Literal["bpe", "unigram", "char"]
 
 SPECIALS = ("<blk>", "<sos/eos>", "<unk>")
+
+RESERVED = frozenset({"SIL", "<s>", "</s>", "<eps>", "<blank>", *SPECIALS})
+"""Names that a runtime takes for something else than text: sherpa-onnx leaves ``SIL`` and ``</s>`` out of
+what CTC says. Training gives no such piece to any text."""
 
 # SentencePiece drops longer lines (in bytes) without a word; its default is 4192.
 _MAX_LINE_BYTES = 1 << 20
@@ -36,13 +41,15 @@ class Tokenizer:
     def __init__(self, model: bytes) -> None:
         self._model = model
         self._processor = spm.SentencePieceProcessor(model_proto=model)
-        self.pieces: list[str] = [self._processor.id_to_piece(i) for i in range(len(self._processor))]
+        self.pieces: list[str] = [self._name(i) for i in range(len(self._processor))]
         self.vocab_id: str = sha256_bytes(self.tokens_txt.encode())[:16]
         """Identifies the token list: equal ids mean equal pieces in equal order."""
 
     @classmethod
     def train(cls, texts: Iterable[str], kind: TokenKind, vocab_size: int | None, out_dir: Path) -> Tokenizer:
         """Learn tokens from ``texts`` and write them to ``out_dir``; equal texts give equal files.
+
+        A piece that would be called as one of :data:`RESERVED` keeps its id, unused: ``<unused:SIL>``.
 
         Args:
             texts: training transcripts, in any order that is always the same.
@@ -55,7 +62,7 @@ class Tokenizer:
             DataError: there is no text.
             RecipeError: ``vocab_size`` does not suit this text.
         """
-        lines = [line for line in (" ".join(text.split()) for text in texts) if line]
+        lines = [line for line in map(clean, texts) if line]
         if not lines:
             raise DataError(
                 "no text to learn tokens from",
@@ -64,7 +71,7 @@ class Tokenizer:
             )
         if vocab_size is None and kind != "char":
             raise RecipeError(f"vocab_size is missing for {kind} tokens", where="tokens.vocab_size")
-        tokenizer = cls(_train_sentencepiece(lines, kind, vocab_size))
+        tokenizer = cls(_without_reserved(_train_sentencepiece(lines, kind, vocab_size)))
         tokenizer.save(out_dir)
         return tokenizer
 
@@ -103,14 +110,34 @@ class Tokenizer:
         return len(self.pieces)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``; unknown characters become ``<unk>``, and blank never occurs."""
-        ids = self._processor.encode(text)
+        """Token ids of ``text``, by :func:`kdrecipe.text.clean`.
+
+        Unknown characters become ``<unk>``, and blank never occurs.
+        """
+        ids = self._processor.encode(clean(text))
         return [UNK_ID if i in (BLANK_ID, SOS_EOS_ID) else int(i) for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; blanks and sentence marks are left out."""
-        kept = [int(i) for i in ids if i not in (BLANK_ID, SOS_EOS_ID)]
-        return str(self._processor.decode(kept)).strip()
+        """Text of token ids; blanks and sentence marks are left out.
+
+        An unknown one is ``<unk>`` within its word, as runtimes write it, whatever the model's own sign is.
+        """
+        parts: list[list[int]] = [[]]
+        for i in map(int, ids):
+            if i == UNK_ID:
+                parts.append([])
+            elif i not in (BLANK_ID, SOS_EOS_ID):
+                parts[-1].append(i)
+        return clean(SPECIALS[UNK_ID].join(map(self._spelled, parts)))
+
+    def _spelled(self, ids: list[int]) -> str:
+        """Text of ids with the space before the first word, which SentencePiece drops."""
+        space = " " if ids and self.pieces[ids[0]].startswith(WORD_START) else ""
+        return space + str(self._processor.decode(ids))
+
+    def _name(self, i: int) -> str:
+        piece = str(self._processor.id_to_piece(i))
+        return f"<unused:{piece}>" if piece in RESERVED and self._processor.is_unused(i) else piece
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
         return type(self), (self._model,)
@@ -133,7 +160,7 @@ def _train_sentencepiece(lines: list[str], kind: TokenKind, vocab_size: int | No
             bos_id=-1,
             eos_id=-1,
             pad_id=-1,
-            unk_surface=" <unk> ",
+            normalization_rule_name="identity",  # the default, NFKC, makes ABC of full-width letters
             byte_fallback=False,
             shuffle_input_sentence=False,
             max_sentence_length=_MAX_LINE_BYTES,
@@ -141,18 +168,47 @@ def _train_sentencepiece(lines: list[str], kind: TokenKind, vocab_size: int | No
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise _vocab_error(str(error), kind, vocab_size, num_chars) from error
+        raise _vocab_error(str(error), kind, vocab_size, lines) from error
     return out.getvalue()
 
 
-def _vocab_error(message: str, kind: str, vocab_size: int | None, num_chars: int) -> KdrecipeError:
-    """SentencePiece's complaint in the recipe's words."""
+def _without_reserved(model: bytes) -> bytes:
+    """The model with pieces of :data:`RESERVED` unused: texts are spelled with others in their place.
+
+    SentencePiece still builds longer pieces of them, so that ``▁TONSIL`` is found as before.
+    """
+    processor = spm.SentencePieceProcessor(model_proto=model)
+    found = [i for i in range(len(SPECIALS), len(processor)) if processor.id_to_piece(i) in RESERVED]
+    if not found:
+        return model
+    from sentencepiece import sentencepiece_model_pb2
+
+    protocol: Any = sentencepiece_model_pb2  # made at run time, which mypy can't see
+    proto = protocol.ModelProto.FromString(model)
+    for i in found:
+        proto.pieces[i].type = protocol.ModelProto.SentencePiece.UNUSED
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _extent(lines: list[str]) -> str:
+    """How much text there is, the first thing to look at where it is too little."""
+    sentences, words = set(lines), {word for line in lines for word in line.split()}
+    if len(sentences) == 1:
+        text = lines[0] if len(lines[0]) <= 40 else lines[0][:40] + " ..."
+        return f"every training transcript is {text!r}"
+    counts = f"{len(sentences)} different transcripts of {len(words)} different words"
+    return f"the training text has {counts} and {len(set(''.join(lines)) - {' '})} characters"
+
+
+def _vocab_error(message: str, kind: str, vocab_size: int | None, lines: list[str]) -> KdrecipeError:
+    """SentencePiece's complaint in the recipe's words, what the text is like before what is asked of it."""
     where = "tokens.vocab_size"
+    num_chars = len(set("".join(lines)))
     if found := re.search(r"size too high.*<= (\d+)", message):
         return RecipeError(
-            f"{vocab_size} {kind} tokens are more than this training text yields",
+            f"{_extent(lines)}: it yields {found[1]} {kind} tokens at most, not {vocab_size}",
             where=where,
-            remedy=f"set vocab_size to {found[1]} or less, or use more text",
+            remedy=f"look at the transcripts, use more text, or set vocab_size to {found[1]} or less",
         )
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return RecipeError(
@@ -175,6 +231,19 @@ def read_pieces(path: Path) -> list[str]:
             where=str(path),
             remedy="give what the export stage wrote: the model with its tokens.txt beside it",
         )
-    lines = path.read_text(encoding="utf-8").splitlines()
-    by_id = {int(number): piece for piece, _, number in (line.rpartition(" ") for line in lines)}
+    rows = (line.rpartition(" ") for line in read_lines(path))
+    by_id = {int(number): piece for piece, _, number in rows}
     return [by_id[i] for i in range(len(by_id))]
+
+
+def ids_by_name(pieces: Sequence[str]) -> dict[str, int]:
+    """Token ids by the names that runtimes give them in a result.
+
+    These are the piece, or with a space for its word-start mark, and of a byte (``<0x41>``) its letter.
+    """
+    spaced = {piece: " " + piece[1:] for piece in pieces if piece.startswith(WORD_START)}
+    ids = {name: i for i, piece in enumerate(pieces) for name in (piece, spaced.get(piece, piece))}
+    for i, piece in enumerate(pieces):
+        if re.fullmatch("<0x[2-7][0-9A-F]>", piece):
+            ids.setdefault(chr(int(piece[3:5], 16)), i)
+    return ids

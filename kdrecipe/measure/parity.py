@@ -3,7 +3,8 @@
 For every variant of an export, on real utterances, it compares the log-posteriors with the model's, along
 the model's own greedy path; the tokens that greedy search finds; and the texts that the device's runtime
 recognises, with their word errors. Deletions have a limit of their own, since they are the first thing
-that goes wrong in int8.
+that goes wrong in int8. A text that is not what its tokens spell is told from tokens that were heard
+otherwise: it is no near tie, but a rule of the runtime.
 
 Shapes: T frames, F feature bins, V vocabulary, M steps of a path.
 """
@@ -21,10 +22,12 @@ import numpy as np
 from kdrecipe.corpus.audio import Utterance
 from kdrecipe.data.features import extract
 from kdrecipe.errors import ParityError, Problem
-from kdrecipe.interfaces import SAMPLE_RATE, BundleLike, Exporter, Runner, float_copy
+from kdrecipe.interfaces import SAMPLE_RATE, BundleLike, Exporter, Hypothesis, Runner, float_copy
 from kdrecipe.measure.edits import Edits, edits
 from kdrecipe.measure.reference import STEPS, Reference, reference
+from kdrecipe.measure.spelling import Spelling, speller_of
 from kdrecipe.recipe.sections import Parity
+from kdrecipe.text import clean
 
 PADDED_BATCH = 4  # utterances that are also run as one batch, to check that padding changes nothing
 
@@ -33,6 +36,7 @@ PADDED_BATCH = 4  # utterances that are also run as one batch, to check that pad
 class _Comparison:
     """One variant against the bundle, over all utterances."""
 
+    spelling: Spelling
     max_diff: float = 0.0
     diff_sum: float = 0.0
     kl_sum: float = 0.0
@@ -43,10 +47,14 @@ class _Comparison:
     words: Edits = field(default_factory=Edits)  # of the runtime, against the transcript
     more: list[tuple[int, int]] = field(default_factory=list)  # errors and deletions, by utterance
 
-    def add_words(self, reference: list[str], said: list[str], own: Edits) -> None:
-        """Count one utterance of the runtime; ``own``: the bundle's edits there."""
-        found = edits(reference, said)
-        self.words.add(reference, said)
+    def add_words(self, reference: str, said: Hypothesis, greedy: list[int], own: Edits) -> None:
+        """Count one utterance; ``greedy``: tokens by the model's graph, ``own``: the bundle's edits."""
+        words = clean(reference).split()
+        heard = self.spelling.heard(said, greedy)
+        self.runtime.add(greedy, heard)
+        self.spelling.add(heard, said.text)
+        self.words.add(words, clean(said.text).split())
+        found = edits(words, self.spelling.tokens.decode(heard).split())
         self.more.append((found.errors - own.errors, found.deletions - own.deletions))
 
     def add_steps(self, expected_MV: np.ndarray, found_MV: np.ndarray) -> None:
@@ -71,6 +79,7 @@ class _Comparison:
             "runtime_token_error": self.runtime.rate,
             "wer": self.words.rate,
             "deletions": self.words.deletions / max(1, self.words.length),
+            "rewritten": self.spelling.rate,
         }
 
 
@@ -99,8 +108,8 @@ def check_parity(
     Returns:
         ``{"num_utterances", "num_words", "bundle": {"wer", "deletions"}, <variant>: figures}``: figures
         of each variant: ``max_log_prob_diff``, ``mean_log_prob_diff``, ``kl`` (nats per frame, of
-        attention per token), ``token_error``, ``runtime_token_error``, ``wer`` and ``deletions`` (shares,
-        not percent).
+        attention per token), ``token_error``, ``runtime_token_error``, ``wer``, ``deletions`` and
+        ``rewritten`` (shares, not percent).
 
     Raises:
         ParityError: names every limit that was exceeded, with the numbers.
@@ -114,7 +123,7 @@ def check_parity(
     own_references = [reference(bundle.model, head, f) for f in features]
     own, own_edits = Edits(), []
     for said, utterance in zip(own_references, utterances, strict=True):
-        words = utterance.text.split(), bundle.tokens.decode(said.tokens).split()
+        words = clean(utterance.text).split(), bundle.tokens.decode(said.tokens).split()
         own.add(*words)
         own_edits.append(edits(*words))
     result: dict[str, Any] = {
@@ -124,13 +133,16 @@ def check_parity(
     }
     differs = any(hasattr(m, "to_float") for m in bundle.model.modules())  # from its copy in float
     problems: list[Problem] = []
+    speller = speller_of(exporter, bundle.tokens.pieces)
+    runtime = exporter.runtime.name if exporter.runtime else "the export's program"
     for variant in exporter.variants if variants is None else variants:
         runner = exporter.load(directory, variant)
         expected = own_references
         if variant != "int8" and differs:
             model = float_copy(bundle.model)
             expected = [reference(model, head, f) for f in features]
-        found = _compare(runner, expected, own_edits, features, utterances)
+        found = _Comparison(Spelling(bundle.tokens, speller, runtime))
+        _compare(found, runner, expected, own_edits, features, utterances)
         if variant != "int8":  # its activations share a scale over the whole batch
             _add_padded_batch(found, runner, expected, features)
         result[variant] = found.figures()
@@ -141,24 +153,21 @@ def check_parity(
 
 
 def _compare(
+    found: _Comparison,
     runner: Runner,
     expected: list[Reference],
     own_edits: list[Edits],
     features: list[np.ndarray],
     utterances: list[Utterance],
-) -> _Comparison:
+) -> None:
     """One variant on one utterance at a time, as a device runs it."""
-    found = _Comparison()
     rows = zip(expected, own_edits, features, utterances, strict=True)
     for wanted, own, features_TF, utterance in rows:
         (found_MV,) = runner.log_probs_along(features_TF[None], np.array([len(features_TF)]), [wanted.path])
         found.add_steps(wanted.log_probs_MV, found_MV)
         tokens = runner.greedy(features_TF)
         found.tokens.add(wanted.tokens, tokens)
-        said = runner.transcribe(utterance.samples_S, SAMPLE_RATE)
-        found.runtime.add(tokens, said.tokens)
-        found.add_words(utterance.text.split(), said.text.split(), own)
-    return found
+        found.add_words(utterance.text, runner.transcribe(utterance.samples_S, SAMPLE_RATE), tokens, own)
 
 
 def _add_padded_batch(
@@ -223,6 +232,8 @@ def _broken(
         what = f"share of tokens that the runtime changes: {runtime:.4g}, at most "
         what += f"{getattr(limits, name):.4g} allowed (parity.{name})"
         problems.append(Problem(what, where, _RUNTIME_REMEDY))
+    if found.spelling.rate > limits.max_rewritten:  # no slack: this is no near tie
+        problems.append(found.spelling.problem(where, limits.max_rewritten))
     return problems
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from kdrecipe.recipe.parsing import SECTION_OF, Parser
 from kdrecipe.recipe.sections import Features, System, Tokens
 from kdrecipe.recipe.suitable import bundle_meta
+from kdrecipe.text import read_lines
 
 NUM_SPECIALS = 3  # blank, start and end of the sentence, unknown: the first tokens of every model
 
@@ -52,7 +53,7 @@ def _pieces(system: System) -> list[str] | None:
     if bundle_meta(system) is None:
         return None
     try:
-        lines = Path(str(system.bundle), "tokens.txt").read_text(encoding="utf-8").splitlines()
+        lines = read_lines(Path(str(system.bundle), "tokens.txt"))
     except (OSError, ValueError):
         return None  # stage 3 imports it, and reports what is wrong
     return [line.rpartition(" ")[0] for line in lines]

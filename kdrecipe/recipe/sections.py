@@ -389,6 +389,9 @@ class Parity(Options):
             otherwise than the same fp32 file does on the features of the training (int8: as above).
         max_wer_increase_int8: percentage points.
         max_deletion_increase_int8: percentage points of words left out: what int8 breaks first.
+        max_rewritten: share of words, 0 to 1, that the device's runtime writes otherwise than its tokens
+            spell, by a rule such as no space before an apostrophe. That is no near tie: ``slack`` does not
+            apply. Stage 2 holds the transcripts of dev and ``decode.splits`` to it, stage 7 what is said.
         slack: tokens or words; a difference of so few is never held against an export, since a
             handful of near ties proves nothing; nor is one of words that chance explains, within three
             standard deviations over the utterances.
@@ -402,6 +405,7 @@ class Parity(Options):
     max_token_error_runtime: float = Field(default=0.02, ge=0, le=1)
     max_wer_increase_int8: NotNegative = 1.0
     max_deletion_increase_int8: NotNegative = 1.0
+    max_rewritten: float = Field(default=0.0, ge=0, le=1)
     slack: int = Field(default=3, ge=0)
     num_utterances: int = Field(default=50, ge=1)
 

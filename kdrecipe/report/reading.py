@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from kdrecipe.report.guard import verdict as teacher_verdict
 from kdrecipe.score.intervals import MIN_SEEDS
+from kdrecipe.text import read_lines
 
 SIGNIFICANT = 0.05
 # Of real-time factors: models of one shape, timed one after the other, were up to 1.37 apart.
@@ -102,7 +103,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_lines(path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -9,10 +9,11 @@ import json
 from pathlib import Path
 
 from kdrecipe.errors import DataError, Problem
+from kdrecipe.text import clean, read_lines
 
 
 def read_hypotheses(path: Path) -> dict[str, tuple[str, str]]:
-    """Utterance id -> (reference, hypothesis).
+    """Utterance id -> (reference, hypothesis), both by :func:`kdrecipe.text.clean`.
 
     Raises:
         DataError: a line is no JSON object with ``id``, ``ref`` and ``hyp``, an id occurs
@@ -21,14 +22,14 @@ def read_hypotheses(path: Path) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     problems = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     except OSError:
         raise DataError("hypotheses are missing", where=str(path), remedy="run the decode stage") from None
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-            utterance, texts = str(row["id"]), (str(row["ref"]), str(row["hyp"]))
+            utterance, texts = str(row["id"]), (clean(str(row["ref"])), clean(str(row["hyp"])))
         except (ValueError, KeyError, TypeError):
             problems.append(
                 Problem("not a JSON object with id, ref and hyp", where, "rerun the decode stage")

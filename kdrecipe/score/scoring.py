@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kdrecipe.errors import DataError, Problem
 from kdrecipe.interfaces import Metric
+from kdrecipe.score.facts import text_facts
 from kdrecipe.score.hypotheses import read_hypotheses
 from kdrecipe.score.intervals import (
     MIN_SEEDS,
@@ -134,7 +135,7 @@ def score_split(
         "units": table.units.kind,
         "systems": systems,
         "comparisons": comparisons,
-        "notes": [table.units.note] if table.units.note else [],
+        "notes": ([table.units.note] if table.units.note else []) + _facts(table),
     }
 
 
@@ -263,6 +264,15 @@ def _references(texts: Texts, split: str) -> dict[str, str]:
     if problems:
         raise DataError(problems)
     return {utterance: first[utterance][0] for utterance in sorted(first)}
+
+
+def _facts(table: _Table) -> list[str]:
+    """See :func:`text_facts`; of a system with several seeds, by its first."""
+    said = {}
+    for system in table.texts:
+        first = table.texts[system][table.key(system)[1][0]]
+        said[system] = {utterance: first[utterance][1] for utterance in table.ids}
+    return text_facts(table.references, said, table.metrics, table.split)
 
 
 def _rate(table: _Table, metric: str, system: str) -> dict[str, Any]:

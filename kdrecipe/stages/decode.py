@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import write_atomic, write_json
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import Decoder, LanguageModel
+from kdrecipe.interfaces import Decoder, Hypothesis, LanguageModel
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Named, Recipe, System
@@ -34,6 +34,7 @@ from kdrecipe.recipe.suitable import (
 from kdrecipe.score.hypotheses import bundle_hyps_file, condition_hyps_file, hyps_file
 from kdrecipe.stages.inputs import model_plugins
 from kdrecipe.stages.layout import Layout
+from kdrecipe.text import clean
 
 if TYPE_CHECKING:
     from lhotse.cut import MonoCut
@@ -133,12 +134,16 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     for split, rows in row.hypotheses.items():
         _write(hyps_file(out, split), rows)
     first = recipe.decode.splits[0]
+    same, rewritten = None, {}
+    if row.hypotheses is not of_bundle:
+        same = _same_texts(row.hypotheses[first], of_bundle[first])
+        rewritten = _rewritten(recipe, bundle, row.hypotheses, of_bundle)
     if recipe.decode.robustness:
         _under_conditions(row, cuts[first], recipe.decode.robustness, out)
-    same = None if row.hypotheses is of_bundle else _same_texts(row.hypotheses[first], of_bundle[first])
     facts = _search_facts(recipe, bundle, decoders, found, cuts[first])
     decoded = {"params": bundle.meta["params"], **row.costs, "search": row.search}
-    write_json(out / "decode.json", {**decoded, "same_text_as_bundle": same, "searches": facts})
+    decoded |= {"same_text_as_bundle": same, "rewritten": rewritten, "searches": facts}
+    write_json(out / "decode.json", decoded)
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -317,9 +322,35 @@ def _variant(bundle: Bundle) -> str:
 
 def _same_texts(rows: Sequence[Mapping[str, Any]], of_bundle: Sequence[Mapping[str, Any]]) -> float:
     """Share of utterances for which runtime and bundle give the same text, by the same search."""
-    said = {row["id"]: row["hyp"] for row in of_bundle}
-    same = [bool(row["hyp"] == said[row["id"]]) for row in rows]
+    said = {row["id"]: clean(row["hyp"]) for row in of_bundle}
+    same = [bool(clean(row["hyp"]) == said[row["id"]]) for row in rows]
     return sum(same) / len(same)
+
+
+def _rewritten(
+    recipe: Recipe,
+    bundle: Bundle,
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    of_bundle: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, str]:
+    """Split -> what the runtime wrote otherwise than its tokens spell; only splits where it did."""
+    from kdrecipe.data.tokens import ids_by_name
+    from kdrecipe.measure.spelling import Spelling, speller_of
+
+    wanted = measured_exporter(list(bundle.meta["model"]["heads"]), recipe.export, recipe.plugins.registry)
+    assert wanted is not None, "it has a row in its runtime"
+    cls = recipe.plugins.registry.get("exporters", wanted.name)
+    ids, notes = ids_by_name(bundle.tokens.pieces), {}
+    for split, listed in rows.items():
+        spelling = Spelling(bundle.tokens, speller_of(cls, bundle.tokens.pieces), cls.runtime.name)
+        likely = {row["id"]: row["tokens"] for row in of_bundle[split]}
+        for row in listed:
+            if all(name in ids for name in row["tokens"]):  # a runtime may have names of its own
+                said = Hypothesis(row["hyp"], [ids[name] for name in row["tokens"]])
+                spelling.add(spelling.heard(said, likely[row["id"]]), row["hyp"])
+        if spelling.rewritten:
+            notes[split] = f"{spelling.summary()} on {split}, {spelling.rate:.2%} of words"
+    return notes
 
 
 def _line(

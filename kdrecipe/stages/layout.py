@@ -25,6 +25,10 @@ class Layout:
         return self.root / "tokens"
 
     @property
+    def texts(self) -> Path:
+        return self.root / "texts"
+
+    @property
     def lm(self) -> Path:
         return self.root / "lm"
 

@@ -17,6 +17,7 @@ from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Lm, Recipe
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.needed import missing_kenlm
+from kdrecipe.text import clean, read_lines
 
 if TYPE_CHECKING:
     from kdrecipe.data.tokens import Tokenizer
@@ -99,10 +100,10 @@ def training_texts(lm: Lm, layout: Layout) -> list[str]:
     if lm.text is not None:
         path = _text_file(lm)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = read_lines(path)
         except UnicodeDecodeError as error:
             raise DataError(f"not UTF-8 ({error.reason})", where=str(path), remedy="convert it") from None
-        texts, where = [line for line in lines if line.strip()], str(path)
+        texts, where = [text for text in map(clean, lines) if text], str(path)
     else:
         ids = read_json(layout.features / "subsets.json")[lm.data] if lm.data else None
         texts, where = transcripts(layout.manifests, "train", ids), "the train split's transcripts"

@@ -16,6 +16,7 @@ from kdrecipe.stages import (
     report,
     score,
     targets,
+    texts,
     tokens,
     train,
 )
@@ -32,6 +33,7 @@ def build_plan(recipe: Recipe, layout: Layout) -> Plan:
     features.add_jobs(plan, recipe, layout)
     tokens.add_jobs(plan, recipe, layout)
     lm.add_jobs(plan, recipe, layout)
+    texts.add_jobs(plan, recipe, layout)
     train.add_teachers(plan, recipe, layout)
     guard.add_jobs(plan, recipe, layout)
     targets.add_jobs(plan, recipe, layout)

@@ -30,7 +30,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     each = [f"{name}/seed{seed}" for name in recipe.build_order() for seed in recipe.systems[name].seeds]
     measured = (f"{verb}/{e}" for verb in ("export", "decode") for e in each)
     guards = (f"guard/{name}" for name in recipe.first_teachers())
-    needs = ("prepare", "features", "tokens", "score", *each, *guards, *measured)
+    needs = ("prepare", "features", "tokens", "texts", "score", *each, *guards, *measured)
     claims = [claim.model_dump(mode="json") for claim in recipe.claims]
     inputs = {
         "systems": list(recipe.systems),
@@ -141,12 +141,13 @@ def _verdicts(recipe: Recipe, layout: Layout) -> list[dict[str, Any]]:
 
 
 def _corpus_summary(recipe: Recipe, layout: Layout) -> dict[str, Any]:
-    """What stage 0 wrote, and what stage 2 left out besides."""
+    """What stage 0 wrote, and what stage 2 left out and noted besides."""
     from kdrecipe.corpus.problems import KINDS
 
     summary: dict[str, Any] = read_json(layout.manifests / "summary.json")
     reason = KINDS["too_short"].singular
-    notes = summary["notes"] + [*_learnt_from(recipe, layout)]
+    notes = [*summary["notes"], *_learnt_from(recipe, layout)]
+    notes += read_json(layout.texts / "texts.json")["notes"]
     too_short = [
         {"id": cut, "where": "", "reason": reason} for cut in read_json(layout.tokens / "left_out.json")
     ]

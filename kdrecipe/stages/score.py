@@ -6,6 +6,7 @@ The same for the searches of a system on its bundle, against its main one.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from kdrecipe.score.hypotheses import (
     read_hypotheses,
 )
 from kdrecipe.stages.layout import Layout
+from kdrecipe.text import read_lines
 
 if TYPE_CHECKING:
     from kdrecipe.interfaces import Metric
@@ -96,6 +98,8 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     )
     speakers = _speakers(hyps)
     result = score(hyps, metrics, question, speakers=speakers)
+    for split, note in _rewritten(recipe, layout):
+        result["splits"][split]["notes"].append(note)
     facts = search_facts(recipe, layout)
     files = _search_hypotheses(recipe, layout, facts)
     first_seed = {name: next(iter(seeds.values())) for name, seeds in facts.items()}
@@ -133,11 +137,19 @@ def _robustness(recipe: Recipe, layout: Layout, metric: dict[str, Metric]) -> di
     return {"metric": name, "utterances": len(clean), "conditions": titles, "systems": rates}
 
 
+def _rewritten(recipe: Recipe, layout: Layout) -> Iterator[tuple[str, str]]:
+    """Split and note for each system whose row counts rewritten texts; of several seeds, the first such."""
+    for name, system in recipe.systems.items():
+        found = (read_json(layout.hyps(name, seed) / "decode.json").get("rewritten") for seed in system.seeds)
+        for split, note in next((notes for notes in found if notes), {}).items():
+            yield split, f"{name}: {note}; its row counts what the runtime writes"
+
+
 def _speakers(hyps: dict[str, dict[int, dict[str, Path]]]) -> dict[str, str]:
     """Utterance id -> speaker, of those whose cuts name one: stage 8 wrote it beside the hypothesis."""
     found: dict[str, str] = {}
     for path in next(iter(next(iter(hyps.values())).values())).values():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in read_lines(path):
             row = json.loads(line)
             if row.get("speaker") is not None:
                 found[row["id"]] = row["speaker"]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from kdrecipe.artifacts import fingerprint, read_json, write_json
-from kdrecipe.interfaces import UNK_ID
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe
@@ -50,9 +49,6 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     write_json(out / "left_out.json", sorted(out_ids))
     left_out = f"; {len(out_ids)} cuts are too short for their text and left out" if out_ids else ""
     print(f"  {len(tokenizer)} tokens, from {len(texts)} transcripts{left_out}", flush=True)
-    unknown = sum(UNK_ID in tokenizer.encode(text) for text in transcripts(layout.manifests, "train"))
-    if unknown:
-        print(f"  {unknown} training transcripts have characters that no token stands for", flush=True)
 
 
 def fewest_frames(recipe: Recipe) -> Callable[[int], int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from kdrecipe.interfaces import Prepared
 from kdrecipe.testing.checks import by_id, check_config_strict, require
 from kdrecipe.testing.corpus import Layout, make_corpus
+from kdrecipe.text import clean, control_characters, shown
 
 LAYOUTS: dict[str, tuple[Layout, tuple[str, ...]]] = {
     "manifests": ("manifests", ()),
@@ -109,14 +109,17 @@ def check_validates(case: CorpusCase) -> None:
 
 
 def check_texts_clean(case: CorpusCase) -> None:
-    """Texts are words with single spaces between: no tabs, markup or decomposed letters."""
+    """Texts are as ``kdrecipe.text.clean`` writes them, without markup or control characters."""
     for _, supervisions in case.prepare().splits.values():
         for sup in _listed(supervisions):
             text = sup.text or ""
             require(bool(text), f"{sup.id} has no text")
-            require(text == " ".join(text.split()), f"{sup.id}: stray white space in {text!r}")
             require(not set(text) & set("<>()[]{}_\\"), f"{sup.id}: markup in {text!r}")
-            require(text == unicodedata.normalize("NFC", text), f"{sup.id}: {text!r} is not in normal form C")
+            require(
+                text == clean(text), f"{sup.id}: {text!r} has stray white space or is not in normal form C"
+            )
+            controls = control_characters(text)
+            require(not controls, f"{sup.id}: control characters in its text: {shown(controls)}")
 
 
 CORPUS_CHECKS = by_id(

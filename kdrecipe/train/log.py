@@ -20,6 +20,7 @@ from torch import Tensor
 from kdrecipe.artifacts import disk_errors, write_atomic
 from kdrecipe.interfaces import LossOutput
 from kdrecipe.report.reading import duration
+from kdrecipe.text import read_lines
 
 _LINE_EVERY_S = 10.0  # without a terminal: often enough to see that it runs
 
@@ -41,7 +42,7 @@ class TrainLog:
         if not self.enabled:
             return
         kept = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+        for line in read_lines(self.path) if self.path.exists() else []:
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # cut off by the kill

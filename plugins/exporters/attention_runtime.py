@@ -33,9 +33,7 @@ import onnxruntime
 SAMPLE_RATE = 16000
 BLANK_ID = 0
 SOS_EOS_ID = 1
-UNK_ID = 2
 TOKENS = "tokens.txt"
-UNK_TEXT = " <unk> "  # as SentencePiece writes it
 FILES = {
     "fp32": {"encoder": "encoder.onnx", "decoder": "decoder.onnx"},
     "int8": {"encoder": "encoder.int8.onnx", "decoder": "decoder.int8.onnx"},
@@ -200,8 +198,7 @@ class Recogniser:
         return np.stack(steps)
 
     def _recognised(self, tokens: list[int], score: float | None = None) -> Recognised:
-        spelt = (UNK_TEXT if i == UNK_ID else self.pieces[i] for i in tokens)
-        text = "".join(spelt).replace("\u2581", " ").strip()
+        text = "".join(self.pieces[i] for i in tokens).replace("\u2581", " ").strip()
         return Recognised(text, tokens, score)
 
 
@@ -447,8 +444,8 @@ def _run(session: onnxruntime.InferenceSession, inputs: dict[str, Any]) -> list[
 def _read_pieces(path: Path) -> list[str]:
     if not path.is_file():
         raise RecogniserError(f"{path}: there is no such file")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    by_id = {int(number): piece for piece, _, number in (line.rpartition(" ") for line in lines)}
+    lines = path.read_bytes().decode("utf-8").split("\n")  # and nowhere else: a token may hold U+2028
+    by_id = {int(number): piece for piece, _, number in (line.rpartition(" ") for line in lines if line)}
     return [by_id[i] for i in range(len(by_id))]
 
 

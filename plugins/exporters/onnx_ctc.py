@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime
 
 from kdrecipe import hookimpl
-from kdrecipe.data.tokens import read_pieces
+from kdrecipe.data.tokens import ids_by_name, read_pieces
 from kdrecipe.interfaces import BundleLike, Hypothesis, Runner, Runtime, RuntimeSearch, float_copy
 
 from . import onnx_files, sherpa
@@ -47,6 +47,7 @@ class OnnxCtc:
     variants = ("fp32", "int8")
     files = onnx_files.file_names("model")
     Config = onnx_files.OnnxOptions
+    speller = staticmethod(sherpa.ctc_speller)
 
     def __init__(self, config: onnx_files.OnnxOptions) -> None:
         self.config = config
@@ -68,7 +69,9 @@ class OnnxCtc:
             # how sherpa-onnx finds the kind of model if none is named
             onnx_files.metadata(bundle, "zipformer2_ctc", subsampling_factor=sherpa.SUBSAMPLING),
         )
-        return onnx_files.write([part], bundle, self.config, directory)
+        written = onnx_files.write([part], bundle, self.config, directory)
+        sherpa.write_tokens(directory)
+        return written
 
     def load(self, directory: Path, variant: str, *, num_threads: int = 1) -> Runner:
         """Load a variant.
@@ -139,7 +142,7 @@ class OnnxRunner:
 
     @cached_property
     def _ids(self) -> dict[str, int]:
-        return sherpa.ids_by_name(read_pieces(self.tokens))
+        return ids_by_name(read_pieces(self.tokens))
 
 
 @hookimpl

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
-from kdrecipe.data.tokens import read_pieces
+from kdrecipe.data.tokens import ids_by_name, read_pieces
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import (
     BLANK_ID,
@@ -66,6 +66,7 @@ class OnnxTransducer:
     variants = ("fp32", "int8")
     files = onnx_files.file_names(*PARTS)
     Config = onnx_files.OnnxOptions
+    speller = staticmethod(sherpa.transducer_speller)
 
     def __init__(self, config: onnx_files.OnnxOptions) -> None:
         self.config = config
@@ -83,7 +84,10 @@ class OnnxTransducer:
         if context_size is None:
             raise KdrecipeError(LSTM, where=bundle.name, remedy="train the system with predictor: stateless")
         batch = onnx_files.example_batch(int(bundle.meta["features"]["num_mel_bins"]))
-        return onnx_files.write(_parts(model, bundle, context_size, batch), bundle, self.config, directory)
+        parts = _parts(model, bundle, context_size, batch)
+        written = onnx_files.write(parts, bundle, self.config, directory)
+        sherpa.write_tokens(directory)
+        return written
 
     @staticmethod
     def unfit(model: Mapping[str, Any]) -> str | None:
@@ -195,7 +199,7 @@ class OnnxTransducerRunner:
 
     @cached_property
     def _ids(self) -> dict[str, int]:
-        return sherpa.ids_by_name(read_pieces(self.tokens))
+        return ids_by_name(read_pieces(self.tokens))
 
 
 def _log_softmax(logit_V: np.ndarray) -> np.ndarray:

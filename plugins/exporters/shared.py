@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.frames import ctc_greedy
 from kdrecipe.interfaces import BundleLike
-
-WORD_START = "\u2581"  # SentencePiece's mark on a piece that begins a word
+from kdrecipe.text import WORD_START
 
 
 class Encode(nn.Module):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kdrecipe.artifacts import write_atomic
+from kdrecipe.data.tokens import read_pieces
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import BundleLike, Hypothesis
-
-from .shared import WORD_START
+from kdrecipe.interfaces import SOS_EOS_ID, BundleLike, Hypothesis, Speller
+from kdrecipe.text import WORD_START
 
 FRAME_SHIFT_S = 0.04  # fixed in sherpa-onnx for these slots
 SUBSAMPLING = 4
@@ -38,9 +40,79 @@ def recognise(recogniser: Any, ids: dict[str, int], samples_S: np.ndarray, sampl
     return Hypothesis(result.text.strip(), [ids[token] for token in result.tokens], list(result.timestamps))
 
 
-def ids_by_name(pieces: Sequence[str]) -> dict[str, int]:
-    """Token ids by name; sherpa-onnx shows the word-start mark of SentencePiece as a space."""
-    ids = {}
-    for number, piece in enumerate(pieces):
-        ids[piece] = ids[piece.replace(WORD_START, " ")] = number
-    return ids
+# ---------------------------------------------------------------- texts
+
+DROPPED = ("SIL", "</s>")  # tokens that sherpa-onnx leaves out of what CTC says, whatever they mean
+
+_CJK = (
+    (0x1100, 0x11FF), (0x2E80, 0xA4CF), (0xA840, 0xD7AF), (0xF900, 0xFAFF), (0xFE30, 0xFE4F),
+    (0xFF65, 0xFFDC), (0x20000, 0x2FFFF),
+)  # fmt: skip
+_PUNCTUATION = (
+    (0x21, 0x2F), (0x3A, 0x40), (0x5B, 0x60), (0x7B, 0x7E), (0x3000, 0x303F), (0xFF01, 0xFF0F),
+    (0xFF1A, 0xFF20), (0xFF3B, 0xFF40), (0xFF5B, 0xFF65),
+)  # fmt: skip
+
+
+def ctc_speller(pieces: Sequence[str]) -> Speller:
+    """What sherpa-onnx writes for tokens of CTC: all but :data:`DROPPED`."""
+    names = [b"" if piece in DROPPED else name for piece, name in zip(pieces, _names(pieces), strict=True)]
+    return lambda ids: b"".join(names[i] for i in ids).decode("utf-8", "replace")
+
+
+def transducer_speller(pieces: Sequence[str]) -> Speller:
+    """What sherpa-onnx writes for tokens of a transducer.
+
+    It removes each space between Chinese, Japanese or Korean characters, since version 1.13.4 also each
+    before a punctuation mark (its pull request 3709): ``TAKE 'EM`` becomes ``TAKE'EM``.
+    """
+    names = _names(pieces)
+    return lambda ids: _closed_up(b"".join(names[i] for i in ids).decode("utf-8", "replace"))
+
+
+def _names(pieces: Sequence[str]) -> list[bytes]:
+    """The bytes that sherpa-onnx appends to a text for each token."""
+    first, last = (pieces.index(f) if f in pieces else -1 for f in ("<0x00>", "<0xFF>"))
+    names = [" " + piece[1:] if piece.startswith(WORD_START) else piece for piece in pieces]
+    found = [name.encode() for name in names]
+    if first >= 0 and last - first == 255:  # tokens of single bytes
+        found[first : last + 1] = [bytes([number]) for number in range(256)]
+    return found
+
+
+def _closed_up(text: str) -> str:
+    """``text`` without the spaces that sherpa-onnx removes."""
+    kept = [
+        c
+        for i, c in enumerate(text)
+        if not (c == " " and 0 < i < len(text) - 1 and _touch(text[i - 1], text[i + 1]))
+    ]
+    return "".join(kept)
+
+
+def _touch(before: str, after: str) -> bool:
+    return _within(after, _PUNCTUATION) or (_within(before, _CJK) and _within(after, _CJK))
+
+
+def _within(c: str, ranges: Sequence[tuple[int, int]]) -> bool:
+    return any(low <= ord(c) <= high for low, high in ranges)
+
+
+def write_tokens(directory: Path) -> None:
+    """Let sherpa-onnx read the ``tokens.txt`` in ``directory`` as what it is.
+
+    It guesses from the bytes of all tokens whether they are byte-level BPE, and then joins words and makes
+    other characters of letters such as ƙ or ơ. One token beyond those bytes ends the guess: the mark of a
+    sentence's ends, which no CTC and no transducer says, is then written ``<sos/eos>…``.
+    """
+    path = directory / "tokens.txt"
+    pieces = read_pieces(path)
+    if _taken_for_byte_bpe(pieces):
+        pieces[SOS_EOS_ID] += "…"
+        write_atomic(path, "".join(f"{piece} {i}\n" for i, piece in enumerate(pieces)))
+
+
+def _taken_for_byte_bpe(pieces: Sequence[str]) -> bool:
+    """Whether no byte is above 0xC6 and some is, word-start marks aside."""
+    found = {byte for piece in pieces for byte in piece.removeprefix(WORD_START).encode()}
+    return max(found, default=0) == 0xC6

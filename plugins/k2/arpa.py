@@ -46,7 +46,7 @@ def read_arpa(path: Path) -> dict[Words, Ngram]:
     found: dict[Words, Ngram] = {}
     order = 0
     try:
-        with open(path, encoding="utf-8") as lines:
+        with open(path, encoding="utf-8", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
                 line = line.strip()
                 if line.startswith("\\"):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jiwer
 
 from kdrecipe import hookimpl
 
-from .wer import TextOptions, count_edits
+from .wer import TextOptions, count_edits, text_notes
 
 
 class Cer:
@@ -31,6 +31,10 @@ class Cer:
     def details(self, reference: str, hypothesis: str) -> dict[str, int]:
         """Substitutions, insertions and deletions (``sub``, ``ins``, ``del``) and the ``length``."""
         return count_edits(jiwer.process_characters, reference, hypothesis, self.config)
+
+    def notes(self, references: Sequence[str], hypotheses: Sequence[str]) -> list[str]:
+        """What the report must state of this metric on these texts."""
+        return text_notes(references, hypotheses, self.config)
 
 
 @hookimpl

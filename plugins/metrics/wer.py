@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jiwer
 
 from kdrecipe import hookimpl
 from kdrecipe.interfaces import Options
+from kdrecipe.text import clean
 
 
 class TextOptions(Options):
@@ -17,22 +20,34 @@ class TextOptions(Options):
     Args:
         lowercase: take upper and lower case for the same.
         remove_punctuation: drop punctuation marks; apostrophes within words stay.
+        language: whose letters ``lowercase`` goes by: in Turkish and Azerbaijani (``tr``, ``az``) I is the
+            capital of ı, in Lithuanian (``lt``) i keeps its dot under an accent; None: all other languages.
     """
 
     lowercase: bool = False
     remove_punctuation: bool = False
+    language: Literal["tr", "az", "lt"] | None = None
 
 
 def normalise(text: str, options: TextOptions) -> str:
-    """Text as it is compared: one space between words, one spelling per letter (Unicode NFC)."""
-    text = unicodedata.normalize("NFC", text)
+    """Text as it is compared: by :func:`kdrecipe.text.clean`, then by the options."""
+    text = clean(text)
     if options.lowercase:
-        text = text.lower()
+        text = _lower(text, options.language)
     if options.remove_punctuation:
         text = text.replace("’", "'")
         text = "".join(c if c == "'" or not unicodedata.category(c).startswith("P") else " " for c in text)
         text = " ".join(word.strip("'") for word in text.split())
-    return " ".join(text.split())
+    return clean(text)
+
+
+def _lower(text: str, language: str | None) -> str:
+    if language in ("tr", "az"):
+        return text.replace("İ", "i").replace("I", "ı").lower()
+    text = text.lower()
+    if language == "lt":  # a dot above i, į or j, before a further accent
+        text = re.sub("([ij]\u0328?)\u0307", r"\1", unicodedata.normalize("NFD", text))
+    return text
 
 
 class Wer:
@@ -55,6 +70,23 @@ class Wer:
     def details(self, reference: str, hypothesis: str) -> dict[str, int]:
         """Substitutions, insertions and deletions (``sub``, ``ins``, ``del``) and the ``length``."""
         return count_edits(jiwer.process_words, reference, hypothesis, self.config)
+
+    def notes(self, references: Sequence[str], hypotheses: Sequence[str]) -> list[str]:
+        """What the report must state of this metric on these texts."""
+        return text_notes(references, hypotheses, self.config)
+
+
+def text_notes(references: Sequence[str], hypotheses: Sequence[str], options: TextOptions) -> list[str]:
+    """That Turkish letters are lowered as if they were of another language."""
+    if not options.lowercase or options.language is not None:
+        return []
+    dotless = sum("ı" in text or "İ" in text for text in (*references, *hypotheses))
+    if not dotless:
+        return []
+    return [
+        f"{dotless} texts have ı or İ, and lowercase makes i of I, so that IŞIK and ışık differ: "
+        "for Turkish or Azerbaijani set language: tr or az beside lowercase"
+    ]
 
 
 def count_edits(

@@ -13,7 +13,7 @@ import soundfile
 from lhotse import CutSet, RecordingSet, SupervisionSet
 
 from kdrecipe.corpus.gather import Utterance, gather, read_lines
-from kdrecipe.corpus.manifests import check_lengths, finish, validate_corpus
+from kdrecipe.corpus.manifests import check_lengths, finish, transcripts, validate_corpus
 from kdrecipe.corpus.problems import DataProblem, as_left_out, settle
 from kdrecipe.errors import DataError, Problem
 from kdrecipe.interfaces import Prepared
@@ -208,6 +208,49 @@ def test_transcripts_are_checked_against_their_recordings(prepared: Prepared) ->
     ]
     assert problems[0].what == f"0.00 to 99.00 s of {next(iter(recordings)).duration:.2f} s"
     assert problems[-1].what == "in dev and test"
+
+
+def respelled(prepared: Prepared, split: str, texts: dict[int, str]) -> None:
+    """Give some utterances of a split other texts, by number."""
+    recordings, supervisions = prepared.splits[split]
+    sups = [replace(sup, text=texts.get(i, sup.text)) for i, sup in enumerate(supervisions)]
+    prepared.splits[split] = recordings, SupervisionSet.from_segments(sups)
+
+
+def test_texts_are_written_by_one_rule_and_the_report_tells(prepared: Prepared, tmp_path: Path) -> None:
+    respelled(prepared, "train", {0: "\ufeffRED\u2028 SUN\u0085", 1: "CAFE\u0301\u3000BLUE\t", 2: "A\u00adB"})
+    assert not validate_corpus(prepared)
+    notes = finish(prepared, tmp_path / "out", "stop").notes
+    assert transcripts(tmp_path / "out", "train")[:3] == ["RED SUN", "CAFÉ BLUE", "A\u00adB"]
+    (odd,) = [note for note in notes if "invisible" in note]
+    assert odd.startswith("3 train transcripts have invisible characters or rare spaces: ")
+    assert "U+2028 (1)" in odd
+    assert "U+00AD (1)" in odd
+    assert "1 train transcripts were brought to Unicode's normal form C" in notes
+
+
+@pytest.mark.parametrize("text", ["RED\0SUN", "RED \x1b SUN", "\ud83d RED"], ids=ascii)
+def test_control_characters_are_problems(prepared: Prepared, tmp_path: Path, text: str) -> None:
+    respelled(prepared, "dev", {0: text})
+    (problem,) = validate_corpus(prepared)
+    assert problem.kind == "control_characters"
+    assert "U+" in problem.what
+    prepared.problems.append(problem)
+    with pytest.raises(DataError, match="1 transcript with control characters"):
+        finish(prepared, tmp_path / "out", "stop")
+    assert [row["id"] for row in finish(prepared, tmp_path / "out", "skip").left_out] == [problem.id]
+
+
+@pytest.mark.parametrize("text", ["\u3000\ufeff", "\u2028\u0085 \t"], ids=ascii)
+def test_white_space_alone_is_an_empty_transcript(prepared: Prepared, text: str) -> None:
+    respelled(prepared, "dev", {0: text})
+    assert [problem.kind for problem in validate_corpus(prepared)] == ["empty_text"]
+
+
+def test_transcripts_that_are_all_the_same_are_noted(prepared: Prepared, tmp_path: Path) -> None:
+    respelled(prepared, "train", dict.fromkeys(range(1000), "a"))
+    number = len(prepared.splits["train"][1])
+    assert f"all {number} train transcripts are the same: 'a'" in finish(prepared, tmp_path, "stop").notes
 
 
 def test_duplicates_are_kept_once(prepared: Prepared, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ PLUGIN_MAY = (
     "kdrecipe.frames",
     "kdrecipe.lattice",
     "kdrecipe.layers",
+    "kdrecipe.text",
     "kdrecipe.__version__",
 )
 
@@ -111,7 +112,7 @@ def test_plugins_stand_on_what_strangers_stand_on(folder):
 
 FLOORS = [
     ("errors",),
-    ("interfaces", "artifacts", "layers", "frames", "lattice"),
+    ("interfaces", "artifacts", "layers", "frames", "lattice", "text"),
     ("score", "corpus", "plugin"),
     ("report", "recipe", "data"),
     ("measure", "model", "jobs"),

@@ -234,7 +234,8 @@ def test_too_few_speakers_fall_back_to_utterances() -> None:
 def test_speakers_come_with_the_hypotheses(tmp_path: Path) -> None:
     rows = [{"id": "a", "speaker": "anna"}, {"id": "b", "speaker": None}, {"id": "c", "speaker": "carl"}]
     path = tmp_path / "test.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows[1]["ref"] = "RED\u2028SUN\u0085"  # lines end at \n only
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     assert _speakers({"kd": {1: {"test": path}}}) == {"a": "anna", "c": "carl"}
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from kdrecipe.data.tokens import SPECIALS, Tokenizer
+from kdrecipe.data.tokens import RESERVED, SPECIALS, Tokenizer, read_pieces
 from kdrecipe.errors import DataError, KdrecipeError, RecipeError
 from kdrecipe.interfaces import UNK_ID
 from kdrecipe.testing.corpus import WORDS
@@ -45,6 +45,24 @@ def test_blanks_and_marks_are_not_text(tokenizer):
 def test_unknown_characters_are_unk(tokenizer):
     assert UNK_ID in tokenizer.encode("RED 7 ü")
     assert "<unk>" in tokenizer.decode(tokenizer.encode("RED ü SUN"))
+
+
+ODD = ["ＡＢＣ", "½ № …", "ﬁn", "և", "ŉ ²", "ABC 1 2 No fi ե ւ n ."]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
+def test_tokens_rewrite_no_character(kind, tmp_path):
+    tokenizer = Tokenizer.train(ODD, kind, None if kind == "char" else 27, tmp_path)
+    for text in ODD:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("space", ["\t", "\u0085", "\u2028", "\u3000", "\ufeff", "\u00a0"], ids=ascii)
+def test_white_space_is_no_token_and_no_unknown(tokenizer, space, tmp_path):
+    assert tokenizer.encode(f"RED{space}SUN{space}") == tokenizer.encode("RED SUN")
+    Tokenizer.train([text.replace(" ", space) for text in TEXTS], "char", None, tmp_path / "odd")
+    Tokenizer.train(TEXTS, "char", None, tmp_path / "plain")
+    assert (tmp_path / "odd" / "tokens.txt").read_text() == (tmp_path / "plain" / "tokens.txt").read_text()
 
 
 def test_loading_and_pickling_change_nothing(tokenizer, tmp_path):
@@ -87,6 +105,67 @@ def test_too_many_tokens_for_the_text_say_how_many_there_can_be(kind, tmp_path):
 def test_fewer_tokens_than_characters_are_refused(kind, tmp_path):
     with pytest.raises(RecipeError, match="too few"):
         Tokenizer.train(TEXTS, kind, 8, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["a"] * 40, "every training transcript is 'a': it yields"),
+        (
+            ["a b", "b a"],
+            "the training text has 2 different transcripts of 2 different words and 2 characters: it",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_the_poverty_of_the_text_is_said_before_the_size(texts, said, kind, tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        Tokenizer.train(texts, kind, 500, tmp_path)
+    (problem,) = caught.value.problems
+    assert problem.what.startswith(said)
+    assert problem.what.endswith("not 500")
+    assert problem.remedy.startswith("look at the transcripts")
+
+
+# ---------------------------------------------------------------- names that runtimes reserve
+
+FOSSILS = [f"{a} {b}" for a in ("RED", "BLUE") for b in ("FOSSIL", "BASIL", "TONSIL", "FOSSIL BASIL", "SIL")]
+
+
+def test_a_reserved_name_is_no_piece(tmp_path):
+    tokenizer = Tokenizer.train(FOSSILS, "bpe", 30, tmp_path)
+    assert "<unused:SIL>" in tokenizer.pieces, "else this test shows nothing: take another size"
+    assert not RESERVED & set(tokenizer.pieces[len(SPECIALS) :])
+    unused = tokenizer.pieces.index("<unused:SIL>")
+    for text in [*FOSSILS, "SIL", "SILSIL"]:
+        ids = tokenizer.encode(text)
+        assert unused not in ids
+        assert tokenizer.decode(ids) == text
+    assert "SIL " not in (tmp_path / "tokens.txt").read_text().replace(":SIL>", "")
+    assert Tokenizer.load(tmp_path).pieces == tokenizer.pieces
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED))
+def test_reserved_names_in_texts_are_spelled_or_unknown(name, tmp_path):
+    tokenizer = Tokenizer.train([f"{text} {name}" for text in FOSSILS], "bpe", 30, tmp_path)
+    ids = tokenizer.encode(f"RED {name}")
+    assert not {0, 1} & set(ids)
+    assert not RESERVED & {tokenizer.pieces[i] for i in ids if i != UNK_ID}
+
+
+@pytest.mark.parametrize("ids", [[2], [5, 2, 6], [2, 5]])
+def test_an_unknown_character_is_spelled_as_the_tokens_are(tokenizer, ids):
+    """A bundle says what a runtime says that joins the pieces."""
+    joined = "".join(tokenizer.pieces[i] for i in ids).replace("▁", " ").strip()
+    assert tokenizer.decode(ids) == joined
+
+
+def test_a_list_of_tokens_is_read_line_by_line(tmp_path):
+    """Of a bundle from elsewhere, whose tokens may hold anything."""
+    pieces = [*SPECIALS, "▁", "\u2028", "a\u0085b", "\u3000", "\x1c"]
+    path = tmp_path / "tokens.txt"
+    path.write_bytes("".join(f"{piece} {i}\n" for i, piece in enumerate(pieces)).encode())
+    assert read_pieces(path) == pieces
 
 
 def test_no_text_is_an_error(tmp_path):
