@@ -282,6 +282,7 @@ MODELS: list[type[BaseModel]] = [
     sections.Tokens,
     sections.Training,
     sections.SpecAugment,
+    sections.Augment,
     sections.TargetOptions,
     sections.Parity,
     sections.Claim,
