@@ -268,11 +268,11 @@ class Augment(Options):
     silence_s: Range = (0.0, 3.0)
     join: Share = 0.2
     join_s: Positive = 12.0
-    gain: Share = 0.5
+    gain: Share = 0.3
     gain_db: Range = (-20.0, 20.0)
-    reverb: Share = 0.1
+    reverb: Share = 0.05
     rt60_s: Range = (0.1, 0.5)
-    noise: Share = 0.3
+    noise: Share = 0.1
     snr_db: Range = (5.0, 40.0)
     noises: str | None = None
     start_below: Annotated[float, Field(gt=0)] | None = 0.5
