@@ -170,7 +170,7 @@ def check_lengths(
     for cut in _items(cuts):
         ids = tokenizer.encode(" ".join(sup.text or "" for sup in cut.supervisions))
         needed = len(ids) + sum(a == b for a, b in itertools.pairwise(ids))
-        num_frames = cut.num_frames if cut.has_features else round(cut.duration / frame_shift_s)
+        num_frames = cut.features.num_frames if cut.has_features else round(cut.duration / frame_shift_s)
         frames = subsampling(num_frames) if callable(subsampling) else -(-num_frames // subsampling)
         if frames < needed:
             where = audio_path(cut.recording) if cut.has_recording else cut.id

@@ -11,6 +11,7 @@ Written to the features directory::
 from __future__ import annotations
 
 import functools
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from lhotse.utils import fastcopy
 
 from kdrecipe.artifacts import disk_errors, replacing, write_json, write_jsonl_gz
 from kdrecipe.corpus.manifests import RECORDINGS
+from kdrecipe.corpus.segments import SHORTEST_S
 from kdrecipe.corpus.subsets import choose_subsets
 from kdrecipe.errors import DataError, Problem, RecipeError
 from kdrecipe.interfaces import SAMPLE_RATE
@@ -60,7 +62,7 @@ def _fbank(num_mel_bins: int) -> Fbank:
 
 
 def extract(samples_S: np.ndarray, sample_rate: int, config: Mapping[str, Any]) -> np.ndarray:
-    """Log-mel features (T, F) float32 of one utterance, samples in [-1, 1].
+    """Log-mel features (T, F) float32 of one utterance of any length, samples in [-1, 1].
 
     Raises:
         DataError: the sampling rate is not 16 kHz.
@@ -70,8 +72,14 @@ def extract(samples_S: np.ndarray, sample_rate: int, config: Mapping[str, Any]) 
             f"audio at {sample_rate} Hz",
             remedy=f"convert it to {SAMPLE_RATE} Hz first, e.g. with sox or ffmpeg",
         )
-    samples = np.asarray(samples_S, dtype=np.float32)[None]
+    samples = _padded(np.asarray(samples_S, dtype=np.float32)[None], sample_rate)
     return np.asarray(make_extractor(config).extract(samples, sample_rate), dtype=np.float32)
+
+
+def _padded(samples_CS: np.ndarray, sample_rate: int) -> np.ndarray:
+    """With zeros after it up to one window, since Lhotse computes no features of less."""
+    missing = math.ceil(SHORTEST_S * sample_rate) - samples_CS.shape[1]
+    return samples_CS if missing <= 0 else np.pad(samples_CS, ((0, 0), (0, missing)))
 
 
 def compute_features(
@@ -311,7 +319,7 @@ def _extract_block(
     done: list[MonoCut | Problem] = []
     for number, cut in numbered:
         try:
-            samples = cut.load_audio()
+            samples = _padded(np.asarray(cut.load_audio()), cut.sampling_rate)
         except Exception as error:  # whatever the decoder raises, it is about this file
             what = f"can't read its audio: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
             done.append(Problem(what, cut.id, "fix or remove the file, or set corpus.on_error: skip"))
@@ -359,7 +367,8 @@ def feature_stats(cuts: Iterable[MonoCut]) -> tuple[np.ndarray, np.ndarray]:
     squares: Any = 0.0
     num_frames = 0
     for cut in cuts:
-        frames = cut.load_features().astype(np.float64)
+        assert cut.features is not None
+        frames = cut.features.load().astype(np.float64)  # all: see CutBatches
         total, squares = total + frames.sum(0), squares + (frames**2).sum(0)
         num_frames += len(frames)
     if num_frames == 0:

@@ -367,6 +367,7 @@ class Decode(Options):
         metrics: figures over the hypotheses; the first one is the table's.
         compare: pairs of systems whose difference is tested for significance.
         measure_max: utterances of the first split, over all speakers, on which searches are timed in torch.
+        longest_s: seconds that are recognised as one; longer utterances are cut where they are quietest.
     """
 
     splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("test",)
@@ -374,6 +375,7 @@ class Decode(Options):
     metrics: Annotated[tuple[Plugin, ...], Field(min_length=1)] = (Named("wer"), Named("cer"))
     compare: tuple[tuple[str, str], ...] = ()
     measure_max: int = Field(default=100, ge=1)
+    longest_s: float = Field(default=30.0, ge=1.0)
 
 
 class Claim(Options):

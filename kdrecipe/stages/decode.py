@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import write_atomic, write_json
+from kdrecipe.corpus.segments import LONGEST_S, SHORTEST_S
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Decoder, LanguageModel
 from kdrecipe.jobs.plan import Plan
@@ -74,6 +75,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
             inputs = {
                 "splits": recipe.decode.splits,
                 "measure_max": recipe.decode.measure_max,
+                "longest_s": recipe.decode.longest_s,
                 "searches": [{"label": label, "name": d.name, **d.options} for label, d in found.items()],
                 "plugins": {d.name: registry.fingerprint("decoders", d.name) for d in found.values()},
                 "exporter": _exporter_input(recipe, name),
@@ -116,7 +118,8 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     lm = _language_model(found, layout, bundle)
     decoders = {label: build_decoder(bundle, named, lm) for label, named in found.items()}
     cuts = {split: list(load_cuts(layout.features, split)) for split in recipe.decode.splits}
-    said = {split: decode_cuts(bundle, decoders, cuts[split]) for split in cuts}
+    longest_s = recipe.decode.longest_s
+    said = {split: decode_cuts(bundle, decoders, cuts[split], longest_s) for split in cuts}
     for split, by_label in said.items():
         for label, rows in by_label.items():
             _write(bundle_hyps_file(out, label, split), rows)
@@ -152,7 +155,9 @@ def _search_facts(
     model = bundle.model.to("cpu")
     return {
         label: {
-            "rtf": search_rtf(model, decoders[label], bundle.meta["features"], sample),
+            "rtf": search_rtf(
+                model, decoders[label], bundle.meta["features"], sample, recipe.decode.longest_s
+            ),
             "decoder": d.name,
             "options": d.options,
             "head": head_of(recipe.plugins.registry, "decoders", d.name),
@@ -184,9 +189,47 @@ def _language_model(found: Mapping[str, Named], layout: Layout, bundle: Bundle) 
 
 
 def decode_cuts(
-    bundle: Bundle, decoders: Mapping[str, Decoder], cuts: Sequence[MonoCut]
+    bundle: Bundle,
+    decoders: Mapping[str, Decoder],
+    cuts: Sequence[MonoCut],
+    longest_s: float = LONGEST_S,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The best hypothesis of every cut by each decoder: label -> rows of the hypotheses file."""
+    """The best hypothesis of every cut by each decoder: label -> rows of the hypotheses file.
+
+    Cuts of more than ``longest_s``, or next to nothing, are recognised from their audio, as runtimes do.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {label: [] for label in decoders}
+    whole = [cut for cut in cuts if SHORTEST_S <= cut.duration <= longest_s]
+    if whole:
+        _decode_batches(bundle, decoders, whole, rows)
+    others = [cut for cut in cuts if not SHORTEST_S <= cut.duration <= longest_s]
+    _decode_pieces(bundle, decoders, others, longest_s, rows)
+    return rows
+
+
+def _decode_pieces(
+    bundle: Bundle,
+    decoders: Mapping[str, Decoder],
+    cuts: Sequence[MonoCut],
+    longest_s: float,
+    rows: dict[str, list[dict[str, Any]]],
+) -> None:
+    from kdrecipe.corpus.audio import utterances_from_cuts
+    from kdrecipe.measure.search import recognise
+
+    model, features = bundle.model.to("cpu"), bundle.meta["features"]
+    for cut, utterance in zip(cuts, utterances_from_cuts(cuts), strict=True):
+        for label, decoder in decoders.items():
+            h = recognise(model, decoder, features, utterance.samples_S, longest_s=longest_s)
+            rows[label].append(_line(cut, h.text, h.tokens, h.times_s, h.score))
+
+
+def _decode_batches(
+    bundle: Bundle,
+    decoders: Mapping[str, Decoder],
+    cuts: Sequence[MonoCut],
+    rows: dict[str, list[dict[str, Any]]],
+) -> None:
     import torch
 
     from kdrecipe.data.batches import CutBatches
@@ -198,7 +241,6 @@ def decode_cuts(
     batches = CutBatches(
         cuts, bundle.tokens, batch_duration_s=BATCH_DURATION_S, seed=0, labelled_ids=None, shuffle=False
     )
-    rows: dict[str, list[dict[str, Any]]] = {label: [] for label in decoders}
     for ids in batches.epoch(0):
         batch = batches.load(ids).map(lambda x: x.to(device))
         with torch.no_grad():
@@ -208,7 +250,6 @@ def decode_cuts(
                 rows[label] += [
                     _line(by_id[cut_id], h.text, h.tokens, h.times_s, h.score) for cut_id, h in found
                 ]
-    return rows
 
 
 def _row(
@@ -239,7 +280,7 @@ def _row(
         found = runtime_search(cls.runtime, search[1], registry)
         if isinstance(found, RuntimeOptions):
             about |= {"runs_in": cls.runtime.name, "name": found.name}
-            return _shipped(cls, exports / wanted.name, about, found, cuts)
+            return _shipped(cls, exports / wanted.name, about, found, cuts, recipe.decode.longest_s)
         why = found
     else:
         size_mb = None
@@ -253,6 +294,7 @@ def _shipped(
     about: dict[str, Any],
     search: RuntimeOptions,
     cuts: Mapping[str, Sequence[MonoCut]],
+    longest_s: float,
 ) -> Row:
     """Every split, recognised once in the runtime; the costs are those of the first split."""
     from kdrecipe.corpus.audio import utterances_from_cuts
@@ -260,7 +302,12 @@ def _shipped(
 
     measured = {
         split: measure_export(
-            exporter, directory, about["variant"], utterances_from_cuts(listed), search=search
+            exporter,
+            directory,
+            about["variant"],
+            utterances_from_cuts(listed),
+            search=search,
+            longest_s=longest_s,
         )
         for split, listed in cuts.items()
     }
