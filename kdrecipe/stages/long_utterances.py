@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdrecipe.artifacts import read_json
 from kdrecipe.recipe.load import Recipe, System
+from kdrecipe.stages.inputs import utterances_of
 
 if TYPE_CHECKING:
     from lhotse.cut import MonoCut
@@ -16,20 +18,29 @@ VOCAB_SIZE = 100  # of a model whose tokens are not counted yet
 
 
 def tell_long_utterances(recipe: Recipe, features: Path) -> None:
-    """Print a warning if a batch of one utterance is longer than ``batch_duration_s`` of a system."""
+    """Print a warning if an utterance is longer than ``batch_duration_s`` of a system that learns from it.
+
+    Args:
+        recipe: the recipe.
+        features: what stage 1 has written.
+    """
     from kdrecipe.data.features import load_cuts
 
     if not (features / "train.jsonl.gz").exists():
         return
     listed: Any = load_cuts(features, "train")
-    cuts = sorted(listed, key=lambda cut: -cut.duration)
-    by_limit: dict[float, list[System]] = {}
+    cuts = {cut.id: cut for cut in sorted(listed, key=lambda cut: -cut.duration)}
+    subsets = read_json(features / "subsets.json")
+    concerned: dict[tuple[float, tuple[str, ...]], list[System]] = {}
     for system in recipe.systems.values():
-        if system.model is not None and cuts and cuts[0].duration > system.training.batch_duration_s:
-            by_limit.setdefault(system.training.batch_duration_s, []).append(system)
-    for limit_s, systems in sorted(by_limit.items()):
-        long = [cut for cut in cuts if cut.duration > limit_s]
-        print(_warning(recipe, limit_s, systems, long))
+        if system.model is not None:
+            limit_s = system.training.batch_duration_s
+            heard = set().union(*utterances_of(system, cuts, subsets, ()))
+            long = tuple(i for i, cut in cuts.items() if cut.duration > limit_s and i in heard)
+            concerned.setdefault((limit_s, long), []).append(system)
+    for (limit_s, long), systems in concerned.items():
+        if long:
+            print(_warning(recipe, limit_s, systems, [cuts[i] for i in long]))
 
 
 def _warning(recipe: Recipe, limit_s: float, systems: Sequence[System], long: Sequence[MonoCut]) -> str:

@@ -20,7 +20,7 @@ from kdrecipe.train import memory
 from kdrecipe.train.memory import batch_bytes, free_bytes
 
 RECIPE = """
-corpus: {name: manifests, root: "."}
+corpus: {name: manifests, root: ".", subsets: {one: {utterances: 1}, rest: {except: one}}}
 features: {num_mel_bins: 16, speed_perturb: [0.8, 1.0]}
 tokens: {name: char}
 training: {batch_duration_s: 6, precision: fp32}
@@ -28,6 +28,7 @@ systems:
   teacher: {train: {model: {name: conformer, num_layers: 4, dim: 64, heads: {ctc: {}}}}}
   wide: {train: {model: &small {name: conformer, num_layers: 1, dim: 8, num_heads: 2, heads: {ctc: {}}},
          training: {batch_duration_s: 9}}}
+  rest: {train: {model: *small, data: rest}}
   kd: {distill: {teachers: [teacher], model: *small, losses: [{name: kl}, {name: cr_ctc}]}}
 """
 
@@ -97,7 +98,7 @@ def test_stage_1_names_them(work: Path, capsys: pytest.CaptureFixture[str]) -> N
         "long_sp0.8 (10 s), long (8 s)"
     )
     told = dict(re.findall(r"(\w+) about (\d+\.\d\d) GB", six[1]))
-    assert set(told) == {"teacher", "kd"}
+    assert set(told) == {"teacher", "kd"}, "the long one is not in rest"
     assert 0.02 < float(told["teacher"]) < 0.2
     assert re.search(r"; \d+\.\d GB are free$", six[1])
     assert "1 utterance of train is longer than training.batch_duration_s (9 s): long_sp0.8 (10 s)" in nine[0]
