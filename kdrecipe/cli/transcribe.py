@@ -62,7 +62,9 @@ def transcribe(
     if missing:
         raise DataError(missing)
     runner, pieces = open_runner(Path(path), decoder=decoder, variant=variant, trust_plugins=trust_plugins)
-    recognise = partial(runner.transcribe, longest_s=longest_s)
+    # Runners cut by themselves, unless told otherwise, what is longer than they should hear at once.
+    longer = {"longest_s": longest_s} if longest_s > LONGEST_S else {}
+    recognise = partial(runner.transcribe, **longer)
     hypotheses = []
     for number, file in enumerate(audio_files):
         sample_rate, blocks = open_audio(file, channel)

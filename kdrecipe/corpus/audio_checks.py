@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from kdrecipe.corpus.audio import CANCELLED
 from kdrecipe.corpus.gather import reason
 from kdrecipe.corpus.problems import DataProblem
+from kdrecipe.corpus.segments import SHORTEST_S
 
 FRAME_S = 0.01
 LENGTH_S = 0.01  # audio may differ from its manifest by less: durations typed with two decimals
@@ -23,7 +25,6 @@ SILENCE = 2.1 / 32768  # from lowest to highest sample: no more than dither of 1
 FULL_SCALE = 1 - 1.5 / 32768
 CLIPPED_SHARE = 1e-3  # of an utterance's samples at full scale
 QUIET = 0.01  # peak
-CANCELLED = 0.01  # power of the channels' average, of that of the channels
 LOW_HZ, HIGH_HZ = (2500, 3800), (4700, 7000)
 NARROW = 1.5e-3  # power above against below, by frame: AN4 has twice that at least, resampled half at most
 MIN_AUDIBLE = 10  # frames: a vowel alone is narrow, too
@@ -198,14 +199,16 @@ def _check_utterance(sup: Any, channels: dict[int, tuple[Sound, int]], where: st
     if sup.start < 0 or sup.duration <= 0 or len(low_T) == 0 or sup.end > sound.duration_s + 2 * LENGTH_S:
         return []
     low, high = float(low_T.min()), float(high_T.max())
-    if high - low < SILENCE:
+    is_click = sup.duration < SHORTEST_S  # nothing is heard in it, however loud it is
+    if high - low < SILENCE and not is_click:
         what = f"{sup.id}: {sup.start:.2f} to {sup.end:.2f} s"
         return [DataProblem(what, where, kind="silent", id=sup.id)]
     notes = {
-        "very_short": f"{sup.duration:.3f} s" if sup.duration < SHORT_S else "",
+        "very_short": f"{sup.duration:.2g} s" if sup.duration < SHORT_S else "",
         "very_long": f"{sup.duration:.0f} s" if sup.duration > LONG_S else "",
-        "quiet": f"{20 * np.log10((high - low) / 2):.0f} dB" if high - low < 2 * QUIET else "",
     }
+    if high - low < 2 * QUIET and not is_click:
+        notes["quiet"] = f"{20 * np.log10((high - low) / 2):.0f} dB"
     share = int(full_T.sum()) / max(1.0, sup.duration * sound.sample_rate)
     if max(high, -low) > 1.001:
         notes["over_scale"] = f"up to {max(high, -low):.5g}"

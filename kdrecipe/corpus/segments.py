@@ -6,10 +6,14 @@ S samples, T frames of 0.01 s.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+"""Letters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 
 LONGEST_S = 30.0
 """Longest audio that is recognised as one, unless a caller says otherwise."""
@@ -34,9 +38,9 @@ def segments(
     Args:
         blocks: of the audio, in order, of any lengths; where they end does not matter.
         sample_rate: in Hz.
-        longest_s: of a piece.
+        longest_s: of a piece; 1 at least.
     """
-    longest = max(2.0, longest_s * sample_rate)
+    longest = max(1.0 * sample_rate, longest_s * sample_rate)
     rest_S, start = np.zeros(0, dtype=np.float32), 0
     for block_S in blocks:
         rest_S = np.concatenate([rest_S, block_S]) if len(rest_S) else block_S
@@ -54,14 +58,15 @@ def joined(parts: Iterable[tuple[float, str, Sequence[Any], Sequence[float]]]) -
     Args:
         parts: start of the segment in seconds, text, tokens, and their starts within the segment (or none).
     """
-    texts: list[str] = []
+    whole = ""
     tokens: list[Any] = []
     times_s: list[float] = []
     for start_s, text, found, found_s in parts:
-        texts += [text] if text else []
+        space = " " if whole and text and not UNSPACED.search(whole[-1] + text[0]) else ""
+        whole += space + text
         tokens += found
         times_s += [start_s + time_s for time_s in found_s]
-    return " ".join(texts), tokens, times_s
+    return whole, tokens, times_s
 
 
 def _quietest(samples_S: np.ndarray, sample_rate: int) -> int:

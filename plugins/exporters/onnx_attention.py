@@ -97,7 +97,11 @@ def program() -> str:
     """``recognise.py``: one file, with the code that it imports from kdrecipe put in place of the import."""
     source = Path(attention_runtime.__file__).read_text(encoding="utf-8")
     (line,) = re.findall(r"^from kdrecipe\.corpus\.segments import .*\n", source, flags=re.MULTILINE)
-    code = Path(segments.__file__).read_text(encoding="utf-8").partition("import numpy as np\n")[2]
+    code = (
+        Path(segments.__file__)
+        .read_text(encoding="utf-8")
+        .partition("from __future__ import annotations\n")[2]
+    )
     return source.replace(line, code.strip() + "\n")
 
 

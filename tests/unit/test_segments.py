@@ -94,6 +94,8 @@ def test_results_are_joined_with_their_times() -> None:
     parts = [(0.0, "a b", [3, 4], [0.1, 0.5]), (2.0, "", [], []), (4.0, "c", [5], [0.25])]
     assert joined(parts) == ("a b c", [3, 4, 5], [0.1, 0.5, 4.25])
     assert joined([]) == ("", [], [])
+    assert joined([(0.0, "你好", [], []), (1.0, "", [], []), (2.0, "世界", [], [])])[0] == "你好世界"
+    assert joined([(0.0, "안녕", [], []), (1.0, "세계", [], [])])[0] == "안녕 세계"
 
 
 def test_a_recogniser_hears_pieces_and_says_the_whole() -> None:
