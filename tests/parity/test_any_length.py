@@ -21,6 +21,8 @@ from kdrecipe.model.decoders import build_decoder
 from kdrecipe.recipe.load import Named
 from kdrecipe.recipe.suitable import runtime_search
 from kdrecipe.stages.decode import decode_cuts
+from kdrecipe.stages.export import compared_utterances
+from kdrecipe.stages.layout import Layout
 from kdrecipe_plugins.exporters.onnx_attention import OnnxAttention
 from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc
 from kdrecipe_plugins.exporters.onnx_transducer import OnnxTransducer
@@ -205,6 +207,23 @@ def test_a_test_set_is_recognised_as_what_ships(tested, all_heads, directories):
         assert {name: row["hyp"] for name, row in found.items()} == shipped
         assert found["talk"]["hyp"]
         json.dumps(found)
+
+
+def test_exports_are_compared_on_what_runtimes_hear_at_once(talk, tmp_path):
+    layout = Layout(tmp_path)
+    layout.manifests.mkdir(parents=True)
+    recordings, sups = [], []
+    for name, seconds in {"short": 5, "long": 40}.items():
+        soundfile.write(tmp_path / f"{name}.wav", np.resize(talk, seconds * RATE), RATE)
+        recordings.append(Recording.from_file(tmp_path / f"{name}.wav", recording_id=name))
+        sups.append(SupervisionSegment(name, name, 0.0, float(seconds), text="A", speaker="s"))
+    RecordingSet.from_recordings(recordings).to_file(layout.manifests / "dev_recordings.jsonl.gz")
+    SupervisionSet.from_segments(sups).to_file(layout.manifests / "dev_supervisions.jsonl.gz")
+    compute_features(layout.manifests, layout.features, {"name": "fbank", "num_mel_bins": 80})
+    found = {u.id: u for u in compared_utterances(layout, 5)}
+    assert (found["short"].duration_s, found["short"].text) == (5.0, "A")
+    assert 15 <= found["long"].duration_s <= 30
+    assert found["long"].text == "", "its words are those of the whole"
 
 
 def test_no_more_memory_for_more_audio(directories, talk, tmp_path):
