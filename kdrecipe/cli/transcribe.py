@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -63,8 +63,9 @@ def transcribe(
         raise DataError(missing)
     runner, pieces = open_runner(Path(path), decoder=decoder, variant=variant, trust_plugins=trust_plugins)
     # Runners cut by themselves, unless told otherwise, what is longer than they should hear at once.
-    longer = {"longest_s": longest_s} if longest_s > LONGEST_S else {}
-    recognise = partial(runner.transcribe, **longer)
+    recognise: Callable[[np.ndarray, int], Hypothesis] = runner.transcribe
+    if longest_s > LONGEST_S:
+        recognise = partial(runner.transcribe, longest_s=longest_s)
     hypotheses = []
     for number, file in enumerate(audio_files):
         sample_rate, blocks = open_audio(file, channel)
