@@ -676,8 +676,12 @@ class Runner(Protocol):
     def greedy(self, features_TF: np.ndarray) -> list[int]:
         """Tokens by greedy search on the features of the training, for the parity gate."""
 
-    def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
-        """Recognise one utterance as the device does, samples in [-1, 1]."""
+    def transcribe(self, samples_S: np.ndarray, sample_rate: int, *, longest_s: float = 30.0) -> Hypothesis:
+        """Recognise audio of any length as the device does, samples in [-1, 1].
+
+        Less than 0.025 s is no text. What is longer than ``longest_s`` is recognised in pieces, so that hours
+        need no more memory: see :func:`kdrecipe.corpus.audio.recognise_long`.
+        """
 
 
 @dataclass(frozen=True)

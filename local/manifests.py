@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from kdrecipe import hookimpl
 from kdrecipe.corpus.gather import read_lines
 from kdrecipe.corpus.problems import DataProblem
@@ -26,12 +28,15 @@ class Manifests:
             recordings: file of the recordings, relative to the corpus's root.
             supervisions: file of the supervisions, relative to the corpus's root.
             resample: bring audio of other sampling rates to 16 kHz while it is read.
+            channel: use only utterances that name this channel, and it alone of those that name several;
+                null: each must name one.
         """
 
         splits: dict[str, str] = {"train": "train", "dev": "dev", "test": "test"}
         recordings: str = "{part}_recordings.jsonl.gz"
         supervisions: str = "{part}_supervisions.jsonl.gz"
         resample: bool = False
+        channel: int | None = Field(default=None, ge=0)
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -40,7 +45,7 @@ class Manifests:
         """The manifests as they are; relative audio paths are taken from ``corpus_dir``.
 
         Raises:
-            DataError: if there is no root, or a manifest file is absent.
+            DataError: if there is no root, a manifest file is absent, or nothing names the channel.
         """
         if corpus_dir is None:
             raise DataError(
@@ -68,11 +73,36 @@ class Manifests:
                 for recording in _read(recordings_file, Recording.from_dict, prepared.problems)
             ]
             supervisions = _read(supervisions_file, SupervisionSegment.from_dict, prepared.problems)
+            supervisions = self._of_channel(supervisions, split, supervisions_file, prepared.notes)
             prepared.splits[split] = (
                 RecordingSet.from_recordings(recordings),
                 SupervisionSet.from_segments(supervisions),
             )
         return prepared
+
+    def _of_channel(self, supervisions: list[Any], split: str, path: Path, notes: list[str]) -> list[Any]:
+        """The utterances of the chosen channel, each with it alone."""
+        wanted = self.config.channel
+        if wanted is None or not supervisions:
+            return supervisions
+        named = [[sup.channel] if isinstance(sup.channel, int) else list(sup.channel) for sup in supervisions]
+        kept = [
+            replace(sup, channel=wanted)
+            for sup, channels in zip(supervisions, named, strict=True)
+            if wanted in channels
+        ]
+        if not kept:
+            there = ", ".join(map(str, sorted({number for channels in named for number in channels})))
+            raise DataError(
+                f"no utterance names channel {wanted}, they name {there}",
+                where=str(path),
+                remedy=f"set corpus.channel to one of these; if channel {wanted} is what was transcribed, "
+                "correct the manifest",
+            )
+        if len(kept) < len(supervisions):
+            gone = len(supervisions) - len(kept)
+            notes.append(f"{gone} of {len(supervisions)} {split} utterances are not of channel {wanted}")
+        return kept
 
     def _located(self, recording: Any, corpus_dir: Path) -> Any:
         """The recording with absolute paths, and resampled if asked for."""

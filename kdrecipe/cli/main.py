@@ -175,14 +175,37 @@ def _transcripts(subset: str | None) -> str:
 @click.option(
     "--variant", type=click.Choice(["fp32", "int8"]), help="Of an export.  [default: int8 if there]"
 )
+@click.option("--channel", type=click.IntRange(min=0), help="To listen to.  [default: the average of all]")
+@click.option(
+    "--longest",
+    "longest_s",
+    type=click.FloatRange(min=1),
+    default=30.0,
+    metavar="SECONDS",
+    help="Cut longer audio where it is quietest.  [default: 30]",
+)
 @_trust_option
 def transcribe(
-    model: Path, audio: tuple[Path, ...], decoder: str | None, variant: str | None, trust_plugins: bool
+    model: Path,
+    audio: tuple[Path, ...],
+    decoder: str | None,
+    variant: str | None,
+    channel: int | None,
+    longest_s: float,
+    trust_plugins: bool,
 ) -> None:
-    """Recognise audio files and say when each word starts."""
+    """Recognise audio files of any length and say when each word starts."""
     from kdrecipe.cli import transcribe as pipeline
 
-    pipeline.transcribe(model, audio, decoder=decoder, variant=variant, trust_plugins=trust_plugins)
+    pipeline.transcribe(
+        model,
+        audio,
+        decoder=decoder,
+        variant=variant,
+        channel=channel,
+        longest_s=longest_s,
+        trust_plugins=trust_plugins,
+    )
 
 
 @cli.command()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from kdrecipe.corpus.audio import read_audio, resample
+from kdrecipe.corpus.audio import open_audio, recognise_long
+from kdrecipe.corpus.segments import LONGEST_S
 from kdrecipe.errors import DataError, KdrecipeError, Problem
 from kdrecipe.interfaces import Hypothesis
 from kdrecipe.recipe.sections import Named
@@ -18,8 +20,10 @@ from kdrecipe.text import WORD_START
 class Recogniser(Protocol):
     """A bundle or an export, loaded."""
 
-    def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
-        """Recognise one utterance of any sampling rate, samples in [-1, 1]."""
+    def transcribe(
+        self, samples_S: np.ndarray, sample_rate: int, *, longest_s: float = LONGEST_S
+    ) -> Hypothesis:
+        """Recognise audio of any length and sampling rate, samples in [-1, 1]."""
 
 
 def transcribe(
@@ -28,16 +32,20 @@ def transcribe(
     *,
     decoder: str | None = None,
     variant: str | None = None,
+    channel: int | None = None,
+    longest_s: float = LONGEST_S,
     trust_plugins: bool = False,
 ) -> list[Hypothesis]:
     """Recognise files and print, per file, the text and the start of each word and token.
 
     Args:
         path: a bundle's directory, an export's directory, or an ``.onnx`` or ``.pt`` file of one.
-        audio_files: of any sampling rate, read by libsndfile.
+        audio_files: of any length and sampling rate, read by libsndfile.
         decoder: the search, for bundles (exports bring their runtime's own); None: the greedy one of
             the model's first head.
         variant: ``fp32`` or ``int8`` of an export's directory; None: int8 if it is there.
+        channel: the one to listen to, from 0; None: the average of all.
+        longest_s: audio that is longer is recognised in pieces, cut where it is quietest; 1 or more.
         trust_plugins: run the plugin files that a bundle brings.
 
     Returns:
@@ -45,16 +53,22 @@ def transcribe(
 
     Raises:
         KdrecipeError: ``path`` is nothing to recognise with.
-        DataError: audio can't be read; the files before it have been printed.
+        DataError: audio can't be read, or has samples that are no numbers; the files before it have been
+            printed.
     """
     # All files are looked at first: better than stopping at the tenth of them.
     missing = [Problem("there is no such file", str(f)) for f in audio_files if not Path(f).is_file()]
     if missing:
         raise DataError(missing)
     runner, pieces = open_runner(Path(path), decoder=decoder, variant=variant, trust_plugins=trust_plugins)
+    # Runners cut by themselves, unless told otherwise, what is longer than they should hear at once.
+    recognise: Callable[[np.ndarray, int], Hypothesis] = runner.transcribe
+    if longest_s > LONGEST_S:
+        recognise = partial(runner.transcribe, longest_s=longest_s)
     hypotheses = []
     for number, file in enumerate(audio_files):
-        hypothesis = runner.transcribe(*read_audio(file))
+        sample_rate, blocks = open_audio(file, channel)
+        hypothesis = recognise_long(recognise, blocks, sample_rate, longest_s)
         if number:
             print()
         print(show(str(file), hypothesis, pieces))
@@ -116,12 +130,14 @@ class BundleRunner:
         first = next(iter(self.bundle.meta["model"]["heads"]))
         self._decoder = build_decoder(self.bundle, Named(decoder or f"{first}_greedy"))
 
-    def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
-        """Recognise one utterance of any sampling rate."""
+    def transcribe(
+        self, samples_S: np.ndarray, sample_rate: int, *, longest_s: float = LONGEST_S
+    ) -> Hypothesis:
+        """Recognise audio of any length and sampling rate."""
         from kdrecipe.measure.search import recognise
 
-        samples_S, features = resample(samples_S, sample_rate), self.bundle.meta["features"]
-        return recognise(self.bundle.model, self._decoder, features, samples_S)
+        model, features = self.bundle.model, self.bundle.meta["features"]
+        return recognise(model, self._decoder, features, samples_S, sample_rate, longest_s)
 
 
 def show(name: str, hypothesis: Hypothesis, pieces: Sequence[str]) -> str:

@@ -55,7 +55,7 @@ def read_lines(path: Path) -> tuple[list[tuple[int, str]], list[DataProblem]]:
 
 
 def gather(
-    utterances: Iterable[Utterance], convert_dir: Path | None = None
+    utterances: Iterable[Utterance], convert_dir: Path | None = None, channel: int | None = None
 ) -> tuple[RecordingSet, SupervisionSet, list[DataProblem]]:
     """Manifests of utterances that have a file each, by a look at the files' headers.
 
@@ -66,6 +66,8 @@ def gather(
         utterances: in the order wanted.
         convert_dir: audio in NIST SPHERE, which Lhotse reads only with the program ``sph2pipe``,
             is rewritten here as ``<id>.wav``, sample by sample the same.
+        channel: the one that utterances take of files with several, from 0; None: all, which validation
+            refuses, since nobody chose.
     """
     from lhotse.audio import AudioSource, Recording, RecordingSet
     from lhotse.supervision import SupervisionSegment, SupervisionSet
@@ -84,6 +86,7 @@ def gather(
         path, rate, num_samples, num_channels = header
         source = AudioSource(type="file", channels=list(range(num_channels)), source=str(path.absolute()))
         duration = num_samples / rate
+        heard = list(range(num_channels)) if channel is None else channel
         recordings.append(
             Recording(
                 id=utt.id, sources=[source], sampling_rate=rate, num_samples=num_samples, duration=duration
@@ -95,7 +98,7 @@ def gather(
                 recording_id=utt.id,
                 start=0.0,
                 duration=duration,
-                channel=0,
+                channel=0 if num_channels == 1 else heard,
                 text=utt.text,
                 language=utt.language,
                 speaker=utt.speaker,

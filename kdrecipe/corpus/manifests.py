@@ -18,12 +18,13 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import fingerprint, sha256_file, write_jsonl_gz
-from kdrecipe.corpus.gather import reason
-from kdrecipe.corpus.problems import NAMES_SHOWN, DataProblem, OnError, as_left_out, settle
+from kdrecipe.corpus.audio_checks import audio_path, check_overlaps, check_recording
+from kdrecipe.corpus.problems import NAMES_SHOWN, DataProblem, OnError, as_left_out, notes_of, settle
 from kdrecipe.interfaces import SAMPLE_RATE, Prepared, TokenTable
 from kdrecipe.text import clean, control_characters, odd_characters, shown
 
@@ -89,28 +90,25 @@ def validate_corpus(
         num_workers: threads that decode.
 
     Returns:
-        What is wrong, besides ``prepared.problems``; several per utterance if need be.
+        What is wrong, besides ``prepared.problems``, and notes; several per utterance if need be.
     """
     problems: list[DataProblem] = []
     seen: dict[str, str] = {}
     for split, (recordings, supervisions) in prepared.splits.items():
         by_id = {recording.id: recording for recording in _items(recordings)}
-        sups_of: dict[str, list[str]] = {}
+        sups_of: dict[str, list[Any]] = {}
         for sup in _items(supervisions):
             if sup.id in seen:
                 what = f"in {seen[sup.id]} and {split}" if seen[sup.id] != split else f"in {split}"
                 problems.append(DataProblem(what, sup.id, kind="duplicate_id", id=sup.id))
             seen.setdefault(sup.id, split)
-            sups_of.setdefault(sup.recording_id, []).append(sup.id)
+            sups_of.setdefault(sup.recording_id, []).append(sup)
             problems += _check_supervision(sup, by_id.get(sup.recording_id))
-        used = [by_id[i] for i in sups_of if i in by_id]
+        used = {i: sups for i, sups in sups_of.items() if i in by_id}
+        check = partial(check_recording, sampling_rate=sampling_rate)
         with ThreadPoolExecutor(max(1, num_workers)) as pool:
-            faults = pool.map(lambda recording: _check_audio(recording, sampling_rate), used)
-            for recording, fault in zip(used, faults, strict=True):
-                if fault is not None:
-                    kind, what = fault
-                    where = audio_path(recording)
-                    problems += [DataProblem(what, where, kind=kind, id=i) for i in sups_of[recording.id]]
+            problems += itertools.chain.from_iterable(pool.map(check, map(by_id.get, used), used.values()))
+        problems += itertools.chain.from_iterable(map(check_overlaps, sups_of.values()))
     return problems
 
 
@@ -137,28 +135,6 @@ def _check_supervision(sup: Any, recording: Any | None) -> list[DataProblem]:
     if "\ufffd" in text:  # what readers write for bytes that they could not decode
         found.append(DataProblem(repr(text[:40]), where, kind="not_utf8", id=sup.id))
     return found
-
-
-def _check_audio(recording: Any, sampling_rate: int) -> tuple[str, str] | None:
-    """(kind, detail) of what is wrong with the audio, or None."""
-    for source in recording.sources:
-        if source.type == "file" and not Path(source.source).is_file():
-            return "missing_audio", ""
-    if recording.num_samples == 0:
-        return "zero_length", ""
-    if recording.sampling_rate != sampling_rate:
-        return "sampling_rate", f"{recording.sampling_rate} Hz instead of {sampling_rate}"
-    try:
-        samples = recording.load_audio()
-    except Exception as error:  # whatever the decoder raises, the file is at fault
-        return "undecodable", reason(error)
-    return None if samples.size else ("zero_length", "")
-
-
-def audio_path(recording: Any) -> str:
-    """Where a recording's (:class:`lhotse.Recording`) audio is: its first source's file, else its id."""
-    files = [source.source for source in recording.sources if source.type == "file"]
-    return str(files[0]) if files else str(recording.id)
 
 
 def transcripts(manifest_dir: Path, split: str, ids: Collection[str] | None = None) -> list[str]:
@@ -200,7 +176,7 @@ def check_lengths(
     for cut in _items(cuts):
         ids = tokenizer.encode(" ".join(sup.text or "" for sup in cut.supervisions))
         needed = len(ids) + sum(a == b for a, b in itertools.pairwise(ids))
-        num_frames = cut.num_frames if cut.has_features else round(cut.duration / frame_shift_s)
+        num_frames = cut.features.num_frames if cut.has_features else round(cut.duration / frame_shift_s)
         frames = subsampling(num_frames) if callable(subsampling) else -(-num_frames // subsampling)
         if frames < needed:
             where = audio_path(cut.recording) if cut.has_recording else cut.id
@@ -268,7 +244,8 @@ def finish(prepared: Prepared, out_dir: Path, on_error: OnError) -> Summary:
     from lhotse.audio import RecordingSet
     from lhotse.supervision import SupervisionSet
 
-    summary = Summary(left_out=as_left_out(prepared.problems), notes=list(prepared.notes))
+    notes = prepared.notes + notes_of(prepared.problems, out)
+    summary = Summary(left_out=as_left_out(prepared.problems), notes=notes)
     kept: dict[str, tuple[RecordingSet, SupervisionSet]] = {}
     seen: set[str] = set()
     for split, (recordings, supervisions) in prepared.splits.items():

@@ -206,7 +206,8 @@ class CutBatches:
         if cached is not None:
             return cached
         with _reading("features", cut_id, "rerun the features stage with --force"):
-            array = self._cuts[cut_id].load_features()
+            # Not cut.load_features, which finds no frame in a cut of less than 0.005 s.
+            array = self._cuts[cut_id].features.load()  # type: ignore[attr-defined]
         features = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
         self._features.offer(cut_id, features, features.numel() * features.element_size())
         return features

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from kdrecipe.corpus.audio import Utterance
+from kdrecipe.corpus.segments import LONGEST_S
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import SAMPLE_RATE, Exporter, Runtime
 from kdrecipe.recipe.suitable import RuntimeOptions, default_search
@@ -104,6 +105,7 @@ def measure_export(
     *,
     search: RuntimeOptions | None = None,
     num_threads: int = 1,
+    longest_s: float = LONGEST_S,
 ) -> Measurement:
     """Measure a variant that an exporter wrote, in the exporter's runtime.
 
@@ -115,6 +117,7 @@ def measure_export(
             before, without measuring.
         search: see :func:`kdrecipe.recipe.suitable.runtime_search`; None: the runtime's default.
         num_threads: of the runtime.
+        longest_s: utterances that are longer are recognised in pieces.
 
     Raises:
         KdrecipeError: there is no such export, no utterance or no runtime to measure it in, or the
@@ -122,7 +125,13 @@ def measure_export(
     """
     files = {part: Path(directory) / name for part, name in exporter.files[variant].items()}
     return measure_files(
-        exporter.runtime, files, utterances, search=search, num_threads=num_threads, label=variant
+        exporter.runtime,
+        files,
+        utterances,
+        search=search,
+        num_threads=num_threads,
+        longest_s=longest_s,
+        label=variant,
     )
 
 
@@ -133,6 +142,7 @@ def measure_files(
     *,
     search: RuntimeOptions | None = None,
     num_threads: int = 1,
+    longest_s: float = LONGEST_S,
     label: str = "",
 ) -> Measurement:
     """The same for files (part -> path) with ``tokens.txt`` beside them; ``label`` is added to the name."""
@@ -147,7 +157,8 @@ def measure_files(
                 remedy="speed and memory are measured on an export: rerun the export stage",
             )
     search = search or default_search(runtime)
-    ids, result = _run_worker(runtime, search, files, utterances, num_threads)
+    settings = {"search": search.name, "options": dict(search.options), "longest_s": longest_s}
+    ids, result = _run_worker(runtime, settings, files, utterances, num_threads)
     recognised = tuple(Recognised(id=i, **found) for i, found in zip(ids, result["utterances"], strict=True))
     rtfs = [r.decode_s / r.duration_s for r in recognised]
     threads = "1 thread" if num_threads == 1 else f"{num_threads} threads"
@@ -167,7 +178,7 @@ def measure_files(
 
 def _run_worker(
     runtime: Runtime,
-    search: RuntimeOptions,
+    settings: Mapping[str, Any],
     files: Mapping[str, Path],
     utterances: Iterable[Utterance],
     num_threads: int,
@@ -188,8 +199,7 @@ def _run_worker(
             raise KdrecipeError("there is no utterance to measure on", where=str(first))
         spec = {
             "start": runtime.start,
-            "search": search.name,
-            "options": dict(search.options),
+            **settings,
             "files": {part: str(path.resolve()) for part, path in files.items()},
             "tokens": str((first.parent / "tokens.txt").resolve()),
             "num_bins": _num_bins(first),

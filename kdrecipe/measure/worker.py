@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kdrecipe.corpus.segments import joined, segments
+
 Recognise = Callable[[Any, int], dict[str, Any]]
 """``(samples_S, sample_rate)`` to ``text``, ``tokens`` and ``times_s``."""
 
@@ -22,8 +24,8 @@ Recognise = Callable[[Any, int], dict[str, Any]]
 def main(spec_path: str, result_path: str) -> None:
     """Recognise the files that the spec lists, one after the other.
 
-    Spec: see :class:`kdrecipe.interfaces.Runtime`; also the runtime's ``start``, ``num_warm_up`` and
-    ``audio`` (paths).
+    Spec: see :class:`kdrecipe.interfaces.Runtime`; also the runtime's ``start``, ``num_warm_up``,
+    ``longest_s`` (what is longer is recognised in pieces) and ``audio`` (paths).
     Result: ``runtime``, ``load_s``, ``baseline_rss`` and ``peak_rss`` in bytes, and ``utterances``
     with ``text``, ``tokens``, ``times_s``, ``decode_s`` and ``duration_s``.
     """
@@ -37,11 +39,22 @@ def main(spec_path: str, result_path: str) -> None:
     load_s = time.perf_counter() - start
 
     def measured(path: str) -> dict[str, Any]:
-        samples_S, sample_rate = soundfile.read(path, dtype="float32")
-        start = time.perf_counter()
-        found = recognise(samples_S, sample_rate)
-        decode_s = time.perf_counter() - start
-        return {**found, "decode_s": decode_s, "duration_s": len(samples_S) / sample_rate}
+        parts, decode_s = [], 0.0
+        with soundfile.SoundFile(path) as file:
+            rate, duration_s = file.samplerate, file.frames / file.samplerate
+            for at_s, part_S in segments(file.blocks(10 * rate, dtype="float32"), rate, spec["longest_s"]):
+                start = time.perf_counter()
+                found = recognise(part_S, rate)
+                decode_s += time.perf_counter() - start
+                parts.append((at_s, found["text"], found["tokens"], found["times_s"]))
+        text, tokens, times_s = joined(parts)
+        return {
+            "text": text,
+            "tokens": tokens,
+            "times_s": times_s,
+            "decode_s": decode_s,
+            "duration_s": duration_s,
+        }
 
     for path in spec["audio"][: spec["num_warm_up"]]:
         measured(path)

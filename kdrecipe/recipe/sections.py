@@ -425,6 +425,7 @@ class Decode(Options):
         measure_max: utterances of the first split, over all speakers, on which searches are timed in torch.
         robustness: so many of them are also recognised with silence around, joined, at other levels and
             under noise, see :mod:`kdrecipe.measure.conditions`; 0: none.
+        longest_s: seconds that are recognised as one; longer utterances are cut where they are quietest.
     """
 
     splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("test",)
@@ -433,6 +434,7 @@ class Decode(Options):
     compare: tuple[tuple[str, str], ...] = ()
     measure_max: int = Field(default=100, ge=1)
     robustness: int = Field(default=100, ge=0)
+    longest_s: float = Field(default=30.0, ge=1.0)
 
 
 class Claim(Options):

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import write_atomic, write_json
+from kdrecipe.corpus.segments import LONGEST_S, SHORTEST_S
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import Decoder, Hypothesis, LanguageModel
+from kdrecipe.interfaces import SAMPLE_RATE, Decoder, Hypothesis, LanguageModel
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Named, Recipe, System
@@ -80,6 +81,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                 "splits": recipe.decode.splits,
                 "measure_max": recipe.decode.measure_max,
                 "robustness": recipe.decode.robustness,
+                "longest_s": recipe.decode.longest_s,
                 "searches": [{"label": label, "name": d.name, **d.options} for label, d in found.items()],
                 "plugins": {d.name: registry.fingerprint("decoders", d.name) for d in found.values()},
                 "exporter": _exporter_input(recipe, name),
@@ -122,13 +124,14 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     lm = _language_model(found, layout, bundle)
     decoders = {label: build_decoder(bundle, named, lm) for label, named in found.items()}
     cuts = {split: list(load_cuts(layout.features, split)) for split in recipe.decode.splits}
-    said = {split: decode_cuts(bundle, decoders, cuts[split]) for split in cuts}
+    longest_s = recipe.decode.longest_s
+    said = {split: decode_cuts(bundle, decoders, cuts[split], longest_s) for split in cuts}
     for split, by_label in said.items():
         for label, rows in by_label.items():
             _write(bundle_hyps_file(out, label, split), rows)
     main = next(iter(found))
     of_bundle = {split: by_label[main] for split, by_label in said.items()}
-    in_torch = partial(_recognise, bundle, decoders[main])
+    in_torch = partial(_recognise, bundle, decoders[main], longest_s)
     exports = layout.export(system.name, seed)
     row = _row(recipe, bundle, exports, (main, found[main]), cuts, of_bundle, in_torch)
     for split, rows in row.hypotheses.items():
@@ -166,7 +169,9 @@ def _search_facts(
     model = bundle.model.to("cpu")
     return {
         label: {
-            "rtf": search_rtf(model, decoders[label], bundle.meta["features"], sample),
+            "rtf": search_rtf(
+                model, decoders[label], bundle.meta["features"], sample, recipe.decode.longest_s
+            ),
             "decoder": d.name,
             "options": d.options,
             "head": head_of(recipe.plugins.registry, "decoders", d.name),
@@ -198,9 +203,47 @@ def _language_model(found: Mapping[str, Named], layout: Layout, bundle: Bundle) 
 
 
 def decode_cuts(
-    bundle: Bundle, decoders: Mapping[str, Decoder], cuts: Sequence[MonoCut]
+    bundle: Bundle,
+    decoders: Mapping[str, Decoder],
+    cuts: Sequence[MonoCut],
+    longest_s: float = LONGEST_S,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The best hypothesis of every cut by each decoder: label -> rows of the hypotheses file."""
+    """The best hypothesis of every cut by each decoder: label -> rows of the hypotheses file.
+
+    Cuts of more than ``longest_s``, or next to nothing, are recognised from their audio, as runtimes do.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {label: [] for label in decoders}
+    whole = [cut for cut in cuts if SHORTEST_S <= cut.duration <= longest_s]
+    if whole:
+        _decode_batches(bundle, decoders, whole, rows)
+    others = [cut for cut in cuts if not SHORTEST_S <= cut.duration <= longest_s]
+    _decode_pieces(bundle, decoders, others, longest_s, rows)
+    return rows
+
+
+def _decode_pieces(
+    bundle: Bundle,
+    decoders: Mapping[str, Decoder],
+    cuts: Sequence[MonoCut],
+    longest_s: float,
+    rows: dict[str, list[dict[str, Any]]],
+) -> None:
+    from kdrecipe.corpus.audio import utterances_from_cuts
+    from kdrecipe.measure.search import recognise
+
+    model, features = bundle.model.to("cpu"), bundle.meta["features"]
+    for cut, utterance in zip(cuts, utterances_from_cuts(cuts), strict=True):
+        for label, decoder in decoders.items():
+            h = recognise(model, decoder, features, utterance.samples_S, longest_s=longest_s)
+            rows[label].append(_line(cut, h.text, h.tokens, h.times_s, h.score))
+
+
+def _decode_batches(
+    bundle: Bundle,
+    decoders: Mapping[str, Decoder],
+    cuts: Sequence[MonoCut],
+    rows: dict[str, list[dict[str, Any]]],
+) -> None:
     import torch
 
     from kdrecipe.data.batches import CutBatches
@@ -212,7 +255,6 @@ def decode_cuts(
     batches = CutBatches(
         cuts, bundle.tokens, batch_duration_s=BATCH_DURATION_S, seed=0, labelled_ids=None, shuffle=False
     )
-    rows: dict[str, list[dict[str, Any]]] = {label: [] for label in decoders}
     for ids in batches.epoch(0):
         batch = batches.load(ids).map(lambda x: x.to(device))
         with torch.no_grad():
@@ -222,7 +264,6 @@ def decode_cuts(
                 rows[label] += [
                     _line(by_id[cut_id], h.text, h.tokens, h.times_s, h.score) for cut_id, h in found
                 ]
-    return rows
 
 
 def _row(
@@ -254,7 +295,7 @@ def _row(
         found = runtime_search(cls.runtime, search[1], registry)
         if isinstance(found, RuntimeOptions):
             about |= {"runs_in": cls.runtime.name, "name": found.name}
-            return _shipped(cls, exports / wanted.name, about, found, cuts)
+            return _shipped(cls, exports / wanted.name, about, found, cuts, recipe.decode.longest_s)
         why = found
     else:
         size_mb = None
@@ -269,13 +310,16 @@ def _shipped(
     about: dict[str, Any],
     search: RuntimeOptions,
     cuts: Mapping[str, Sequence[MonoCut]],
+    longest_s: float,
 ) -> Row:
     """Every split, recognised once in the runtime; the costs are those of the first split."""
     from kdrecipe.corpus.audio import utterances_from_cuts
     from kdrecipe.measure.runtime import measure_export
 
     def measure(utterances: Iterable[Utterance]) -> Measurement:
-        return measure_export(exporter, directory, about["variant"], utterances, search=search)
+        return measure_export(
+            exporter, directory, about["variant"], utterances, search=search, longest_s=longest_s
+        )
 
     def recognise(utterances: Sequence[Utterance]) -> list[str]:
         return [found.text for found in measure(utterances).utterances]
@@ -291,12 +335,14 @@ def _shipped(
     return Row(about, hypotheses, recognise, next(iter(measured.values())).summary())
 
 
-def _recognise(bundle: Bundle, decoder: Decoder, utterances: Sequence[Utterance]) -> list[str]:
+def _recognise(
+    bundle: Bundle, decoder: Decoder, longest_s: float, utterances: Sequence[Utterance]
+) -> list[str]:
     """Texts by the bundle in torch, one utterance at a time."""
     from kdrecipe.measure.search import recognise
 
     model, features = bundle.model.to("cpu"), bundle.meta["features"]
-    return [recognise(model, decoder, features, u.samples_S).text for u in utterances]
+    return [recognise(model, decoder, features, u.samples_S, SAMPLE_RATE, longest_s).text for u in utterances]
 
 
 def _under_conditions(row: Row, cuts: Sequence[MonoCut], number: int, out: Path) -> None:
@@ -307,8 +353,8 @@ def _under_conditions(row: Row, cuts: Sequence[MonoCut], number: int, out: Path)
 
     drawn = drawn_over_speakers(cuts, number)
     by_speaker = sorted(drawn, key=lambda cut: (str(cut.supervisions[0].speaker), cut.id))
-    clean = list(utterances_from_cuts(by_speaker))
-    heard = {name: condition.apply(clean) for name, condition in CONDITIONS.items()}
+    recorded = list(utterances_from_cuts(by_speaker))
+    heard = {name: condition.apply(recorded) for name, condition in CONDITIONS.items()}
     texts = iter(row.recognise([u for utterances in heard.values() for u in utterances]))
     for name, utterances in heard.items():
         rows = [{"id": u.id, "ref": u.text, "hyp": next(texts)} for u in utterances]

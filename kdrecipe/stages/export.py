@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import write_json
+from kdrecipe.interfaces import SAMPLE_RATE
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Named, Recipe, System
@@ -54,12 +56,18 @@ def _exporters(recipe: Recipe, model: Mapping[str, Any] | None) -> tuple[Named, 
 
 
 def compared_utterances(layout: Layout, num: int) -> list[Utterance]:
-    """What :data:`COMPARED_ON` says, ``num`` of them."""
-    from kdrecipe.corpus.audio import utterances_from_cuts
+    """What :data:`COMPARED_ON` says, ``num`` of them; of what runtimes would cut, the first piece."""
+    from kdrecipe.corpus.audio import Utterance, utterances_from_cuts
+    from kdrecipe.corpus.segments import segments
     from kdrecipe.corpus.subsets import drawn_over_speakers
     from kdrecipe.data.features import tuning_cuts
 
-    return list(utterances_from_cuts(drawn_over_speakers(tuning_cuts(layout.features), num)))
+    found = []
+    for utterance in utterances_from_cuts(drawn_over_speakers(tuning_cuts(layout.features), num)):
+        for _, first_S in itertools.islice(segments([utterance.samples_S], SAMPLE_RATE), 1):
+            is_whole = len(first_S) == len(utterance.samples_S)
+            found.append(utterance if is_whole else Utterance(utterance.id, first_S))
+    return found
 
 
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:

@@ -12,6 +12,7 @@ from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe
 from kdrecipe.stages.layout import Layout
+from kdrecipe.stages.long_utterances import tell_long_utterances
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
@@ -57,6 +58,7 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     listed = {name: corpus.list_path(name) for name in corpus.lists}
     rules = corpus.subsets | {name: {"listed_in": str(path)} for name, path in listed.items()}
     compute_features(layout.manifests, out, recipe.features.model_dump(), subsets=rules)
+    tell_long_utterances(recipe, out)
     torch.set_num_threads(threads)
     chosen = read_json(out / "subsets.json")
     for name, path in listed.items():

@@ -12,6 +12,7 @@ From Python::
     recogniser = Recogniser.load(".")
     recogniser.recognise(samples, 16000).text
 
+Audio may be of any length: long audio is recognised in pieces, cut where it is quietest (``--longest``).
 S samples, T frames, F feature bins, N hypotheses, P tokens so far, V vocabulary, L decoder layers, H
 attention heads, d width of a head, K hypotheses kept, C candidates for the next token.
 """
@@ -22,6 +23,7 @@ import argparse
 import math
 import sys
 import wave
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,10 @@ import kaldi_native_fbank as knf
 import numpy as np
 import onnxruntime
 
+from kdrecipe.corpus.segments import LONGEST_S, joined, segments
+
 SAMPLE_RATE = 16000
+BLOCK_S = 10  # of a file are read at once
 BLANK_ID = 0
 SOS_EOS_ID = 1
 TOKENS = "tokens.txt"
@@ -120,34 +125,39 @@ class Recogniser:
 
     def recognise(
         self,
-        samples_S: np.ndarray,
+        samples: np.ndarray | Iterable[np.ndarray],
         sample_rate: int,
         *,
+        longest_s: float = LONGEST_S,
         beam: int | None = None,
         ctc_weight: float = 0.3,
         length_bonus: float = 0.0,
         max_len_ratio: float = 1.0,
     ) -> Recognised:
-        """One utterance.
+        """Audio of any length.
 
         Args:
-            samples_S: float32 in [-1, 1], one channel.
+            samples: (S,) float32 in [-1, 1], one channel; or the same in blocks.
             sample_rate: of the samples; other rates than 16 kHz are converted.
+            longest_s: audio that is longer is recognised in pieces, cut where it is quietest.
             beam: hypotheses that are kept; None: greedy search, on attention alone.
             ctc_weight: share of CTC against attention in a beam search, in [0, 1).
             length_bonus: added per token in a beam search.
             max_len_ratio: tokens per frame that a beam search gives, at most.
         """
-        features_TF = fbank(resample(samples_S, sample_rate), self.num_bins)
-        if len(features_TF) == 0:
-            return Recognised("", [])
-        encoded = self.encode(features_TF[None], np.array([len(features_TF)]))
-        if beam is None:
-            return self._recognised(self.greedy(encoded))
-        weight = ctc_weight if self.has_ctc else 0.0
-        search = BeamSearch(self, encoded, beam, weight, length_bonus, max_len_ratio=max_len_ratio)
-        tokens, score = search.run()
-        return self._recognised(tokens, score)
+        found = []
+        blocks = [samples] if isinstance(samples, np.ndarray) else samples
+        for _, part_S in segments(blocks, sample_rate, longest_s):
+            features_TF = fbank(resample(part_S, sample_rate), self.num_bins)
+            encoded = self.encode(features_TF[None], np.array([len(features_TF)]))
+            if beam is None:
+                found.append(self._recognised(self.greedy(encoded)))
+                continue
+            weight = ctc_weight if self.has_ctc else 0.0
+            search = BeamSearch(self, encoded, beam, weight, length_bonus, max_len_ratio=max_len_ratio)
+            found.append(self._recognised(*search.run()))
+        text, tokens, _ = joined((0.0, part.text, part.tokens, []) for part in found)
+        return Recognised(text, tokens, None if beam is None else sum(part.score or 0.0 for part in found))
 
     def encode(self, features_NTF: np.ndarray, lens_N: np.ndarray) -> Encoded:
         """What the decoder reads of each utterance; features past their lengths do not matter."""
@@ -375,8 +385,7 @@ def fbank(samples_S: np.ndarray, num_bins: int) -> np.ndarray:
     computer: Any = knf.OnlineFbank(options)  # takes arrays; its types speak of sequences only
     computer.accept_waveform(SAMPLE_RATE, np.ascontiguousarray(samples_S, dtype=np.float32))
     computer.input_finished()
-    frames = [computer.get_frame(i) for i in range(computer.num_frames_ready)]
-    return np.stack(frames) if frames else np.zeros((0, num_bins), dtype=np.float32)
+    return np.stack([computer.get_frame(i) for i in range(computer.num_frames_ready)])
 
 
 def resample(samples_S: np.ndarray, sample_rate: int) -> np.ndarray:
@@ -396,21 +405,31 @@ def resample(samples_S: np.ndarray, sample_rate: int) -> np.ndarray:
     return resampled[: math.ceil(new * len(samples_S) / old)]
 
 
-def read_wav(path: Path | str) -> tuple[np.ndarray, int]:
-    """Samples (S,) in [-1, 1], channels averaged, and the sampling rate of a WAV file of integers.
+def read_wav(path: Path | str) -> tuple[Iterator[np.ndarray], int]:
+    """Samples in blocks (S,) in [-1, 1], channels averaged, and the sampling rate of a WAV file of integers.
 
     Raises:
         RecogniserError: no such file, or another format.
     """
     try:
-        with wave.open(str(path)) as file:
-            data, width = file.readframes(file.getnframes()), file.getsampwidth()
-            rate, channels = file.getframerate(), file.getnchannels()
+        file = wave.open(str(path))  # noqa: SIM115 (closed after its last block)
     except FileNotFoundError:
         raise RecogniserError(f"{path}: there is no such file") from None
     except (wave.Error, EOFError) as error:
         remedy = f"convert it: ffmpeg -i {path} -ar {SAMPLE_RATE} -ac 1 -c:a pcm_s16le out.wav"
         raise RecogniserError(f"{path}: no WAV file of integers ({error}); {remedy}") from None
+    return _blocks(file), file.getframerate()
+
+
+def _blocks(file: wave.Wave_read) -> Iterator[np.ndarray]:
+    width, channels = file.getsampwidth(), file.getnchannels()
+    with file:
+        while data := file.readframes(BLOCK_S * file.getframerate()):
+            yield _samples(data, width).reshape(-1, channels).mean(axis=1)
+
+
+def _samples(data: bytes, width: int) -> np.ndarray:
+    """In [-1, 1], of integers of ``width`` bytes each."""
     if width == 1:
         samples = np.frombuffer(data, dtype=np.uint8).astype(np.float32) / 128 - 1
     else:
@@ -418,7 +437,7 @@ def read_wav(path: Path | str) -> tuple[np.ndarray, int]:
         wide = np.zeros((len(raw), 4), dtype=np.uint8)
         wide[:, 4 - width :] = raw  # integers of any width as the upper bytes of 32 bits
         samples = wide.view("<i4")[:, 0].astype(np.float32) / 2**31
-    return samples.reshape(-1, channels).mean(axis=1), rate
+    return samples
 
 
 # ---------------------------------------------------------------- files
@@ -456,16 +475,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--variant", choices=FILES, help="default: int8 if it is there")
     parser.add_argument("--beam", type=int, help="hypotheses kept in a beam search; default: greedy search")
     parser.add_argument("--ctc-weight", type=float, default=0.3, help="share of CTC in a beam search")
+    parser.add_argument("--longest", type=float, default=LONGEST_S, help="seconds that are recognised as one")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     if options.beam == 0 or (options.beam or 1) < 1 or not 0 <= options.ctc_weight < 1:
         parser.error("--beam must be at least 1, and --ctc-weight in [0, 1)")
+    if not options.longest >= 1:
+        parser.error("--longest must be at least 1")
     try:
         here = Path(__file__).resolve().parent
         recogniser = Recogniser.load(here, options.variant, num_threads=options.threads)
         for file in options.audio:
-            search = {"beam": options.beam, "ctc_weight": options.ctc_weight}
-            print(f"{file}: {recogniser.recognise(*read_wav(file), **search).text}", flush=True)
+            blocks, rate = read_wav(file)
+            found = recogniser.recognise(
+                blocks, rate, longest_s=options.longest, beam=options.beam, ctc_weight=options.ctc_weight
+            )
+            print(f"{file}: {found.text}", flush=True)
     except RecogniserError as error:
         print(error, file=sys.stderr)
         return 1

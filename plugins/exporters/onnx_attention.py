@@ -20,7 +20,7 @@ of the tokens before them; what the encoder gave, for each hypothesis or (N = 1)
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
+from kdrecipe.corpus import segments
+from kdrecipe.corpus.segments import LONGEST_S
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.frames import frame_mask
 from kdrecipe.interfaces import BundleLike, Hypothesis, Runner, Runtime, RuntimeSearch, float_copy
@@ -79,7 +81,7 @@ class OnnxAttention:
         written = onnx_files.write(
             [_encoder(model, batch, about), _decoder(model, about)], bundle, self.config, directory
         )
-        shutil.copyfile(attention_runtime.__file__, directory / PROGRAM)
+        (directory / PROGRAM).write_text(program(), encoding="utf-8")
         return {variant: [*names, PROGRAM] for variant, names in written.items()}
 
     def load(self, directory: Path, variant: str, *, num_threads: int = 1) -> Runner:
@@ -89,6 +91,18 @@ class OnnxAttention:
             KdrecipeError: a file is missing.
         """
         return OnnxAttentionRunner(Path(directory), variant, num_threads=num_threads)
+
+
+def program() -> str:
+    """``recognise.py``: one file, with the code that it imports from kdrecipe put in place of the import."""
+    source = Path(attention_runtime.__file__).read_text(encoding="utf-8")
+    (line,) = re.findall(r"^from kdrecipe\.corpus\.segments import .*\n", source, flags=re.MULTILINE)
+    code = (
+        Path(segments.__file__)
+        .read_text(encoding="utf-8")
+        .partition("from __future__ import annotations\n")[2]
+    )
+    return source.replace(line, code.strip() + "\n")
 
 
 class OnnxAttentionRunner:
@@ -124,9 +138,11 @@ class OnnxAttentionRunner:
         """The best token at each step."""
         return self.recogniser.greedy(self.recogniser.encode(features_TF[None], np.array([len(features_TF)])))
 
-    def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
-        """Recognise one utterance of any sampling rate; tokens have no times."""
-        found = self.recogniser.recognise(samples_S, sample_rate)
+    def transcribe(
+        self, samples_S: np.ndarray, sample_rate: int, *, longest_s: float = LONGEST_S
+    ) -> Hypothesis:
+        """Recognise audio of any length and sampling rate; tokens have no times."""
+        found = self.recogniser.recognise(samples_S, sample_rate, longest_s=longest_s)
         return Hypothesis(found.text, found.tokens, score=found.score)
 
 

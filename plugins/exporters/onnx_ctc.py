@@ -21,6 +21,7 @@ import numpy as np
 import onnxruntime
 
 from kdrecipe import hookimpl
+from kdrecipe.corpus.segments import LONGEST_S
 from kdrecipe.data.tokens import ids_by_name, read_pieces
 from kdrecipe.interfaces import BundleLike, Hypothesis, Runner, Runtime, RuntimeSearch, float_copy
 
@@ -119,9 +120,11 @@ class OnnxRunner:
         """Tokens of the best path."""
         return best_path(valid_rows(*self.log_probs(features_TF[None], np.array([len(features_TF)])))[0])[0]
 
-    def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
-        """Recognise one utterance; sherpa-onnx resamples if it must."""
-        return sherpa.recognise(self._recogniser, self._ids, samples_S, sample_rate)
+    def transcribe(
+        self, samples_S: np.ndarray, sample_rate: int, *, longest_s: float = LONGEST_S
+    ) -> Hypothesis:
+        """Recognise audio of any length; sherpa-onnx resamples if it must."""
+        return sherpa.recognise(self._recogniser, self._ids, samples_S, sample_rate, longest_s)
 
     @cached_property
     def _session(self) -> onnxruntime.InferenceSession:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
+from kdrecipe.corpus.segments import LONGEST_S
 from kdrecipe.data.tokens import ids_by_name, read_pieces
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import (
@@ -143,9 +144,11 @@ class OnnxTransducerRunner:
         (encoder_TJ,) = self._encode(features_TF[None], np.array([len(features_TF)]))
         return [label for label in self._walk(encoder_TJ, None)[0] if label != BLANK_ID]
 
-    def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
-        """Recognise one utterance; sherpa-onnx resamples if it must."""
-        return sherpa.recognise(self._recogniser, self._ids, samples_S, sample_rate)
+    def transcribe(
+        self, samples_S: np.ndarray, sample_rate: int, *, longest_s: float = LONGEST_S
+    ) -> Hypothesis:
+        """Recognise audio of any length; sherpa-onnx resamples if it must."""
+        return sherpa.recognise(self._recogniser, self._ids, samples_S, sample_rate, longest_s)
 
     def _encode(self, features_BTF: np.ndarray, lens_B: np.ndarray) -> list[np.ndarray]:
         inputs = {"x": features_BTF.astype(np.float32), "x_lens": lens_B.astype(np.int64)}

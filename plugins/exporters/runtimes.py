@@ -5,6 +5,7 @@ Nothing here imports torch, nor anything of the core: memory that is not the mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ def attention() -> Started:
         recogniser = attention_runtime.Recogniser(**paths, num_threads=spec["num_threads"])
 
         def recognise(samples_S: Any, sample_rate: int) -> dict[str, Any]:
-            found = recogniser.recognise(samples_S, sample_rate, **spec["options"])
+            longest_s = math.inf  # whoever calls has cut long audio
+            found = recogniser.recognise(samples_S, sample_rate, longest_s=longest_s, **spec["options"])
             return {"text": found.text, "tokens": [recogniser.pieces[i] for i in found.tokens], "times_s": []}
 
         return recognise

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kdrecipe.artifacts import write_atomic
+from kdrecipe.corpus.audio import recognise_long
 from kdrecipe.data.tokens import read_pieces
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import SOS_EOS_ID, BundleLike, Hypothesis, Speller
@@ -31,13 +32,19 @@ def check_frame_shift(bundle: BundleLike, exporter: str) -> None:
         )
 
 
-def recognise(recogniser: Any, ids: dict[str, int], samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
-    """One utterance by an ``OfflineRecognizer``, which resamples if it must."""
-    stream = recogniser.create_stream()
-    stream.accept_waveform(sample_rate, np.ascontiguousarray(samples_S, dtype=np.float32))
-    recogniser.decode_stream(stream)
-    result = stream.result
-    return Hypothesis(result.text.strip(), [ids[token] for token in result.tokens], list(result.timestamps))
+def recognise(
+    recogniser: Any, ids: dict[str, int], samples_S: np.ndarray, sample_rate: int, longest_s: float
+) -> Hypothesis:
+    """Audio of any length by an ``OfflineRecognizer``, which resamples if it must."""
+
+    def recognise_one(part_S: np.ndarray, sample_rate: int) -> Hypothesis:
+        stream = recogniser.create_stream()
+        stream.accept_waveform(sample_rate, np.ascontiguousarray(part_S, dtype=np.float32))
+        recogniser.decode_stream(stream)
+        found = stream.result
+        return Hypothesis(found.text.strip(), [ids[token] for token in found.tokens], list(found.timestamps))
+
+    return recognise_long(recognise_one, [samples_S], sample_rate, longest_s)
 
 
 # ---------------------------------------------------------------- texts

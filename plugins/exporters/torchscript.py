@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from kdrecipe import hookimpl
-from kdrecipe.corpus.audio import resample
+from kdrecipe.corpus.audio import recognise_long, resample
+from kdrecipe.corpus.segments import LONGEST_S
 from kdrecipe.data.features import extract
 from kdrecipe.data.tokens import read_pieces
 from kdrecipe.errors import KdrecipeError
@@ -107,8 +108,13 @@ class TorchScriptRunner:
         """Tokens of the best path."""
         return best_path(self._log_probs_of_one(features_TF))[0]
 
-    def transcribe(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
-        """Recognise one utterance of any sampling rate."""
+    def transcribe(
+        self, samples_S: np.ndarray, sample_rate: int, *, longest_s: float = LONGEST_S
+    ) -> Hypothesis:
+        """Recognise audio of any length and sampling rate."""
+        return recognise_long(self._recognise, [samples_S], sample_rate, longest_s)
+
+    def _recognise(self, samples_S: np.ndarray, sample_rate: int) -> Hypothesis:
         features_TF = extract(resample(samples_S, sample_rate), SAMPLE_RATE, self._notes["features"])
         log_probs_TV = self._log_probs_of_one(features_TF)
         tokens, frames = best_path(log_probs_TV)

@@ -32,6 +32,10 @@ class FakeCut:
     def supervisions(self):
         return [SimpleNamespace(text=self.text)]
 
+    @property
+    def features(self):
+        return SimpleNamespace(load=self.load_features)
+
     def load_features(self):
         self.reads.append(self.id)
         number = int(self.id.removeprefix("c"))

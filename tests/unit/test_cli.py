@@ -283,7 +283,7 @@ def test_transcribe_and_bench_pass_on(tmp_path, monkeypatch):
     monkeypatch.setattr(kdrecipe.cli.bench, "bench", lambda *a, **k: calls.append((a, k)))
     assert main(["transcribe", "bundle", "a.wav", "b.wav", "--variant", "int8"]) == 0
     assert main(["bench", "bundle"]) == 0
-    options = {"decoder": None, "variant": "int8", "trust_plugins": False}
+    options = {"decoder": None, "variant": "int8", "channel": None, "longest_s": 30.0, "trust_plugins": False}
     assert calls == [
         ((Path("bundle"), (Path("a.wav"), Path("b.wav"))), options),
         ((Path("bundle"), ()), {"trust_plugins": False}),

@@ -9,6 +9,7 @@ import pytest
 import soundfile
 from lhotse.array import TemporalArray
 from lhotse.audio import Recording, RecordingSet
+from lhotse.features.kaldi.extractors import Fbank, FbankConfig
 from lhotse.supervision import SupervisionSegment, SupervisionSet
 
 from kdrecipe.corpus.subsets import choose_subsets, read_ids
@@ -65,6 +66,13 @@ def test_stored_features_are_those_of_the_audio_not_normalised(features):
     samples = cut.load_audio()[0]
     np.testing.assert_array_equal(cut.load_features(), extract(samples, SAMPLE_RATE, CONFIG))
     assert len(cut.load_features()) == round(cut.duration / FRAME_SHIFT_S)
+
+
+@pytest.mark.parametrize("num_samples", [959_999, 960_000, 960_080, 960_161, 2_000_007])
+def test_long_audio_has_lhotses_features_part_by_part(num_samples: int) -> None:
+    samples = (0.1 * np.random.default_rng(0).standard_normal(num_samples)).astype(np.float32)
+    expected = Fbank(FbankConfig(num_filters=40)).extract(samples[None], SAMPLE_RATE)
+    np.testing.assert_allclose(extract(samples, SAMPLE_RATE, CONFIG), expected, atol=1e-4)
 
 
 def test_statistics_are_of_the_unperturbed_training_cuts(features):

@@ -42,6 +42,10 @@ class ToyCut:
     def supervisions(self):
         return [SimpleNamespace(text=self.text)]
 
+    @property
+    def features(self):
+        return SimpleNamespace(load=self.load_features)
+
     def load_features(self):
         rng = np.random.default_rng(self.seed)
         rows = []
