@@ -508,26 +508,34 @@ def _uninitialised() -> Iterator[None]:
     than all else that ``kdrecipe check`` does.
     """
     import torch
-    from torch.nn.modules.module import register_module_parameter_registration_hook
     from torch.overrides import TorchFunctionMode
 
     random = (torch.Tensor.uniform_, torch.Tensor.normal_)
-    num_tensors = 0
 
     class SkipRandom(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return args[0] if func in random else func(*args, **(kwargs or {}))
 
+    with torch.random.fork_rng(devices=[]), SkipRandom(), few_tensors():
+        yield
+
+
+@contextmanager
+def few_tensors() -> Iterator[None]:
+    """KdrecipeError for a model that would be built until the memory is full (num_layers: 100000000)."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    num_tensors = 0
+
     def count(module: Any, name: str, parameter: Any) -> None:
         nonlocal num_tensors
         num_tensors += 1
-        if num_tensors > MAX_TENSORS:  # num_layers: 100000000 would build until the memory is full
+        if num_tensors > MAX_TENSORS:
             raise KdrecipeError(f"it has more than {MAX_TENSORS} weight tensors")
 
     counting = register_module_parameter_registration_hook(count)
     try:
-        with torch.random.fork_rng(devices=[]), SkipRandom():
-            yield
+        yield
     finally:
         counting.remove()
 
