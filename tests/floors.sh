@@ -36,5 +36,6 @@ rm -rf "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $floors
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -e .
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-if (($# == 0)); then set -- tests/unit; fi
+# What ruff and mypy say depends on the libraries' own annotations: they judge the pinned versions only.
+if (($# == 0)); then set -- tests/unit -k "not the_tool_is_content"; fi
 exec "$venv/bin/python" -m pytest "$@"

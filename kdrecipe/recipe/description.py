@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kdrecipe.errors import KdrecipeError, Problem
 
@@ -64,4 +64,10 @@ class Description(_Part):
     params: int
     number_format: str
     frame_shift_s: float
-    frame_shifts_s: _Shifts = _Shifts()
+    frame_shifts_s: _Shifts
+
+    @model_validator(mode="after")
+    def _every_head_has_a_shift(self) -> Description:
+        if lacking := set(self.model.heads) - set(self.frame_shifts_s.heads):
+            raise ValueError(f"frame_shifts_s.heads lacks {', '.join(sorted(lacking))}")
+        return self

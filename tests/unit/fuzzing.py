@@ -210,6 +210,7 @@ class World:
     tally: Tally = field(default_factory=Tally)
     lines: dict[str, list[Any]] = field(default_factory=dict)
     description: Any = None  # of the bundle
+    files: list[str] = field(default_factory=list)  # broken ones, and their folders
 
     @classmethod
     def make(cls, home: Path) -> World:
@@ -223,6 +224,7 @@ class World:
         (home / "recipe" / "plugin.py").write_text(PLUGIN)
         world.write_recipe(world.base())
         write_broken(home / "files")
+        world.files = [str(path) for path in sorted((home / "files").rglob("*"))]
         world.description = write_bundle(home / "bundle").meta
         return world
 
@@ -339,8 +341,7 @@ def _check(world: World) -> list[st.SearchStrategy[str]]:
 
 def _files(world: World, *more: str) -> st.SearchStrategy[str]:
     """Files of every kind but the right one, and the folders they are in."""
-    kinds = [str(path) for path in sorted((world.home / "files").rglob("*"))]
-    return _words(*kinds, str(world.home / "corpus" / "audio"), "/dev/null", *more)
+    return _words(*world.files, str(world.home / "corpus" / "audio"), "/dev/null", *more)
 
 
 def _transcribe(world: World) -> list[st.SearchStrategy[str]]:

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 TRIES = int(os.environ.get("KDRECIPE_FUZZ", "60"))
+ALWAYS_THE_SAME = "KDRECIPE_FUZZ" not in os.environ  # the suite must not fail by chance
 KINDS = 5
 
 
@@ -25,7 +26,8 @@ def tries(share: float = 1 / KINDS):
         max_examples=max(5, round(share * TRIES)),
         deadline=None,
         database=None,
-        print_blob=True,
+        derandomize=ALWAYS_THE_SAME,
+        print_blob=not ALWAYS_THE_SAME,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink],
     )
@@ -110,7 +112,8 @@ def test_files_of_every_kind_but_the_right_one(world, name):
         assert world.call("transcribe", model, world.wav) == 2
         assert world.call("bench", model) == 2
     assert world.call("check", str(folder)) == 2
-    assert world.call("plugins", "test", "wer", "--file", str(folder / "a.py")) == 2
+    if name != "empty":  # which is a plugin that registers nothing
+        assert world.call("plugins", "test", "wer", "--file", str(folder / "a.py")) == 2
     recipe = world.base()
     recipe["systems"]["big"] = {"pretrained": {"bundle": str(folder)}}
     world.write_recipe(recipe)
