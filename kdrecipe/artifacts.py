@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,26 +76,50 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_IN_THE_WAY = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+    | {errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EMFILE, errno.ENFILE}
+)
+_PROBE_BYTES = 1 << 20
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk, a missing permission or a file in the way into an error with a remedy."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent).free / 1e6
+    except (OSError, RuntimeError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # Libraries that write files on their own have exceptions of their own for a full disk.
+        place = path if number in _FULL else None if number is not None else _full_disk(path)
+        if place is not None:
+            folder = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
             raise KdrecipeError(
-                f"no space left on the disk ({free:.0f} MB free)",
-                where=str(path),
+                f"no space left on the disk ({shutil.disk_usage(folder).free / 1e6:.0f} MB free)",
+                where=str(place),
                 remedy="free some space or choose another directory with --work DIR, then repeat the command",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if number is not None and number in _IN_THE_WAY:
             raise KdrecipeError(
-                str(error.strerror).lower(),
-                where=str(error.filename or path),
+                str(os.strerror(number)).lower(),
+                where=str(getattr(error, "filename", None) or path),
                 remedy="check its permissions, or choose another directory with --work DIR",
             ) from error
         raise
+
+
+def _full_disk(path: Path) -> Path | None:
+    """The folder, of those at ``path`` and for temporary files, that takes no more; None: neither is full."""
+    above = next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path.cwd())
+    for folder in (above, Path(tempfile.gettempdir())):
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(_PROBE_BYTES))
+        except OSError as error:
+            if error.errno in _FULL:
+                return folder
+    return None
 
 
 def write_json(path: Path, value: Any) -> None:

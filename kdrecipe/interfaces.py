@@ -35,9 +35,10 @@ FRAME_SAMPLES = 160
 
 
 class Options(BaseModel):
-    """Base of every plugin's nested ``Config``: unknown keys are errors, values do not change."""
+    """Base of every plugin's nested ``Config``: unknown keys are errors, numbers are finite, values do not
+    change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 # ---------------------------------------------------------------- targets
@@ -787,7 +788,11 @@ class Prepared:
 
 
 class Corpus(Protocol):
-    """A corpus, built as ``cls(config)``."""
+    """A corpus, built as ``cls(config)``.
+
+    May have ``split_names``, the splits that it will give where its options say so much: then a recipe that
+    decodes any other is refused before any work, instead of after stage 0.
+    """
 
     Config: ClassVar[type[Options]]
 

@@ -30,6 +30,7 @@ class An4:
 
     tiny_options: ClassVar[dict[str, int]] = {"num_dev_speakers": 1}
     contract_options: ClassVar[dict[str, int]] = {"num_dev_speakers": 2}
+    split_names = ("train", "dev", "test")
 
     class Config(Options):
         """Options of the corpus.

@@ -7,6 +7,8 @@
 # another package index (the CPU-only builds are a tenth of the size). KDRECIPE_PYTHON names another
 # Python to make .venv with.
 
+torch_versions() { grep -E '^torch(audio)?==' "$root/constraints.txt" | paste -sd, -; }
+
 kdrecipe_env() {
     local extras=$1 python=${KDRECIPE_PYTHON:-python3} wanted="import kdrecipe.cli.main"
     if [[ $extras == *test* ]]; then wanted+=", hypothesis, pytest, pytest_timeout, xdist"; fi
@@ -30,7 +32,13 @@ kdrecipe_env() {
     [[ -x $root/.venv/bin/python ]] || "$python" -m venv "$root/.venv"
     local pip=("$KDRECIPE_PY" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt")
     if [[ -n ${KDRECIPE_TORCH_INDEX:-} ]]; then
-        "${pip[@]}" --index-url "$KDRECIPE_TORCH_INDEX" torch torchaudio
+        local log=$root/.venv/torch.log
+        "${pip[@]}" --index-url "$KDRECIPE_TORCH_INDEX" torch torchaudio > "$log" 2>&1 || {
+            tail -n 3 "$log" >&2
+            echo "KDRECIPE_TORCH_INDEX=$KDRECIPE_TORCH_INDEX does not give $(torch_versions) (all of it: $log)." >&2
+            echo "  -> correct the address, or take the usual index: unset KDRECIPE_TORCH_INDEX" >&2
+            return 1
+        }
     fi
     "${pip[@]}" -e "$root[$extras]" || {
         echo "The installation failed (messages above). -> fix the cause (network, disk space) and run again." >&2

@@ -44,6 +44,8 @@ class LibriSpeech:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        named = tuple(split for split, parts in config.parts.items() if parts is not None)
+        self.split_names = named if config.parts else _SPLITS
 
     def prepare(self, corpus_dir: Path | None, out_dir: Path) -> Prepared:
         """Manifests of the splits.

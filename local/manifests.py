@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from kdrecipe import hookimpl
+from kdrecipe.corpus.fields import wrong_field
 from kdrecipe.corpus.gather import read_lines
 from kdrecipe.corpus.problems import DataProblem
 from kdrecipe.errors import DataError, Problem
@@ -40,6 +41,7 @@ class Manifests:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.split_names = tuple(config.splits)
 
     def prepare(self, corpus_dir: Path | None, out_dir: Path) -> Prepared:
         """The manifests as they are; relative audio paths are taken from ``corpus_dir``.
@@ -122,10 +124,15 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], Any], problems: list[Any
     problems += found
     entries = []
     for number, line in lines:
+        what: str | None
         try:
-            entries.append(parse(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            entry = parse(json.loads(line))
+            what = wrong_field(entry)
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
             what = f"{type(error).__name__}: {error}"[:120]
+        if what is None:
+            entries.append(entry)
+        else:
             problems.append(DataProblem(what, f"{path}:{number}", kind="malformed"))
     return entries
 

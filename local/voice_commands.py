@@ -75,6 +75,7 @@ class VoiceCommands:
     """Corpus ``voice_commands``."""
 
     synthesised: ClassVar[bool] = True
+    split_names = _SPLITS
     tiny_options: ClassVar[dict[str, Any]] = {
         "num_utterances": {"train": 40, "dev": 10, "test": 10},
         "hours": {},

@@ -123,8 +123,10 @@ def _exporter(bundle: Bundle) -> Exporter:
 
 
 def _row(model: _Measured, utterances: Sequence[Utterance]) -> dict[str, object]:
+    from kdrecipe.measure.exports import check_tokens
     from kdrecipe.measure.runtime import measure_files
 
+    check_tokens(next(iter(model.files.values())))
     measured = measure_files(model.runtime, model.files, utterances, label=model.label)
     return {
         "model": model.name,
@@ -141,12 +143,9 @@ def _row(model: _Measured, utterances: Sequence[Utterance]) -> dict[str, object]
 
 def _num_params(model: Path) -> str:
     """Of the whole export, as its metadata says; ``?`` for models from elsewhere and of other kinds."""
-    if model.suffix != ".onnx":
-        return "?"
-    import onnx
+    from kdrecipe.measure.exports import onnx_properties
 
-    properties = {p.key: p.value for p in onnx.load(model).metadata_props}
-    return str(properties.get("num_params", "?"))
+    return onnx_properties(model).get("num_params", "?")
 
 
 def _read(audio_files: Sequence[Path | str]) -> list[Utterance]:

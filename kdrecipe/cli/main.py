@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kdrecipe import __version__
+from kdrecipe.artifacts import disk_errors
 from kdrecipe.cli.plugins import new, plugins
 from kdrecipe.errors import KdrecipeError, ParityError, Problem, RecipeError, TrainingError, did_you_mean
 from kdrecipe.stages import STAGES
@@ -308,13 +310,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # instead of taking cores from other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        status = cli.main(args=argv, prog_name="kdrecipe", standalone_mode=False)
+        with disk_errors(Path.cwd()):
+            status = cli.main(args=argv, prog_name="kdrecipe", standalone_mode=False)
     except KdrecipeError as error:
-        sys.stdout.flush()
-        number = len(error.problems)
-        head = f"kdrecipe: {number} problems\n" if number > 1 else "kdrecipe: "
-        print(f"{head}{error}", file=sys.stderr)
-        return EXIT_FAILED if isinstance(error, (TrainingError, ParityError)) else EXIT_BAD_INPUT
+        return _told(error)
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -325,7 +324,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has stopped (| head); keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except (Exception, SystemExit) as error:
+        from kdrecipe.plugin.blame import blamed, strangers
+
+        blame = blamed(error)
+        if blame is not None:
+            blame.__cause__ = error
+            return _told(blame)
+        if suspects := strangers():
+            hint = "a bug of kdrecipe, or a plugin that does not keep to its interface"
+            print(f"kdrecipe: {hint}: see kdrecipe plugins test for {', '.join(suspects)}", file=sys.stderr)
+        raise
     return status if isinstance(status, int) else 0
+
+
+def _told(error: KdrecipeError) -> int:
+    """Print an error for the person who caused it; returns the exit status."""
+    sys.stdout.flush()
+    if error.__cause__ is not None and os.environ.get("KDRECIPE_TRACE", "") not in ("", "0"):
+        traceback.print_exception(error.__cause__)
+    number = len(error.problems)
+    head = f"kdrecipe: {number} problems\n" if number > 1 else "kdrecipe: "
+    print(f"{head}{error}", file=sys.stderr)
+    return EXIT_FAILED if isinstance(error, (TrainingError, ParityError)) else EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":

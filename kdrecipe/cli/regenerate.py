@@ -70,7 +70,7 @@ def command(recipe: Path, work: Path | None, render: bool) -> list[str]:
         KdrecipeError: there is no such file, or it names no command.
     """
     path = recipe / "RESULTS.md"
-    found = _COMMAND.search(path.read_text(encoding="utf-8")) if path.is_file() else None
+    found = _COMMAND.search(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
     if found is None:
         raise KdrecipeError("no table with a command that makes it", where=str(path))
     _, run, _, *options = shlex.split(found[1])

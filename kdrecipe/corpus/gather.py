@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,23 +36,31 @@ def read_lines(path: Path) -> tuple[list[tuple[int, str]], list[DataProblem]]:
         The lines, and a problem for each that is not UTF-8.
 
     Raises:
-        DataError: if there is no such file.
+        DataError: if there is no such file, or it can't be read to its end.
     """
     if not path.is_file():
         raise DataError("no such file", where=str(path), remedy="check corpus.root")
     lines, problems = [], []
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                shown = raw.strip().decode("utf-8", "replace")[:40]
-                what = f"byte {raw[error.start]:#04x} in {shown!r}"
-                problems.append(DataProblem(what, f"{path}:{number}", kind="not_utf8"))
-                continue
-            if line:
-                lines.append((number, line))
+    for number, raw in enumerate(_raw_lines(path), start=1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            shown = raw.strip().decode("utf-8", "replace")[:40]
+            what = f"byte {raw[error.start]:#04x} in {shown!r}"
+            problems.append(DataProblem(what, f"{path}:{number}", kind="not_utf8"))
+            continue
+        if line:
+            lines.append((number, line))
     return lines, problems
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            yield from file
+    except (OSError, EOFError, zlib.error) as error:
+        remedy = "it is cut short, or no gzip file: make it again" if path.suffix == ".gz" else ""
+        raise DataError(f"can't be read: {error}", where=str(path), remedy=remedy) from None
 
 
 def gather(
@@ -118,17 +127,22 @@ def _read_header(utt: Utterance, convert_dir: Path | None) -> tuple[Path, int, i
         return DataProblem("", where, kind="zero_length", id=utt.id)
     try:
         info = soundfile.info(str(utt.audio))
+        sphere = None
         if info.frames and info.format == "NIST" and convert_dir is not None:
-            convert_dir.mkdir(parents=True, exist_ok=True)
-            samples, rate = soundfile.read(str(utt.audio), dtype="int16", always_2d=True)
-            path = convert_dir / f"{utt.id}.wav"
-            soundfile.write(path, samples, rate, subtype="PCM_16")
-            num_samples, num_channels = samples.shape
-            return path, rate, num_samples, num_channels
+            sphere = soundfile.read(str(utt.audio), dtype="int16", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as error:
         return DataProblem(reason(error), where, kind="undecodable", id=utt.id)
     if info.frames == 0:
         return DataProblem("", where, kind="zero_length", id=utt.id)
+    if sphere is not None and convert_dir is not None:
+        samples, rate = sphere
+        convert_dir.mkdir(parents=True, exist_ok=True)
+        path = convert_dir / f"{utt.id}.wav"
+        soundfile.write(
+            path, samples, rate, subtype="PCM_16"
+        )  # not above: a full disk is no fault of the file
+        num_samples, num_channels = samples.shape
+        return path, rate, num_samples, num_channels
     return utt.audio, info.samplerate, info.frames, info.channels
 
 

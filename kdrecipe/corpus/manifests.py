@@ -267,7 +267,13 @@ def finish(prepared: Prepared, out_dir: Path, on_error: OnError) -> Summary:
             "speakers": len({sup.speaker for sup in sups} - {None}),
             "hours": round(sum(sup.duration for sup in sups) / 3600, 4),
         }
-    empty = [DataProblem("", split, kind="empty_split") for split, sets in kept.items() if not len(sets[1])]
+    cause = ""
+    if summary.left_out:
+        first = summary.left_out[0]
+        cause = f"{len(summary.left_out)} left out, such as {first['where']}: {first['reason']}"
+    empty = [
+        DataProblem(cause, split, kind="empty_split") for split, sets in kept.items() if not len(sets[1])
+    ]
     settle(empty, "stop")
     notes = text_notes(prepared.splits) + overlap_notes(kept)
     summary.notes = list(dict.fromkeys(summary.notes + notes))

@@ -130,7 +130,9 @@ def compute_features(
     factors = [f for f in config.get("speed_perturb", []) if f != 1.0]
     originals = splits.get("train", [])
     if originals:
-        splits["train"] = originals + [perturb_speed(cut, factor) for cut in originals for factor in factors]
+        copies = [perturb_speed(cut, factor) for cut in originals for factor in factors]
+        _refuse_names_of_copies(originals, copies)
+        splits["train"] = originals + copies
     total, done = sum(map(len, splits.values())), 0
     finished: dict[str, list[MonoCut]] = {split: [] for split in splits}
     problems = []
@@ -174,6 +176,22 @@ def perturb_speed(cut: MonoCut, factor: float) -> MonoCut:
         )
     copy: MonoCut = cut.perturb_speed(factor)  # type: ignore[assignment]
     return copy
+
+
+def _refuse_names_of_copies(originals: Sequence[MonoCut], copies: Sequence[MonoCut]) -> None:
+    """DataError for utterances that are called as a copy of another at another speed is."""
+    named = {copy.id for copy in copies}
+    problems = [
+        Problem(
+            "this id is also that of a copy at another speed, which ends in _sp<speed>",
+            cut.id,
+            "rename the utterance, or change features.speed_perturb",
+        )
+        for cut in originals
+        if cut.id in named
+    ]
+    if problems:
+        raise DataError(problems)
 
 
 def read_cuts(manifest_dir: Path, split: str) -> list[MonoCut]:
@@ -339,7 +357,8 @@ def _extract_block(
             samples = _padded(np.asarray(cut.load_audio()), cut.sampling_rate)
         except Exception as error:  # whatever the decoder raises, it is about this file
             what = f"can't read its audio: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            done.append(Problem(what, cut.id, "fix or remove the file, or set corpus.on_error: skip"))
+            # Stage 0 could read it, or it would have been left out: the file has changed since.
+            done.append(Problem(what, cut.id, "restore the file, or run the prepare stage again"))
             continue
         storage.mkdir(parents=True, exist_ok=True)
         with disk_errors(storage):

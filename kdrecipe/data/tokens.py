@@ -223,7 +223,7 @@ def read_pieces(path: Path) -> list[str]:
     """The tokens of a ``tokens.txt`` by id.
 
     Raises:
-        KdrecipeError: there is no such file.
+        KdrecipeError: there is no such file, or it is no complete list.
     """
     if not path.is_file():
         raise KdrecipeError(
@@ -231,9 +231,18 @@ def read_pieces(path: Path) -> list[str]:
             where=str(path),
             remedy="give what the export stage wrote: the model with its tokens.txt beside it",
         )
-    rows = (line.rpartition(" ") for line in read_lines(path))
-    by_id = {int(number): piece for piece, _, number in rows}
-    return [by_id[i] for i in range(len(by_id))]
+    by_id: dict[int, str] = {}
+    try:
+        for line in read_lines(path):
+            piece, _, number = line.rpartition(" ")
+            by_id[int(number)] = piece
+        return [by_id[i] for i in range(len(by_id))]
+    except (ValueError, KeyError):  # a line without a number, a number left out, or no text at all
+        raise KdrecipeError(
+            f"no list of tokens: line {len(by_id) + 1} or what follows is damaged",
+            where=str(path),
+            remedy="copy the tokens.txt that the export stage wrote beside the model",
+        ) from None
 
 
 def ids_by_name(pieces: Sequence[str]) -> dict[str, int]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdrecipe.data.tokens import read_pieces
+from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Runner
 from kdrecipe.plugin.registry import Registry
 
@@ -38,13 +40,49 @@ class Export:
         return {part: self.directory / name for part, name in names.items()}
 
     def load(self) -> Runner:
-        """Load it, ready to recognise."""
+        """Load it, ready to recognise.
+
+        Raises:
+            KdrecipeError: a file is damaged, or ``tokens.txt`` is not this model's.
+        """
+        check_tokens(next(iter(self.files.values())))
         runner: Runner
         if self.file is not None:
             runner = self.exporter.load_file(self.file)
         else:
             runner = self.exporter(self.exporter.Config()).load(self.directory, self.variant)
         return runner
+
+
+def check_tokens(model: Path) -> None:
+    """KdrecipeError unless ``tokens.txt`` beside an ONNX model has as many tokens as the model says.
+
+    Runtimes end the process, or say other words. Models of other kinds and from elsewhere do not say.
+    """
+    pieces = read_pieces(model.parent / "tokens.txt")
+    num_tokens = onnx_properties(model).get("vocab_size", "")
+    if num_tokens.isdecimal() and int(num_tokens) != len(pieces):
+        raise KdrecipeError(
+            f"tokens.txt lists {len(pieces)} tokens, the model has {num_tokens}",
+            where=str(model.parent / "tokens.txt"),
+            remedy="copy the tokens.txt that the export stage wrote beside the model",
+        )
+
+
+def onnx_properties(model: Path) -> dict[str, str]:
+    """What an ONNX file says of itself; empty for files of other kinds.
+
+    Raises:
+        KdrecipeError: it is damaged.
+    """
+    if model.suffix != ".onnx":
+        return {}
+    import onnx
+
+    try:
+        return {p.key: p.value for p in onnx.load(model, load_external_data=False).metadata_props}
+    except Exception as error:  # protobuf's own types, which change between versions
+        raise KdrecipeError("not an ONNX model, or a damaged one", where=str(model)) from error
 
 
 def find_exports(path: Path, registry: Registry) -> list[Export]:

@@ -33,6 +33,7 @@ from kdrecipe.errors import KdrecipeError, PluginError
 from kdrecipe.interfaces import ModelInfo, Options
 from kdrecipe.plugin.carried import FORMAT, read_description, refusal, verified
 from kdrecipe.plugin.source_code import core_hash
+from kdrecipe.recipe.description import check_description
 
 if TYPE_CHECKING:
     from kdrecipe.data.tokens import Tokenizer
@@ -76,11 +77,13 @@ class Bundle:
         """Open a bundle; nothing in it is run.
 
         Raises:
-            KdrecipeError: not a bundle, of another format, or its description names plugin files that
-                are not its own.
+            KdrecipeError: not a bundle, of another format, or its description is damaged or names plugin
+                files that are not its own.
         """
         path = Path(path)
-        return cls(path, read_description(path), registry, trust_plugins=trust_plugins)
+        meta = read_description(path)
+        check_description(meta, path / "bundle.json")
+        return cls(path, meta, registry, trust_plugins=trust_plugins)
 
     @classmethod
     def save(
@@ -197,15 +200,26 @@ class Bundle:
         import torch
 
         from kdrecipe.model.asr import build_model
+        from kdrecipe.plugin.loader import reason
+        from kdrecipe.recipe.checks import few_tensors
 
-        model = build_model(
-            self.meta["model"],
-            input_dim=self.meta["features"]["num_mel_bins"],
-            vocab_size=len(self.tokens),
-            registry=self.registry,
-        )
-        for step in self.meta.get("compression", []):
-            model = build_compressor(self.registry, step).rebuild(model)
+        tokens, registry = self.tokens, self.registry
+        try:
+            with few_tensors():
+                model = build_model(
+                    self.meta["model"],
+                    input_dim=self.meta["features"]["num_mel_bins"],
+                    vocab_size=len(tokens),
+                    registry=registry,
+                )
+                for step in self.meta.get("compression", []):
+                    model = build_compressor(registry, step).rebuild(model)
+        except (RuntimeError, TypeError, ValueError) as error:  # of sizes that do not fit, or too large
+            raise KdrecipeError(
+                f"the model that it describes can't be built: {reason(error)}",
+                where=str(self.path / "bundle.json"),
+                remedy="take the bundle as it was written, with the plugins that it was made with",
+            ) from error
         weights = self.path / "weights.pt"
         # Looked at first: torch loads a file without a murmur in which only numbers are damaged.
         if not weights.is_file() or sha256_file(weights) != self.meta["weights_sha256"]:

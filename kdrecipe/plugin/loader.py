@@ -138,9 +138,19 @@ def load_plugins(files: Sequence[Path] = (), env: Mapping[str, str] = os.environ
         plugins.load(name, Source(path.name, path=path), partial(_load_file, path, name))
         if name in plugins.broken:
             problems.append(Problem(f"plugin can't be loaded: {plugins.broken[name]}", str(path)))
+    global _last
+    _last = plugins
     if problems:
         raise PluginError(problems)
     return plugins
+
+
+_last: Plugins | None = None
+
+
+def last_loaded() -> Plugins | None:
+    """What this process has loaded last: a plugin that fails is looked for among these."""
+    return _last
 
 
 def available() -> list[EntryPoint]:

@@ -36,6 +36,10 @@ from kdrecipe.recipe.suitable import bundle_model, head_of, heads_of, measured_e
 from kdrecipe.recipe.yaml import KeyPath
 
 FEATURE_FRAME_SHIFT_S = 0.01
+MAX_TENSORS = 10_000
+"""Of a model: far more than any has that trains here."""
+
+TRAIN = "train"  # the split that tokens and models are learnt from
 
 
 class Checker:
@@ -79,9 +83,33 @@ class Checker:
         for i, pair in enumerate(self.decode.compare):
             for name in pair:
                 self._known(name, ("decode", "compare", i))
+        self._splits()
         self._heads()
 
     # ------------------------------------------------------------ names
+
+    def _splits(self) -> None:
+        """What is trained on and decoded is among the splits of the corpus, where it can name them."""
+        corpus = self.corpus
+        if corpus is None or not corpus.name:
+            return
+        cls = self._registry.get("corpora", corpus.name)
+        try:
+            splits = getattr(cls(cls.Config.model_validate(corpus.options)), "split_names", None)
+        except KdrecipeError as error:
+            self.parser.problems += error.problems
+            return
+        except Exception as error:
+            self.parser.problem(("corpus",), f"{corpus.name!r} can't be built: {reason(error)}")
+            return
+        if splits is None:
+            return
+        if TRAIN not in splits:
+            self.parser.problem(("corpus",), f"has no split {TRAIN!r}", f"its splits: {', '.join(splits)}")
+        for i, split in enumerate(self.decode.splits):
+            if split not in splits:
+                remedy = did_you_mean(split, splits)
+                self.parser.problem(("decode", "splits", i), f"the corpus has no split {split!r}", remedy)
 
     def _subsets(self) -> None:
         subsets = self.corpus.subsets if self.corpus else {}
@@ -464,10 +492,14 @@ class FitChecker:
         return self._infos[key]
 
     def _build(self, model: Mapping[str, Any]) -> ModelInfo:
-        encoder = build_encoder(self.checker._registry, model, self.features.num_mel_bins)
+        registry = self.checker._registry
+        encoder = build_encoder(registry, model, self.features.num_mel_bins)
+        heads = {name: registry.get("heads", name) for name in model["heads"]}
+        with _uninitialised():
+            for name, head in heads.items():
+                head(head.Config.model_validate(model["heads"][name]), encoder.output_dim, self.vocab_size)
         taps = {tap: dim for tap, (_, dim) in encoder.taps().items()}
         shift_s = round(FEATURE_FRAME_SHIFT_S * encoder.subsampling, 9)
-        heads = {name: self.checker._registry.get("heads", name) for name in model["heads"]}
         return ModelInfo(
             "the recipe's",
             self.vocab_size,
@@ -503,8 +535,28 @@ def _uninitialised() -> Iterator[None]:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return args[0] if func in random else func(*args, **(kwargs or {}))
 
-    with torch.random.fork_rng(devices=[]), SkipRandom():
+    with torch.random.fork_rng(devices=[]), SkipRandom(), few_tensors():
         yield
+
+
+@contextmanager
+def few_tensors() -> Iterator[None]:
+    """KdrecipeError for a model that would be built until the memory is full (num_layers: 100000000)."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    num_tensors = 0
+
+    def count(module: Any, name: str, parameter: Any) -> None:
+        nonlocal num_tensors
+        num_tensors += 1
+        if num_tensors > MAX_TENSORS:
+            raise KdrecipeError(f"it has more than {MAX_TENSORS} weight tensors")
+
+    counting = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        counting.remove()
 
 
 def _systems(names: list[str]) -> str:

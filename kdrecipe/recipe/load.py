@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from kdrecipe.artifacts import sha256_file
 from kdrecipe.errors import KdrecipeError, PluginError, Problem, RecipeError, did_you_mean
 from kdrecipe.plugin.carried import CONSENT, read_description, refusal, verified
 from kdrecipe.plugin.loader import Plugins, load_plugins
+from kdrecipe.plugin.returned import returned
 from kdrecipe.recipe import tiny
 from kdrecipe.recipe.bundles import check_features
 from kdrecipe.recipe.checks import Checker, FitChecker, check_lm, learnt_from
@@ -281,9 +282,8 @@ def _apply(
     """The document with profile and overrides in it."""
     problems: list[Problem] = []
     profiles = document.data.get("profiles") or {}
-    where = document.where(("profiles",))
-    if not isinstance(profiles, dict) or not all(isinstance(p, dict) for p in profiles.values()):
-        problems.append(Problem("profiles: must be a mapping of mappings: {tiny: {...}}", where))
+    if problem := _no_profiles(document):
+        problems.append(problem)
     elif profile not in (None, tiny.NAME, *profiles):
         remedy = did_you_mean(str(profile), {*profiles, tiny.NAME})
         problems.append(Problem(f"unknown profile {profile!r}", f"--profile {profile}", remedy))
@@ -294,7 +294,17 @@ def _apply(
             _override(document, override)
         except RecipeError as error:
             problems += error.problems
+    if not problems and (problem := _no_profiles(document)):  # an override of them
+        problems.append(problem)
     return document, problems
+
+
+def _no_profiles(document: Document) -> Problem | None:
+    """What is wrong with ``profiles``, if they are not mappings."""
+    profiles = document.data.get("profiles") or {}
+    if isinstance(profiles, dict) and all(isinstance(profile, dict) for profile in profiles.values()):
+        return None
+    return Problem("profiles: must be a mapping of mappings: {tiny: {...}}", document.where(("profiles",)))
 
 
 def _override(document: Document, override: str) -> None:
@@ -403,7 +413,8 @@ def _imported_bundles(document: Document) -> Iterator[tuple[KeyPath, Path]]:
 def _ask_plugins(recipe: Recipe) -> None:
     """The hook ``check_recipe``."""
     found = recipe.plugins.pm.hook.check_recipe(recipe=recipe)
-    problems = [p if isinstance(p, Problem) else Problem(str(p)) for part in found for p in part or ()]
+    parts = [returned(part or (), Iterable, "a plugin", "check_recipe") for part in found]  # type: ignore[type-abstract]
+    problems = [p if isinstance(p, Problem) else Problem(str(p)) for part in parts for p in part]
     if problems:
         raise RecipeError(problems)
 

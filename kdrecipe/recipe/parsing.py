@@ -340,9 +340,7 @@ class Parser(Validator):
         """The recipe's settings with ``data`` over them, nested ones too."""
         if not data:
             return base
-        before = len(self.problems)
-        self.validate(Training, data, path)
-        if len(self.problems) > before:
+        if self.validate(Training, data, path) is None:
             return base
         return Training.model_validate(_over(base.model_dump(), data))
 

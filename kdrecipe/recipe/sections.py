@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, SkipValidation, model_validator
+from pydantic import Field, PlainValidator, SkipValidation, field_validator, model_validator
 
 from kdrecipe.interfaces import Options
 from kdrecipe.recipe.yaml import expand_env
@@ -154,18 +154,19 @@ class Features(Options):
         name: ``fbank``.
         num_mel_bins: F.
         speed_perturb: speeds at which training utterances are seen, as separate copies; the
-            speed 1.0 is always among them.
+            speed 1.0 is always among them, whether or not it is listed.
     """
 
     name: Literal["fbank"] = "fbank"
     num_mel_bins: int = Field(default=80, ge=8, le=256)
     speed_perturb: tuple[Annotated[float, Field(ge=0.5, le=2.0)], ...] = (1.0,)
 
-    @model_validator(mode="after")
-    def _speeds(self) -> Features:
-        if 1.0 not in self.speed_perturb or len(set(self.speed_perturb)) < len(self.speed_perturb):
-            raise ValueError("speed_perturb lists different speeds, 1.0 among them")
-        return self
+    @field_validator("speed_perturb")
+    @classmethod
+    def _speeds(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"the same speed twice: {list(value)}")
+        return value if 1.0 in value else tuple(sorted((*value, 1.0)))
 
 
 class Tokens(Options):

@@ -15,6 +15,7 @@ from typing import Any
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Runtime
 from kdrecipe.plugin.registry import Registry
+from kdrecipe.recipe.description import faults
 from kdrecipe.recipe.sections import Named, System
 
 
@@ -56,7 +57,7 @@ def bundle_meta(system: System) -> dict[str, Any] | None:
         meta = json.loads(Path(path / "bundle.json").read_text(encoding="utf-8"))
     except (KdrecipeError, OSError, ValueError):
         return None  # stage 3 imports it, and reports what is wrong
-    return meta if isinstance(meta, dict) else None
+    return meta if isinstance(meta, dict) and not faults(meta, absent=False) else None
 
 
 def bundle_model(system: System) -> dict[str, Any] | None:

@@ -280,7 +280,10 @@ class _Builder:
             if tag == "bool":
                 return {"true": True, "false": False}[text.lower()]
             if tag == "int":
-                return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+                value = int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+                if value.bit_length() > 63:  # nothing that counts in 64 bits could hold it
+                    raise ValueError
+                return value
             if tag == "float":
                 return float(re.sub(r"\.(?=[iInN])", "", text))
         except (ValueError, KeyError):

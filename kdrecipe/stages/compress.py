@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.plugin.carried import carry
+from kdrecipe.plugin.returned import returned
 from kdrecipe.recipe.load import Recipe, System, Training
 from kdrecipe.stages.layout import Layout
 
@@ -60,6 +62,8 @@ def fine_tuning(training: Training, epochs: int) -> Training:
 
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
     """Apply the steps in order; a step that fine-tunes does so with its ancestor's own objective."""
+    from torch import nn
+
     from kdrecipe.interfaces import CompressContext
     from kdrecipe.model.bundle import Bundle, build_compressor, compressor_state, provenance
     from kdrecipe.stages.session import Session
@@ -69,19 +73,19 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     parent = Bundle.load(layout.system(system.parent, recipe.seed_of(system.parent, seed)), registry)
     trained = recipe.trained_ancestor(system.name)
     session = Session(recipe, layout, trained or system, seed)
-    model = parent.model
+    model: Any = parent.model
     done = list(parent.meta["compression"])
     context = CompressContext(lambda: session.calibration(NUM_CALIBRATION_BATCHES), seed)
     result = None
     for number, step in enumerate(system.steps):
         spec = {"name": step.name, "options": step.options}
         compressor = build_compressor(registry, spec)
-        model = compressor.apply(model, context)
+        model = returned(compressor.apply(model, context), nn.Module, f"compressor {step.name!r}", "apply")
         if compressor.num_epochs:
             training = fine_tuning(system.training, compressor.num_epochs)
             result = session.run(model, out / "train" / f"step{number}", training, on_step=compressor.on_step)
             model.to("cpu")  # where calibration batches are
-        model = compressor.finish(model).eval()
+        model = returned(compressor.finish(model), nn.Module, f"compressor {step.name!r}", "finish").eval()
         state = compressor_state(step.name, compressor)
         done.append({**spec, "report": compressor.report(), "state": state})
     effort = result.summary() if result else None

@@ -22,6 +22,7 @@ from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import SAMPLE_RATE, Decoder, Hypothesis, LanguageModel
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
+from kdrecipe.plugin.returned import returned
 from kdrecipe.recipe.load import Named, Recipe, System
 from kdrecipe.recipe.sections import uses_lm
 from kdrecipe.recipe.suitable import (
@@ -260,7 +261,8 @@ def _decode_batches(
         with torch.no_grad():
             out = model(batch.features_BTF, batch.lens_B)
             for label, decoder in decoders.items():
-                found = zip(batch.ids, decoder.decode(model, out), strict=True)
+                hypotheses = returned(decoder.decode(model, out), list, f"decoder {label!r}", "decode")
+                found = zip(batch.ids, hypotheses, strict=True)
                 rows[label] += [
                     _line(by_id[cut_id], h.text, h.tokens, h.times_s, h.score) for cut_id, h in found
                 ]

@@ -12,6 +12,7 @@ from kdrecipe.artifacts import write_json
 from kdrecipe.interfaces import SAMPLE_RATE
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
+from kdrecipe.plugin.returned import returned
 from kdrecipe.recipe.load import Named, Recipe, System
 from kdrecipe.recipe.suitable import exporters_for
 from kdrecipe.stages.inputs import model_plugins
@@ -85,7 +86,9 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     for wanted in _exporters(recipe, bundle.meta["model"]):
         cls = recipe.plugins.registry.get("exporters", wanted.name)
         exporter = cls(cls.Config.model_validate(wanted.options))
-        files = exporter.export(bundle, out / wanted.name)
+        files = returned(
+            exporter.export(bundle, out / wanted.name), dict, f"exporter {wanted.name!r}", "export"
+        )
         found[wanted.name] = {
             "files": files,
             "parity": check_parity(

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from kdrecipe.artifacts import raw_digest, write_json
 from kdrecipe.errors import DataError
+from kdrecipe.interfaces import Prepared
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
+from kdrecipe.plugin.returned import returned
+from kdrecipe.recipe.checks import TRAIN
 from kdrecipe.recipe.load import Recipe
 from kdrecipe.stages.layout import Layout
 
@@ -55,6 +58,7 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
         DataError: the corpus or a list of a subset's utterances is absent, or the corpus has
             mistakes and ``corpus.on_error`` is ``stop``.
     """
+    from kdrecipe.corpus.fields import without_malformed
     from kdrecipe.corpus.manifests import audio_digests, finish, sample, validate_corpus
 
     corpus = recipe.corpus
@@ -73,7 +77,10 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
                 remedy="put it there, or say with listed_in: where it is",
             )
     cls = recipe.plugins.registry.get("corpora", corpus.name)
-    prepared = cls(cls.Config.model_validate(corpus.options)).prepare(root, out)
+    plugin = cls(cls.Config.model_validate(corpus.options))
+    prepared = returned(plugin.prepare(root, out), Prepared, f"corpus {corpus.name!r}", "prepare")
+    _check_splits(recipe, prepared)
+    prepared = without_malformed(prepared)
     if corpus.max_utterances is not None:
         prepared = sample(prepared, corpus.max_utterances)
     prepared.problems += validate_corpus(prepared)
@@ -87,3 +94,16 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
         print(f"  left out: {len(summary.left_out)} (listed in {out / 'summary.json'})")
     for note in summary.notes:
         print(f"  note: {note}")
+
+
+def _check_splits(recipe: Recipe, prepared: Prepared) -> None:
+    """What a corpus that can't name its splits beforehand shows only now."""
+    absent = [
+        split for split in dict.fromkeys((TRAIN, *recipe.decode.splits)) if split not in prepared.splits
+    ]
+    if absent:
+        raise DataError(
+            f"the corpus has no split {', '.join(map(repr, absent))}",
+            where=recipe.document.where(("decode", "splits")),
+            remedy=f"its splits: {', '.join(prepared.splits)}; {TRAIN} and decode.splits must be among them",
+        )

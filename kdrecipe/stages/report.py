@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import PROVENANCE, read_json
+from kdrecipe.errors import PluginError
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job, seconds_of
+from kdrecipe.plugin.returned import returned
 from kdrecipe.plugin.source_code import core_hash
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.recipe.sections import beyond_labels
@@ -63,11 +65,21 @@ def run(recipe: Recipe, layout: Layout, out: Path, before: Sequence[Job]) -> Non
         "seconds": {job.name: seconds_of(job) for job in before},
     }
     found = recipe.plugins.pm.hook.report_sections(recipe=recipe, results=data)
-    data["sections"] = [{"title": title, "markdown": text} for part in found for title, text in part or ()]
+    data["sections"] = list(_more_sections(found))
     write_report(data, hypotheses(recipe, layout), _logs(recipe, layout), out, audio=_audio(layout))
     shown = (out / "RESULTS.md").read_text(encoding="utf-8").split("\n## ")
     shown = shown[: SECTIONS_PRINTED + bool(recipe.claims)]
     print("\n## ".join(shown).rstrip(), flush=True)
+
+
+def _more_sections(found: Iterable[Any]) -> Iterator[dict[str, str]]:
+    """What plugins add by the hook ``report_sections``."""
+    for part in found:
+        for section in returned(part or (), Iterable, "a plugin", "report_sections"):  # type: ignore[type-abstract]
+            pair = tuple(section) if isinstance(section, tuple | list) else ()
+            if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                raise PluginError(f"report_sections: {section!r} is no pair of texts (title, Markdown)")
+            yield {"title": pair[0], "markdown": pair[1]}
 
 
 def publish(recipe: Recipe, layout: Layout) -> None:

@@ -296,7 +296,8 @@ def write_targets(
                 for name, (values, shift_s) in _stored(found, row, specs, along, cut_id).items():
                     if name not in custom[cut_id]:  # frames do not depend on the text
                         custom[cut_id][name] = _store(writer, cut_id, name, values, shift_s)
-        done |= {cut_id: fastcopy(by_id[cut_id], custom=custom[cut_id]) for cut_id in batch.ids}
+        # Without features: their place is not the targets', which must be the same bytes wherever they lie.
+        done |= {i: fastcopy(by_id[i], features=None, custom=custom[i]) for i in batch.ids}
         if progress is not None:
             progress(len(batch))
     _refuse([Problem("no batch holds this cut", cut_id) for cut_id in by_id if cut_id not in done])

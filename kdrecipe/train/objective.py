@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdrecipe.errors import TrainingError
 from kdrecipe.interfaces import Batch, Loss, LossOutput, ModelOutput, Targets
+from kdrecipe.plugin.returned import returned
 
 
 class TargetSource(Protocol):
@@ -153,19 +154,23 @@ class Objective:
                 continue
             given = wide[term.teacher] if term.teacher is not None else Targets()
             if not term.supervised or num_labelled == len(batch):
-                outputs.append(term.loss(out, given, repeated))
+                outputs.append(_output(term, out, given, repeated))
             elif num_labelled == 0:
                 outputs.append(LossOutput(out.hidden_BTD.new_zeros(()), 0))
             else:
                 rows_B = repeated.labelled_B
                 chosen = given.map(lambda x, rows_B=rows_B: x[rows_B])  # type: ignore[misc]
-                outputs.append(term.loss(out.select(rows_B), chosen, repeated.select(rows_B)))
+                outputs.append(_output(term, out.select(rows_B), chosen, repeated.select(rows_B)))
         return outputs
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The losses' own parameters, trained with the student."""
         for name, parameter in self.module.named_parameters():
             yield f"losses.{name}", parameter
+
+
+def _output(term: Term, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
+    return returned(term.loss(out, targets, batch), LossOutput, f"loss {term.name!r}", "__call__")
 
 
 def has_begun(start_below: float | None, lowest: float | None) -> bool:

@@ -111,6 +111,9 @@ class Recogniser:
     def __init__(self, encoder: Path, decoder: Path, tokens: Path, *, num_threads: int = 1) -> None:
         self.encoder, self.decoder = (_session(path, num_threads) for path in (encoder, decoder))
         self.pieces = _read_pieces(tokens)
+        num_tokens = self.decoder.get_outputs()[0].shape[1]
+        if num_tokens != len(self.pieces):
+            raise RecogniserError(f"{tokens}: lists {len(self.pieces)} tokens, the model has {num_tokens}")
         self.num_bins = int(self.encoder.get_inputs()[0].shape[2])
         self.has_ctc = len(self.encoder.get_outputs()) == 4
 
@@ -463,9 +466,15 @@ def _run(session: onnxruntime.InferenceSession, inputs: dict[str, Any]) -> list[
 def _read_pieces(path: Path) -> list[str]:
     if not path.is_file():
         raise RecogniserError(f"{path}: there is no such file")
-    lines = path.read_bytes().decode("utf-8").split("\n")  # and nowhere else: a token may hold U+2028
-    by_id = {int(number): piece for piece, _, number in (line.rpartition(" ") for line in lines if line)}
-    return [by_id[i] for i in range(len(by_id))]
+    by_id: dict[int, str] = {}
+    try:
+        # split at line feeds and nowhere else: a token may hold U+2028
+        for line in path.read_bytes().decode("utf-8").removesuffix("\n").split("\n"):
+            piece, _, number = line.rpartition(" ")
+            by_id[int(number)] = piece
+        return [by_id[i] for i in range(len(by_id))]
+    except (ValueError, KeyError):
+        raise RecogniserError(f"{path}: no complete list of tokens: copy that of the export stage") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

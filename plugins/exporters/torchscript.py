@@ -88,7 +88,8 @@ class TorchScriptRunner:
         except RuntimeError as error:
             raise KdrecipeError(f"torch can't load the model: {error}", where=str(model)) from error
         self._notes: dict[str, Any] = json.loads(notes[NOTES])
-        self._pieces = read_pieces(model.parent / "tokens.txt")
+        self._where = model.parent / "tokens.txt"
+        self._pieces = read_pieces(self._where)
 
     @torch.no_grad()
     def log_probs(self, features_BTF: np.ndarray, lens_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +124,14 @@ class TorchScriptRunner:
         return Hypothesis(text, tokens, times_s, float(log_probs_TV.max(-1).sum()))
 
     def _log_probs_of_one(self, features_TF: np.ndarray) -> np.ndarray:
-        return valid_rows(*self.log_probs(features_TF[None], np.array([len(features_TF)])))[0]
+        found: np.ndarray = valid_rows(*self.log_probs(features_TF[None], np.array([len(features_TF)])))[0]
+        if found.shape[1] != len(self._pieces):
+            raise KdrecipeError(
+                f"tokens.txt lists {len(self._pieces)} tokens, the model has {found.shape[1]}",
+                where=str(self._where),
+                remedy="copy the tokens.txt that the export stage wrote beside the model",
+            )
+        return found
 
 
 def _trace(model: nn.Module, num_bins: int) -> torch.jit.ScriptModule:

@@ -8,9 +8,11 @@ import warnings
 import numpy as np
 import onnx
 import pytest
+import soundfile
 import torch
 from onnx import helper, numpy_helper
 
+from kdrecipe.cli.main import main
 from kdrecipe.errors import KdrecipeError, ParityError
 from kdrecipe.interfaces import float_copy
 from kdrecipe.measure.edits import Edits, edits
@@ -244,6 +246,34 @@ def test_missing_and_damaged_files_are_named(exports, trained, tmp_path):
 
 
 # ---------------------------------------------------------------- the gate
+
+
+@pytest.mark.parametrize("kind", ["onnx_ctc", "torchscript", "onnx_transducer", "onnx_attention"])
+@pytest.mark.parametrize("kept", ["lines", "half a line", "nothing"])
+def test_a_list_of_tokens_that_was_cut_short_is_named(
+    exports, transducers, attentions, trained, tmp_path, capsys, kind, kept
+):
+    copy = tmp_path / "copy"
+    if kind == "torchscript":
+        TorchScript(TorchScript.Config()).export(trained.bundle, copy)
+    else:
+        shutil.copytree(
+            {"onnx_ctc": exports, "onnx_transducer": transducers}.get(kind, attentions) / "float", copy
+        )
+    text = (copy / "tokens.txt").read_text()
+    lines = "".join(text.splitlines(keepends=True)[:6])
+    (copy / "tokens.txt").write_text({"lines": lines, "half a line": lines[:-3]}.get(kept, ""))
+    audio = tmp_path / "a.wav"
+    soundfile.write(audio, trained.utterances[0].samples_S, 16000)
+    commands = [["transcribe", copy, audio]]
+    if kind != "torchscript":  # which nothing measures
+        commands.append(["bench", copy, audio])
+    for command in commands:
+        assert main([str(word) for word in command]) == 2
+        said = capsys.readouterr().err
+        assert "tokens.txt" in said
+        assert "lists 6 tokens" in said or "no list of tokens" in said
+        assert len(said.splitlines()) < 5
 
 
 def test_parity_gives_figures(exports, trained):

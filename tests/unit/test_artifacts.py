@@ -6,14 +6,19 @@ import errno
 import gzip
 import hashlib
 import os
+import resource
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+import torch
 
 from kdrecipe import artifacts
 from kdrecipe.artifacts import (
     content_digest,
+    disk_errors,
     fingerprint,
     list_files,
     raw_digest,
@@ -89,9 +94,40 @@ def test_an_error_of_the_writer_goes_through_unchanged(tmp_path):
     with pytest.raises(KeyError):
         write()
     (tmp_path / "folder").mkdir()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(KdrecipeError, match="is a directory"):
         write_atomic(tmp_path / "folder", "x")
     assert names(tmp_path) == ["folder"]
+
+
+def no_numbers(file: Path) -> None:
+    """numpy's error has no number."""
+    np.save(file, np.zeros(1 << 18))
+
+
+def no_os_error(file: Path) -> None:
+    soundfile.write(file, np.zeros(1 << 20, dtype=np.int16), 16000)
+
+
+def an_archive_of_torch(file: Path) -> None:
+    torch.save(torch.zeros(1 << 18), file)
+
+
+@pytest.mark.parametrize("write", [no_numbers, no_os_error, an_archive_of_torch])
+def test_a_full_disk_is_told_whatever_the_writer_raises(tmp_path, write):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))  # as near to a full disk as anyone may go
+    try:
+        with (
+            pytest.raises(KdrecipeError, match="no space left") as error,
+            disk_errors(tmp_path / "deep" / "x"),
+        ):
+            write(tmp_path / "file.wav")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.__cause__ is not None
+    assert error.value.problems[0].where == str(tmp_path)
+    with pytest.raises(RuntimeError, match="a bug"), disk_errors(tmp_path):
+        raise RuntimeError("a bug")
 
 
 # ---------------------------------------------------------------- reading

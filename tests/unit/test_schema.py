@@ -37,6 +37,9 @@ class Plain:
     class Config(Options):
         """None."""
 
+    def __init__(self, config, *more):
+        pass
+
 
 class Head(Plain):
     target_kinds = ("frame_logits",)
@@ -83,6 +86,7 @@ class Encoder:
 
     def __init__(self, config, input_dim):
         self.config = config
+        self.output_dim = config.dim
 
     def taps(self):
         return {f"encoder.{i}": (None, self.config.dim) for i in range(self.config.num_layers)}
@@ -477,8 +481,8 @@ MISTAKES = [
     ("corpus.subsets.few", {"except": "rest"}, "needs itself: few -> rest -> few", ""),
     ("corpus.subsets.a/b", {"speakers": 1}, "letters, digits", ""),
     ("features.num_mel_bins", "many", "should be a valid integer", ""),
-    ("features.speed_perturb", [0.9, 1.1], "1.0 among them", ""),
-    ("features.speed_perturb", [1.0, 1.0], "different speeds", ""),
+    ("features.speed_perturb", [1.0, 1.0], "the same speed twice", ""),
+    ("seeds", [10**400], "is not a value of type int", ""),
     ("tokens", {"name": "bpe"}, "bpe needs a vocab_size", ""),
     ("tokens.name", "bpee", "should be 'bpe'", ""),
     ("seeds", [], "seeds: is empty", ""),
