@@ -10,8 +10,7 @@ other.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,56 +18,30 @@ from typing import TYPE_CHECKING, Any
 from kdrecipe.artifacts import write_atomic, write_json
 from kdrecipe.corpus.segments import LONGEST_S, SHORTEST_S
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import SAMPLE_RATE, Decoder, Hypothesis, LanguageModel
+from kdrecipe.interfaces import SAMPLE_RATE, Decoder, LanguageModel
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.plugin.returned import returned
 from kdrecipe.recipe.load import Named, Recipe, System
 from kdrecipe.recipe.sections import uses_lm
 from kdrecipe.recipe.suitable import (
-    RuntimeOptions,
     head_of,
     measured_exporter,
-    runtime_search,
     searches,
-    unfit,
 )
 from kdrecipe.score.hypotheses import bundle_hyps_file, condition_hyps_file, hyps_file
 from kdrecipe.stages.inputs import model_plugins
 from kdrecipe.stages.layout import Layout
+from kdrecipe.stages.rows import Row, hyps_line, rewritten, row_of
 from kdrecipe.text import clean
 
 if TYPE_CHECKING:
     from lhotse.cut import MonoCut
 
     from kdrecipe.corpus.audio import Utterance
-    from kdrecipe.measure.runtime import Measurement
     from kdrecipe.model.bundle import Bundle
 
 BATCH_DURATION_S = 60.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a system's row of the table shows: one search in one place.
-
-    Args:
-        search: ``label``, ``decoder`` and ``options`` in the recipe; ``runs_in``: ``sherpa-onnx``, or
-            ``torch`` for a bundle; ``name``: its name there; ``variant``: ``fp32`` or ``int8``.
-        hypotheses: split -> rows of the hypotheses file, which are scored.
-        recognise: the texts of any other utterances by the same search in the same place.
-        costs: of the same recognition: ``size_mb``, ``rtf``, ``peak_rss_mb``, ``runtime`` and more; of a
-            bundle only ``size_mb`` of the exported files, and ``runtime`` says why there is no more.
-    """
-
-    search: dict[str, Any]
-    hypotheses: dict[str, list[dict[str, Any]]]
-    recognise: Callable[[Sequence[Utterance]], list[str]]
-    costs: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        in_torch = self.search["runs_in"] == "torch"
-        assert in_torch == (self.costs["rtf"] is None), "a row's time belongs to its own texts"
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
@@ -134,19 +107,19 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     of_bundle = {split: by_label[main] for split, by_label in said.items()}
     in_torch = partial(_recognise, bundle, decoders[main], longest_s)
     exports = layout.export(system.name, seed)
-    row = _row(recipe, bundle, exports, (main, found[main]), cuts, of_bundle, in_torch)
+    row = row_of(recipe, bundle, exports, (main, found[main]), cuts, of_bundle, in_torch)
     for split, rows in row.hypotheses.items():
         _write(hyps_file(out, split), rows)
     first = recipe.decode.splits[0]
-    same, rewritten = None, {}
+    same, changed = None, {}
     if row.hypotheses is not of_bundle:
         same = _same_texts(row.hypotheses[first], of_bundle[first])
-        rewritten = _rewritten(recipe, bundle, row.hypotheses, of_bundle)
+        changed = rewritten(recipe, bundle, row.hypotheses, of_bundle)
     if recipe.decode.robustness:
         _under_conditions(row, cuts[first], recipe.decode.robustness, out)
     facts = _search_facts(recipe, bundle, decoders, found, cuts[first])
     decoded = {"params": bundle.meta["params"], **row.costs, "search": row.search}
-    decoded |= {"same_text_as_bundle": same, "rewritten": rewritten, "searches": facts}
+    decoded |= {"same_text_as_bundle": same, "rewritten": changed, "searches": facts}
     write_json(out / "decode.json", decoded)
 
 
@@ -236,7 +209,7 @@ def _decode_pieces(
     for cut, utterance in zip(cuts, utterances_from_cuts(cuts), strict=True):
         for label, decoder in decoders.items():
             h = recognise(model, decoder, features, utterance.samples_S, longest_s=longest_s)
-            rows[label].append(_line(cut, h.text, h.tokens, h.times_s, h.score))
+            rows[label].append(hyps_line(cut, h.text, h.tokens, h.times_s, h.score))
 
 
 def _decode_batches(
@@ -264,77 +237,8 @@ def _decode_batches(
                 hypotheses = returned(decoder.decode(model, out), list, f"decoder {label!r}", "decode")
                 found = zip(batch.ids, hypotheses, strict=True)
                 rows[label] += [
-                    _line(by_id[cut_id], h.text, h.tokens, h.times_s, h.score) for cut_id, h in found
+                    hyps_line(by_id[cut_id], h.text, h.tokens, h.times_s, h.score) for cut_id, h in found
                 ]
-
-
-def _row(
-    recipe: Recipe,
-    bundle: Bundle,
-    exports: Path,
-    search: tuple[str, Named],
-    cuts: Mapping[str, Sequence[MonoCut]],
-    of_bundle: dict[str, list[dict[str, Any]]],
-    in_torch: Callable[[Sequence[Utterance]], list[str]],
-) -> Row:
-    """The row of the export if its runtime has the search (label, decoder), otherwise that of the bundle."""
-    registry, heads = recipe.plugins.registry, list(bundle.meta["model"]["heads"])
-    wanted = measured_exporter(heads, recipe.export, registry)
-    if wanted is None:
-        raise KdrecipeError(
-            f"no exporter in export is for the head {heads[0]!r} of {bundle.name!r} and can be measured",
-            where=recipe.document.where(("export",)),
-            remedy="kdrecipe plugins list",
-        )
-    cls, variant, label = registry.get("exporters", wanted.name), _variant(bundle), search[0]
-    about = {"label": label, "decoder": search[1].name, "options": search[1].options, "variant": variant}
-    why = unfit(registry, wanted.name, bundle.meta["model"])
-    if why is None and variant not in cls.files:
-        why = f"{wanted.name} writes no {variant} files"
-    if why is None:
-        files = [exports / wanted.name / name for name in cls.files[variant].values()]
-        size_mb = sum(file.stat().st_size for file in files) / 1e6
-        found = runtime_search(cls.runtime, search[1], registry)
-        if isinstance(found, RuntimeOptions):
-            about |= {"runs_in": cls.runtime.name, "name": found.name}
-            return _shipped(cls, exports / wanted.name, about, found, cuts, recipe.decode.longest_s)
-        why = found
-    else:
-        size_mb = None
-    costs = {"size_mb": size_mb, "rtf": None, "peak_rss_mb": None, "runtime": f"not measured: {why}"}
-    about |= {"runs_in": "torch", "name": search[1].name, "why": why}
-    return Row(about, of_bundle, in_torch, costs)
-
-
-def _shipped(
-    exporter: Any,
-    directory: Path,
-    about: dict[str, Any],
-    search: RuntimeOptions,
-    cuts: Mapping[str, Sequence[MonoCut]],
-    longest_s: float,
-) -> Row:
-    """Every split, recognised once in the runtime; the costs are those of the first split."""
-    from kdrecipe.corpus.audio import utterances_from_cuts
-    from kdrecipe.measure.runtime import measure_export
-
-    def measure(utterances: Iterable[Utterance]) -> Measurement:
-        return measure_export(
-            exporter, directory, about["variant"], utterances, search=search, longest_s=longest_s
-        )
-
-    def recognise(utterances: Sequence[Utterance]) -> list[str]:
-        return [found.text for found in measure(utterances).utterances]
-
-    measured = {split: measure(utterances_from_cuts(listed)) for split, listed in cuts.items()}
-    hypotheses = {
-        split: [
-            _line(cut, found.text, found.tokens, found.times_s)
-            for cut, found in zip(listed, measured[split].utterances, strict=True)
-        ]
-        for split, listed in cuts.items()
-    }
-    return Row(about, hypotheses, recognise, next(iter(measured.values())).summary())
 
 
 def _recognise(
@@ -363,54 +267,8 @@ def _under_conditions(row: Row, cuts: Sequence[MonoCut], number: int, out: Path)
         _write(condition_hyps_file(out, name), rows)
 
 
-def _variant(bundle: Bundle) -> str:
-    """Which variant of an export ships."""
-    return "int8" if bundle.is_int8 else "fp32"
-
-
 def _same_texts(rows: Sequence[Mapping[str, Any]], of_bundle: Sequence[Mapping[str, Any]]) -> float:
     """Share of utterances for which runtime and bundle give the same text, by the same search."""
     said = {row["id"]: clean(row["hyp"]) for row in of_bundle}
     same = [bool(clean(row["hyp"]) == said[row["id"]]) for row in rows]
     return sum(same) / len(same)
-
-
-def _rewritten(
-    recipe: Recipe,
-    bundle: Bundle,
-    rows: Mapping[str, Sequence[Mapping[str, Any]]],
-    of_bundle: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> dict[str, str]:
-    """Split -> what the runtime wrote otherwise than its tokens spell; only splits where it did."""
-    from kdrecipe.data.tokens import ids_by_name
-    from kdrecipe.measure.spelling import Spelling, speller_of
-
-    wanted = measured_exporter(list(bundle.meta["model"]["heads"]), recipe.export, recipe.plugins.registry)
-    assert wanted is not None, "it has a row in its runtime"
-    cls = recipe.plugins.registry.get("exporters", wanted.name)
-    ids, notes = ids_by_name(bundle.tokens.pieces), {}
-    for split, listed in rows.items():
-        spelling = Spelling(bundle.tokens, speller_of(cls, bundle.tokens.pieces), cls.runtime.name)
-        likely = {row["id"]: row["tokens"] for row in of_bundle[split]}
-        for row in listed:
-            if all(name in ids for name in row["tokens"]):  # a runtime may have names of its own
-                said = Hypothesis(row["hyp"], [ids[name] for name in row["tokens"]])
-                spelling.add(spelling.heard(said, likely[row["id"]]), row["hyp"])
-        if spelling.rewritten:
-            notes[split] = f"{spelling.summary()} on {split}, {spelling.rate:.2%} of words"
-    return notes
-
-
-def _line(
-    cut: MonoCut, text: str, tokens: Sequence[Any], times_s: Sequence[float], score: float | None = None
-) -> dict[str, Any]:
-    return {
-        "id": cut.id,
-        "speaker": cut.supervisions[0].speaker,
-        "ref": " ".join(s.text or "" for s in cut.supervisions),
-        "hyp": text,
-        "duration_s": cut.duration,
-        "score": score,
-        "tokens": list(tokens),
-        "times_s": [round(t, 3) for t in times_s],
-    }

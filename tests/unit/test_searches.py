@@ -28,7 +28,7 @@ from kdrecipe.report.reading import reading
 from kdrecipe.report.text import search_table
 from kdrecipe.score.hypotheses import bundle_hyps_file, hyps_file
 from kdrecipe.score.searches import pairs, score_searches
-from kdrecipe.stages.decode import Row, _row
+from kdrecipe.stages.rows import Row, row_of
 from kdrecipe.testing.decode_checks import LetterTokens
 from kdrecipe_plugins.metrics.cer import Cer
 from kdrecipe_plugins.metrics.wer import TextOptions, Wer
@@ -104,11 +104,11 @@ def test_hypotheses_of_the_row_and_of_the_bundle_lie_apart() -> None:
 def test_a_row_has_a_time_if_and_only_if_it_is_the_runtimes() -> None:
     shipped = {"label": "greedy", "runs_in": "sherpa-onnx"}
     in_torch = {"label": "beam", "runs_in": "torch"}
-    Row(shipped, {}, {"rtf": {"median": 0.1}})
-    Row(in_torch, {}, {"rtf": None})
+    Row(shipped, {}, list, {"rtf": {"median": 0.1}})
+    Row(in_torch, {}, list, {"rtf": None})
     for search, rtf in ((in_torch, {"median": 0.1}), (shipped, None)):
         with pytest.raises(AssertionError, match="a row's time belongs to its own texts"):
-            Row(search, {}, {"rtf": rtf})
+            Row(search, {}, list, {"rtf": rtf})
 
 
 def test_a_runtime_has_a_search_or_says_what_it_lacks() -> None:
@@ -166,7 +166,7 @@ def test_an_int8_system_whose_exporter_has_no_int8_files_keeps_its_row() -> None
     meta = {"model": {"name": "x", "heads": {"ctc": {}}}}
     bundle: Any = SimpleNamespace(is_int8=True, name="kd", meta=meta)
     said = {"test": [{"id": "a", "hyp": "x"}]}
-    row = _row(recipe, bundle, Path("exports"), ("greedy", Named("plain")), {}, said)
+    row = row_of(recipe, bundle, Path("exports"), ("greedy", Named("plain")), {}, said, list)
     assert row.hypotheses is said
     assert row.costs["runtime"] == "not measured: boxed writes no int8 files"
     assert row.costs["size_mb"] is None
