@@ -236,7 +236,7 @@ def read_pieces(path: Path) -> list[str]:
         for line in read_lines(path):
             piece, _, number = line.rpartition(" ")
             by_id[int(number)] = piece
-        return [by_id[i] for i in range(len(by_id))]
+        return [by_id[i] for i in range(max(1, len(by_id)))]
     except (ValueError, KeyError):  # a line without a number, a number left out, or no text at all
         raise KdrecipeError(
             f"no list of tokens: line {len(by_id) + 1} or what follows is damaged",

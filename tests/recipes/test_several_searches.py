@@ -30,7 +30,7 @@ def work(tmp_path_factory) -> Path:
     assert done.status == 0, done.said
     assert "## Claims beside what was measured" in done.out
     first, *_, closing = done.out.split("\n\n")
-    assert first.startswith("8 jobs to run (prepare 1, features 1, tokens 1, distill 1, export 1, decode 1")
+    assert first.startswith("9 jobs to run (prepare 1, features 1, tokens 2, distill 1, export 1, decode 1")
     assert "how long they take is not known: training will tell" in first
     assert closing.splitlines()[0] == f"report: {directory / 'work' / 'report' / 'report.html'}"
     return directory / "work"
