@@ -21,7 +21,6 @@ from kdrecipe.testing.corpus import make_corpus
 
 KILLS = int(os.environ.get("KDRECIPE_KILLS", "10"))
 SEED = int(os.environ.get("KDRECIPE_KILL_SEED", str(time.time_ns() % 10**6)))
-MEASURED = ("decode.json",)  # beside hypotheses: how long it took
 MAX_JOBS_ON = 3  # the kill comes in one of the next so many jobs
 
 
@@ -92,8 +91,8 @@ def results(work: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for folder, stamp in stamps(work).items():
         if folder.startswith("hyps"):
-            texts = [path for path in sorted((work / folder).rglob("*.jsonl")) if path.name not in MEASURED]
-            found[folder] = {path.name: path.read_text() for path in texts}
+            texts = sorted((work / folder).rglob("*.jsonl"))
+            found[folder] = {str(path.relative_to(work)): path.read_text() for path in texts}
         elif folder != "report":
             found[folder] = stamp["content"]
     report = json.loads((work / "report" / "results.json").read_text())
