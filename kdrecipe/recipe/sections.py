@@ -265,9 +265,9 @@ class Augment(Options):
             a model that fits nothing yet; null, or no dev split: from the start.
     """
 
-    silence: Share = 0.5
+    silence: Share = 0.3
     silence_s: Range = (0.0, 3.0)
-    join: Share = 0.2
+    join: Share = 0.15
     join_s: Positive = 12.0
     gain: Share = 0.3
     gain_db: Range = (-20.0, 20.0)
