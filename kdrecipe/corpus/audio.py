@@ -5,6 +5,7 @@ Shapes: S samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdrecipe.corpus.segments import LONGEST_S, joined, segments
+from kdrecipe.corpus.segments import LONGEST_S, SHORTEST_S, joined, segments
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import SAMPLE_RATE, Hypothesis
 
@@ -150,6 +151,12 @@ def recognise_long(
     text, tokens, times_s = joined((at_s, h.text, h.tokens, h.times_s) for at_s, h in found)
     scores = [h.score for _, h in found if h.score is not None]
     return Hypothesis(text, tokens, times_s, sum(scores) if len(scores) == len(found) else None)
+
+
+def padded(samples_CS: np.ndarray, sample_rate: int) -> np.ndarray:
+    """With zeros after it up to one window, since Lhotse computes no features of less."""
+    missing = math.ceil(SHORTEST_S * sample_rate) - samples_CS.shape[1]
+    return samples_CS if missing <= 0 else np.pad(samples_CS, ((0, 0), (0, missing)))
 
 
 def resample(samples_S: np.ndarray, sample_rate: int) -> np.ndarray:

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdrecipe.corpus.audio import padded
+from kdrecipe.corpus.gather import reason
 from kdrecipe.data.memory import Kept, MemoryBudget
 from kdrecipe.errors import DataError
-from kdrecipe.interfaces import BLANK_ID, Batch, Piece, TokenTable
+from kdrecipe.interfaces import BLANK_ID, SAMPLE_RATE, Batch, Piece, TokenTable
 
 if TYPE_CHECKING:  # Lhotse is slow to import, and only its cuts' attributes are used here
     from lhotse.cut import Cut
@@ -217,7 +219,7 @@ class CutBatches:
         kept = self._audio.get(cut_id)
         if kept is None:
             with _reading("audio", cut_id, "rerun the recipe from --stage 0"):
-                samples_S = np.asarray(self._cuts[cut_id].load_audio())[0]
+                [samples_S] = padded(np.asarray(self._cuts[cut_id].load_audio()), SAMPLE_RATE)
             kept = np.round(samples_S * _FULL_SCALE).clip(-_FULL_SCALE, _FULL_SCALE).astype(np.int16)
             self._audio.offer(cut_id, kept, kept.nbytes)
         return kept.astype(np.float32) / _FULL_SCALE
@@ -229,9 +231,8 @@ def _reading(what: str, cut_id: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        reason = f"can't read its {what}: {type(error).__name__}: {first}"
-        raise DataError(reason, where=cut_id, remedy=remedy) from error
+        said = f"can't read its {what}: {type(error).__name__}: {reason(error)}"
+        raise DataError(said, where=cut_id, remedy=remedy) from error
 
 
 def _check(cuts: Sequence[Cut], by_id: dict[str, Cut]) -> None:

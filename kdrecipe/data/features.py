@@ -11,7 +11,6 @@ Written to the features directory::
 from __future__ import annotations
 
 import functools
-import math
 import multiprocessing
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -29,8 +28,9 @@ from lhotse.supervision import SupervisionSet
 from lhotse.utils import fastcopy
 
 from kdrecipe.artifacts import disk_errors, replacing, write_json, write_jsonl_gz
+from kdrecipe.corpus.audio import padded
+from kdrecipe.corpus.gather import reason
 from kdrecipe.corpus.manifests import RECORDINGS
-from kdrecipe.corpus.segments import SHORTEST_S
 from kdrecipe.corpus.subsets import choose_subsets
 from kdrecipe.errors import DataError, Problem, RecipeError
 from kdrecipe.interfaces import SAMPLE_RATE
@@ -89,14 +89,8 @@ def extract(samples_S: np.ndarray, sample_rate: int, config: Mapping[str, Any]) 
             f"audio at {sample_rate} Hz",
             remedy=f"convert it to {SAMPLE_RATE} Hz first, e.g. with sox or ffmpeg",
         )
-    samples = _padded(np.asarray(samples_S, dtype=np.float32)[None], sample_rate)
+    samples = padded(np.asarray(samples_S, dtype=np.float32)[None], sample_rate)
     return np.asarray(make_extractor(config).extract(samples, sample_rate), dtype=np.float32)
-
-
-def _padded(samples_CS: np.ndarray, sample_rate: int) -> np.ndarray:
-    """With zeros after it up to one window, since Lhotse computes no features of less."""
-    missing = math.ceil(SHORTEST_S * sample_rate) - samples_CS.shape[1]
-    return samples_CS if missing <= 0 else np.pad(samples_CS, ((0, 0), (0, missing)))
 
 
 def compute_features(
@@ -354,9 +348,9 @@ def _extract_block(
     done: list[MonoCut | Problem] = []
     for number, cut in numbered:
         try:
-            samples = _padded(np.asarray(cut.load_audio()), cut.sampling_rate)
+            samples = padded(np.asarray(cut.load_audio()), cut.sampling_rate)
         except Exception as error:  # whatever the decoder raises, it is about this file
-            what = f"can't read its audio: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            what = f"can't read its audio: {type(error).__name__}: {reason(error)}"
             # Stage 0 could read it, or it would have been left out: the file has changed since.
             done.append(Problem(what, cut.id, "restore the file, or run the prepare stage again"))
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -217,6 +218,20 @@ def test_a_scene_depends_on_its_seed_alone(spoken):
     for same in (again, other):
         assert torch.equal(batch.features_BTF, same.load_augmented(ids, (1, 2)).features_BTF)
     assert batch.features_BTF.shape != first.load_augmented(ids, (1, 3)).features_BTF.shape
+
+
+@pytest.mark.parametrize("num_samples", [1, 100, 399, 400, 5000])
+def test_an_utterance_has_as_many_frames_in_a_scene_as_in_stage_1(spoken, num_samples):
+    cut = SimpleNamespace(
+        id="short",
+        duration=num_samples / 16000,
+        has_features=True,
+        supervisions=[],
+        load_audio=lambda: speech(num_samples)[None],
+    )
+    batch = batches(([cut], spoken[1])).load_augmented(["short"], (0,))
+    stored = extract(speech(num_samples), 16000, FBANK)
+    assert [piece.num_frames for piece in batch.pieces[0]] == batch.lens_B.tolist() == [len(stored)]
 
 
 def test_select_and_repeat_keep_the_pieces():
