@@ -201,7 +201,7 @@ class Bundle:
 
         from kdrecipe.model.asr import build_model
         from kdrecipe.plugin.loader import reason
-        from kdrecipe.recipe.checks import few_tensors
+        from kdrecipe.recipe.fit import few_tensors
 
         tokens, registry = self.tokens, self.registry
         try:

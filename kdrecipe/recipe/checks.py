@@ -1,43 +1,34 @@
 """What can be wrong between the parts of a recipe that are right by themselves.
 
-Found before any work: names that do not exist, circles, losses that their teachers can't serve.
-The latter is asked of the plugins themselves, on models that are built but not initialised.
+Found before any work: names that do not exist, circles, losses without a teacher. Whether models, losses and
+teachers fit each other: :mod:`kdrecipe.recipe.fit`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdrecipe.errors import KdrecipeError, PluginError, Problem, did_you_mean
-from kdrecipe.interfaces import FORCED_KINDS, VOCABULARY_KINDS, LossSetup, ModelInfo, TargetSpec, tap_shifts_s
+from kdrecipe.errors import KdrecipeError, PluginError, did_you_mean
+from kdrecipe.interfaces import FORCED_KINDS, TargetSpec
 from kdrecipe.plugin.loader import reason
 from kdrecipe.plugin.registry import Registry
-from kdrecipe.recipe.bundles import other_tokens
 from kdrecipe.recipe.parsing import SECTION_OF, Parser
 from kdrecipe.recipe.sections import (
     ALL,
     Corpus,
     Decode,
-    Features,
     Lm,
     Named,
     System,
     TargetOptions,
     Term,
-    Tokens,
     depth_first,
     shared_labels,
     uses_lm,
 )
 from kdrecipe.recipe.suitable import bundle_model, head_of, heads_of, measured_exporter, origin_of, searches
 from kdrecipe.recipe.yaml import KeyPath
-
-FEATURE_FRAME_SHIFT_S = 0.01
-MAX_TENSORS = 10_000
-"""Of a model: far more than any has that trains here."""
 
 TRAIN = "train"  # the split that tokens and models are learnt from
 
@@ -405,158 +396,6 @@ def learnt_from(
         remedy = did_you_mean(data, {*subsets, ALL}) + " (corpus.subsets)"
         parser.problem((key, "data"), f"unknown subset {data!r}", remedy)
     return data
-
-
-class FitChecker:
-    """Whether teachers can give what losses need, asked of models built for the purpose."""
-
-    def __init__(self, checker: Checker, features: Features, tokens: Tokens) -> None:
-        self.checker = checker
-        self.features = features
-        self.tokens = tokens
-        self.vocab_size = tokens.vocab_size or 32  # characters are counted in stage 2
-        self._infos: dict[str, ModelInfo | None] = {}
-
-    def check(self) -> None:
-        """Every term of every system against each of its teachers."""
-        for system in self.checker.systems.values():
-            student = self._info(system)
-            if student is None:
-                continue
-            for i, term in enumerate(system.terms):
-                needs = self.checker.requires(term)
-                names = [term.teacher] if term.teacher else list(system.teachers)
-                for name in names if needs else [None]:
-                    if problem := self._misfit(term, needs, student, name):
-                        parser, path = self.checker.parser, self.checker._path(system, "losses", i)
-                        parser.problem(path, problem.what, problem.remedy)
-
-        self._language_model()
-
-    def _language_model(self) -> None:
-        """A bundle with its own tokens can't be searched with a language model over the recipe's."""
-        decoders, registry = self.checker.decode.decoders, self.checker._registry
-        for system in self.checker.systems.values():
-            heads = list((bundle_model(system) or {}).get("heads", ())) if system.kind == "pretrained" else []
-            why = self._other_tokens(system.name)
-            for label, decoder in searches(heads, decoders, registry).items() if heads and why else ():
-                if uses_lm(decoder.options):
-                    what = f"the language model is over the recipe's tokens, and {system.name!r} has {why}"
-                    remedy = "set tokens as they were for the bundle, or lm_weight: 0"
-                    self.checker.parser.problem(("decode", "decoders", label, "lm_weight"), what, remedy)
-
-    def _misfit(
-        self, term: Term, needs: list[TargetSpec], student: ModelInfo, name: str | None
-    ) -> Problem | None:
-        teacher = self._info(self.checker.systems[name]) if name else None
-        if name and teacher is None:
-            return None  # not known before it is there
-        offered = {spec.key: spec for spec in teacher.provides()} if teacher else {}
-        for need in needs:
-            if need.key not in offered:
-                remedy = did_you_mean(need.key, offered)
-                return Problem(f"{term.name!r} needs {need.key}, the teacher {name!r} lacks it", "", remedy)
-            if name and need.kind in VOCABULARY_KINDS and (why := self._other_tokens(name)) is not None:
-                remedy = "set tokens as they were for the bundle, or use a loss on hidden states (hidden_mse)"
-                return Problem(f"{term.name!r} compares tokens, and {name!r} has {why}", "", remedy)
-            if (why := student.pinned(need).mismatch(offered[need.key])) is not None:
-                remedy = "teacher and student need equal subsampling" if "frame_shift_s" in why else ""
-                return Problem(f"{term.name!r} can't learn from {name!r}: {why}", "", remedy)
-        cls = self.checker._registry.get("losses", term.name)
-        try:
-            with _uninitialised():
-                cls(cls.Config.model_validate(term.options), LossSetup(student, teacher))
-        except KdrecipeError as error:
-            return Problem(error.problems[0].what, "", error.problems[0].remedy)
-        except Exception as error:
-            return Problem(f"{term.name!r} can't be built: {reason(error)}")
-        return None
-
-    def _other_tokens(self, name: str) -> str | None:
-        system = self.checker.systems[name]
-        return other_tokens(system, self.tokens) if system.kind == "pretrained" else None
-
-    def _info(self, system: System) -> ModelInfo | None:
-        """What losses may know of a system's model; None where that can't be known yet."""
-        model = bundle_model(system) if system.kind == "pretrained" else system.model
-        if model is None:
-            return None
-        key = json.dumps(model, sort_keys=True)
-        if key not in self._infos:
-            self._infos[key] = None
-            try:
-                self._infos[key] = self._build(model)
-            except Exception as error:
-                what = f"a model of architecture {model['name']!r} can't be built: {reason(error)}"
-                self.checker._problem(system, () if system.model is None else ("model",), what)
-        return self._infos[key]
-
-    def _build(self, model: Mapping[str, Any]) -> ModelInfo:
-        registry = self.checker._registry
-        encoder = build_encoder(registry, model, self.features.num_mel_bins)
-        heads = {name: registry.get("heads", name) for name in model["heads"]}
-        with _uninitialised():
-            for name, head in heads.items():
-                head(head.Config.model_validate(model["heads"][name]), encoder.output_dim, self.vocab_size)
-        taps = {tap: dim for tap, (_, dim) in encoder.taps().items()}
-        shift_s = round(FEATURE_FRAME_SHIFT_S * encoder.subsampling, 9)
-        return ModelInfo(
-            "the recipe's",
-            self.vocab_size,
-            shift_s,
-            {name: head.target_kinds for name, head in heads.items()},
-            taps,
-            {name: round(shift_s * getattr(head, "subsampling", 1), 9) for name, head in heads.items()},
-            tap_shifts_s(encoder, FEATURE_FRAME_SHIFT_S),
-        )
-
-
-def build_encoder(registry: Registry, model: Mapping[str, Any], num_mel_bins: int) -> Any:
-    """The encoder that ``model`` (its description) names, weights not initialised: to be asked, not run."""
-    options = {k: v for k, v in model.items() if k not in ("name", "heads")}
-    cls = registry.get("architectures", model["name"])
-    with _uninitialised():
-        return cls(cls.Config.model_validate(options), num_mel_bins)
-
-
-@contextmanager
-def _uninitialised() -> Iterator[None]:
-    """Modules built within keep random weights unset: their memory is never touched.
-
-    Not torch's ``meta`` device: some operations on it import torch's compiler, which takes longer
-    than all else that ``kdrecipe check`` does.
-    """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    random = (torch.Tensor.uniform_, torch.Tensor.normal_)
-
-    class SkipRandom(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return args[0] if func in random else func(*args, **(kwargs or {}))
-
-    with torch.random.fork_rng(devices=[]), SkipRandom(), few_tensors():
-        yield
-
-
-@contextmanager
-def few_tensors() -> Iterator[None]:
-    """KdrecipeError for a model that would be built until the memory is full (num_layers: 100000000)."""
-    from torch.nn.modules.module import register_module_parameter_registration_hook
-
-    num_tensors = 0
-
-    def count(module: Any, name: str, parameter: Any) -> None:
-        nonlocal num_tensors
-        num_tensors += 1
-        if num_tensors > MAX_TENSORS:
-            raise KdrecipeError(f"it has more than {MAX_TENSORS} weight tensors")
-
-    counting = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        counting.remove()
 
 
 def _systems(names: list[str]) -> str:

@@ -15,7 +15,8 @@ from kdrecipe.plugin.loader import Plugins, load_plugins
 from kdrecipe.plugin.returned import returned
 from kdrecipe.recipe import tiny
 from kdrecipe.recipe.bundles import check_features
-from kdrecipe.recipe.checks import Checker, FitChecker, check_lm, learnt_from
+from kdrecipe.recipe.checks import Checker, check_lm, learnt_from
+from kdrecipe.recipe.fit import FitChecker
 from kdrecipe.recipe.parsing import TOP_KEYS, Parser
 from kdrecipe.recipe.sections import (
     Claim,

@@ -160,7 +160,7 @@ def _dev_sample(layout: Layout) -> list[MonoCut]:
 
 def _smallest(recipe: Recipe, systems: Sequence[System]) -> System:
     """The system whose encoder has the fewest parameters."""
-    from kdrecipe.recipe.checks import build_encoder
+    from kdrecipe.recipe.fit import build_encoder
 
     def num_params(system: System) -> int:
         model, bins = system.model or {}, recipe.features.num_mel_bins

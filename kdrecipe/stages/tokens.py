@@ -56,7 +56,7 @@ def fewest_frames(recipe: Recipe) -> Callable[[int], int]:
 
     Encoders are built, not initialised, since an option may decide how much one subsamples.
     """
-    from kdrecipe.recipe.checks import build_encoder
+    from kdrecipe.recipe.fit import build_encoder
 
     models = [system.model for system in recipe.systems.values() if system.model]
     distinct = {json.dumps({k: v for k, v in m.items() if k != "heads"}, sort_keys=True): m for m in models}
