@@ -280,10 +280,7 @@ class _Builder:
             if tag == "bool":
                 return {"true": True, "false": False}[text.lower()]
             if tag == "int":
-                value = int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
-                if value.bit_length() > 63:  # nothing that counts in 64 bits could hold it
-                    raise ValueError
-                return value
+                return self._integer(node, int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)))
             if tag == "float":
                 return float(re.sub(r"\.(?=[iInN])", "", text))
         except (ValueError, KeyError):
@@ -292,6 +289,12 @@ class _Builder:
         if tag not in ("str", "merge"):
             self._problem(node, f"the tag {node.tag!r} is not allowed: a recipe is data")
         return text
+
+    def _integer(self, node: yaml.ScalarNode, value: int) -> int | None:
+        if -(2**63) <= value < 2**63:
+            return value
+        self._problem(node, f"{str(node.value)[:40]} is beyond 64 bits", "nothing here counts so far")
+        return None
 
     def _check_tag(self, node: yaml.Node, expected: str) -> None:
         if node.tag != f"tag:yaml.org,2002:{expected}":

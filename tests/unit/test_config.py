@@ -200,10 +200,18 @@ def test_parse_value():
         parse_value("[", "--set x=[")
 
 
+def test_integers_end_with_64_bits():
+    for value in (2**63 - 1, -(2**63)):
+        assert parse_value(str(value), "--set") == value
+    for value in (2**63, -(2**63) - 1):
+        with pytest.raises(RecipeError, match="is beyond 64 bits"):
+            parse_value(str(value), "--set")
+
+
 # PyYAML writes the text 0e0 without quotes, since its own floats have a dot; here, as in YAML 1.2, it is one
 TEXT = st.text("abc é:#-'\"\n01e").filter(lambda text: not re.fullmatch(r"-?[01]+e-?[01]+", text))
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | TEXT,
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", min_size=1), inner, max_size=3)
     ),
