@@ -482,7 +482,7 @@ MISTAKES = [
     ("corpus.subsets.a/b", {"speakers": 1}, "letters, digits", ""),
     ("features.num_mel_bins", "many", "should be a valid integer", ""),
     ("features.speed_perturb", [1.0, 1.0], "the same speed twice", ""),
-    ("seeds", [10**400], "is not a value of type int", ""),
+    ("seeds", [10**400], "beyond 64 bits", ""),
     ("tokens", {"name": "bpe"}, "bpe needs a vocab_size", ""),
     ("tokens.name", "bpee", "should be 'bpe'", ""),
     ("seeds", [], "seeds: is empty", ""),
