@@ -1,0 +1,115 @@
+"""The interface between plugins and the core: data classes and small Protocols.
+
+Plugins build on this package, :mod:`kdrecipe.errors`, :mod:`kdrecipe.layers` and
+:mod:`kdrecipe.data` only. It imports neither torch nor lhotse, which are slow to import.
+
+Shapes, in names and docstrings: B utterances, S audio samples, F feature bins, T frames (of the
+features, or of the encoder after subsampling), U tokens, V vocabulary, D width, K kept classes; of
+a transducer: J width of the joiner, and P = U + 1 positions between tokens.
+"""
+
+from kdrecipe.interfaces.batches import (
+    Batch,
+    Lattice,
+    ModelOutput,
+    Piece,
+)
+from kdrecipe.interfaces.common import (
+    BLANK_ID,
+    FRAME_SAMPLES,
+    SAMPLE_RATE,
+    SOS_EOS_ID,
+    UNK_ID,
+    Options,
+)
+from kdrecipe.interfaces.compression import (
+    CompressContext,
+    Compressor,
+    float_copy,
+)
+from kdrecipe.interfaces.corpora import (
+    Corpus,
+    Prepared,
+)
+from kdrecipe.interfaces.exports import (
+    BundleLike,
+    Exporter,
+    Runner,
+    Runtime,
+    RuntimeSearch,
+    Speller,
+)
+from kdrecipe.interfaces.losses import (
+    Loss,
+    LossOutput,
+    LossSetup,
+)
+from kdrecipe.interfaces.models import (
+    Architecture,
+    Head,
+    ModelInfo,
+    tap_shifts_s,
+)
+from kdrecipe.interfaces.recognition import (
+    Decoder,
+    Hypothesis,
+    LanguageModel,
+    Metric,
+    TokenTable,
+)
+from kdrecipe.interfaces.targets import (
+    FORCED_KINDS,
+    FRAME_KINDS,
+    VOCABULARY_KINDS,
+    Hidden,
+    LatticePosteriors,
+    Posteriors,
+    TargetKind,
+    Targets,
+    TargetSpec,
+)
+
+__all__ = [
+    "BLANK_ID",
+    "FORCED_KINDS",
+    "FRAME_KINDS",
+    "FRAME_SAMPLES",
+    "SAMPLE_RATE",
+    "SOS_EOS_ID",
+    "UNK_ID",
+    "VOCABULARY_KINDS",
+    "Architecture",
+    "Batch",
+    "BundleLike",
+    "CompressContext",
+    "Compressor",
+    "Corpus",
+    "Decoder",
+    "Exporter",
+    "Head",
+    "Hidden",
+    "Hypothesis",
+    "LanguageModel",
+    "Lattice",
+    "LatticePosteriors",
+    "Loss",
+    "LossOutput",
+    "LossSetup",
+    "Metric",
+    "ModelInfo",
+    "ModelOutput",
+    "Options",
+    "Piece",
+    "Posteriors",
+    "Prepared",
+    "Runner",
+    "Runtime",
+    "RuntimeSearch",
+    "Speller",
+    "TargetKind",
+    "TargetSpec",
+    "Targets",
+    "TokenTable",
+    "float_copy",
+    "tap_shifts_s",
+]

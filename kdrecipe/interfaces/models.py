@@ -1,0 +1,120 @@
+"""Encoders, heads, and what losses may know of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+
+from kdrecipe.interfaces.common import Options
+from kdrecipe.interfaces.targets import FRAME_KINDS, VOCABULARY_KINDS, TargetKind, TargetSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@runtime_checkable
+class Architecture(Protocol):
+    """An encoder; an ``nn.Module`` built as ``cls(config, input_dim)``.
+
+    ``forward(features_BTF, lens_B) -> (hidden_BTD, lens_B)``. Output on valid frames must not
+    depend on padding. ``output_len`` gives the output length for a number of feature frames.
+    A method ``tap_subsampling() -> dict[str, int]``, optional, names the taps whose frames are not those
+    of the output, with their number of feature frames per frame.
+    """
+
+    Config: ClassVar[type[Options]]
+    output_dim: int
+    subsampling: int
+
+    def taps(self) -> dict[str, tuple[nn.Module, int]]:
+        """Declared intermediate tensors: name -> (module whose output it is, D)."""
+
+    def output_len(self, num_frames: int) -> int:
+        """Output frames for ``num_frames`` feature frames."""
+
+
+class Head(Protocol):
+    """A head on an encoder; an ``nn.Module`` built as ``cls(config, input_dim, vocab_size)``.
+
+    ``forward(hidden_BTD, lens_B, batch) -> logits``, a :class:`Lattice`, or None; ``batch`` is None
+    where no text is known, and then heads that need one give None. The attribute ``vocab_size``
+    is V. A class attribute ``subsampling``, optional, is the number of the encoder's frames per frame of
+    the head's output (1 without it).
+    """
+
+    Config: ClassVar[type[Options]]
+    target_kinds: ClassVar[tuple[TargetKind, ...]]
+
+    def greedy(self, hidden_BTD: Tensor, lens_B: Tensor) -> list[list[int]]:
+        """Tokens of each utterance, the best one at each step."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What losses may know of a model before it runs.
+
+    Args:
+        vocab_id: hash of its token list.
+        vocab_size: V.
+        frame_shift_s: seconds per output frame.
+        heads: name of each head -> the kinds of targets that it can give; the first head is the
+            one by which the model is judged.
+        taps: name -> D of each declared tap.
+        head_shifts_s: name -> seconds per frame of each head; those not named: ``frame_shift_s``.
+        tap_shifts_s: name -> seconds per frame of each tap; those not named: ``frame_shift_s``.
+    """
+
+    vocab_id: str
+    vocab_size: int
+    frame_shift_s: float
+    heads: Mapping[str, tuple[TargetKind, ...]]
+    taps: Mapping[str, int]
+    head_shifts_s: Mapping[str, float] = field(default_factory=dict)
+    tap_shifts_s: Mapping[str, float] = field(default_factory=dict)
+
+    def head_shift_s(self, head: str) -> float:
+        """Seconds from one frame of a head's output to the next."""
+        return self.head_shifts_s.get(head, self.frame_shift_s)
+
+    def tap_shift_s(self, tap: str) -> float:
+        """Seconds from one frame at a tap to the next."""
+        return self.tap_shifts_s.get(tap, self.frame_shift_s)
+
+    def provides(self) -> list[TargetSpec]:
+        """The targets that a model like this can give as a teacher."""
+        specs = [
+            TargetSpec(
+                kind,
+                head,
+                self.vocab_size,
+                self.head_shift_s(head) if kind in FRAME_KINDS else None,
+                self.vocab_id,
+            )
+            for head, kinds in self.heads.items()
+            for kind in kinds
+        ]
+        specs += [TargetSpec("hidden", tap, dim, self.tap_shift_s(tap)) for tap, dim in self.taps.items()]
+        return specs
+
+    def pinned(self, need: TargetSpec) -> TargetSpec:
+        """What a loss needs of a teacher, with what follows from this student filled in.
+
+        Frames must fall together: with those of the student's head of that name for logits, with
+        those of its encoder's output for hidden states. Logits must count in the same vocabulary.
+        """
+        if need.kind in FRAME_KINDS and need.frame_shift_s is None:
+            is_hidden = need.kind == "hidden"
+            shift_s = self.frame_shift_s if is_hidden else self.head_shift_s(need.tap)
+            need = replace(need, frame_shift_s=shift_s)
+        if need.kind in VOCABULARY_KINDS:
+            need = replace(need, dim=self.vocab_size, vocab_id=self.vocab_id)
+        return need
+
+
+def tap_shifts_s(encoder: Architecture, feature_frame_shift_s: float = 0.01) -> dict[str, float]:
+    """Seconds per frame at each tap of an encoder: as its ``tap_subsampling()`` says, else as its output."""
+    other: Mapping[str, int] = encoder.tap_subsampling() if hasattr(encoder, "tap_subsampling") else {}
+    return {
+        tap: round(feature_frame_shift_s * other.get(tap, encoder.subsampling), 9) for tap in encoder.taps()
+    }

@@ -1,0 +1,146 @@
+"""What teachers say, and what losses ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from kdrecipe.interfaces.tensors import map_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TargetKind = Literal["frame_logits", "token_logits", "rnnt_lattice", "hidden", "codebooks", "hypotheses"]
+FRAME_KINDS: tuple[TargetKind, ...] = ("frame_logits", "rnnt_lattice", "hidden")
+"""Kinds whose targets go by frames, which must fall together with the student's."""
+FORCED_KINDS: tuple[TargetKind, ...] = ("token_logits", "rnnt_lattice")
+"""Kinds that a teacher can only give along a text."""
+VOCABULARY_KINDS: tuple[TargetKind, ...] = ("frame_logits", "token_logits", "rnnt_lattice")
+"""Kinds that are about tokens, which must be the student's."""
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What a loss needs of a teacher, or what a teacher gives.
+
+    Args:
+        kind: what it is.
+        tap: the head (``ctc``) for logits, the declared tap (``encoder.3``) for hidden states.
+        dim: size of the last axis: V for logits, D for hidden; None in a need means any.
+        frame_shift_s: seconds from one target frame to the next; None in a need means
+            the student's own.
+        vocab_id: hash of the token list that the last axis counts in; None: not a vocabulary.
+        dtype: how it is stored (``float16`` or ``float32``).
+        top_k: classes kept per frame, the rest as one tail mass; None means all.
+    """
+
+    kind: TargetKind
+    tap: str = "ctc"
+    dim: int | None = None
+    frame_shift_s: float | None = None
+    vocab_id: str | None = None
+    dtype: str = "float16"
+    top_k: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Name within :class:`Targets`: kind and tap."""
+        return f"{self.kind}:{self.tap}"
+
+    def mismatch(self, offered: TargetSpec) -> str | None:
+        """Why ``offered`` (a teacher's) can't meet this need, or None if it does."""
+        if self.key != offered.key:
+            return f"needs {self.key}, the teacher offers {offered.key}"
+        for name in ("dim", "frame_shift_s", "vocab_id"):
+            need, has = getattr(self, name), getattr(offered, name)
+            if need is not None and has is not None and need != has:
+                return f"{self.key}: needs {name} {need}, the teacher's is {has}"
+        return None
+
+
+@dataclass
+class Posteriors:
+    """A teacher's posteriors at temperature 1: the kept classes and the mass of the rest.
+
+    Classes that the teacher rules out have :data:`kdrecipe.frames.MIN_LOG_PROB`, not -inf, in what
+    live and cached teachers give; so has an empty rest.
+
+    Args:
+        log_probs_BTK: float32, log-posteriors of the kept classes.
+        lens_B: int64, valid frames (or tokens) of each utterance.
+        indices_BTK: int64, the kept classes' ids; None: all V classes in order (K = V).
+        log_tail_BT: float32, log of the mass of all other classes; None where none is left out.
+    """
+
+    log_probs_BTK: Tensor
+    lens_B: Tensor
+    indices_BTK: Tensor | None = None
+    log_tail_BT: Tensor | None = None
+
+
+@dataclass
+class Hidden:
+    """A teacher's hidden states: values_BTD float32, lens_B int64 valid frames."""
+
+    values_BTD: Tensor
+    lens_B: Tensor
+
+
+@dataclass
+class LatticePosteriors:
+    """A teacher's transducer posteriors at temperature 1, at every frame and position of the lattice.
+
+    Three classes: the next token of the text, the blank, and all other tokens together, whose
+    mass is what the two leave (Panchapagesan 2020, arXiv 2011.06110).
+
+    Args:
+        log_probs_BTP2: float32, log-posteriors of the next token and of the blank; after the last
+            token there is no next one, and its position has no meaning.
+        lens_B: int64, valid frames.
+        token_lens_B: int64, U of each utterance; its positions are 0 to U.
+    """
+
+    log_probs_BTP2: Tensor
+    lens_B: Tensor
+    token_lens_B: Tensor
+
+
+@dataclass
+class Targets:
+    """All that one teacher says about a batch, by :attr:`TargetSpec.key`.
+
+    Args:
+        items: the targets.
+        tokens_BU: int64, the texts along which ``token_logits`` and ``rnnt_lattice`` were
+            computed: the transcript of a labelled utterance, the teacher's own hypothesis of any
+            other; None if there are no such targets.
+        token_lens_B: int64, their lengths.
+    """
+
+    items: dict[str, Posteriors | Hidden | LatticePosteriors] = field(default_factory=dict)
+    tokens_BU: Tensor | None = None
+    token_lens_B: Tensor | None = None
+
+    def posteriors(self, head: str = "ctc", kind: TargetKind = "frame_logits") -> Posteriors:
+        """Frame (or token) posteriors of the teacher's ``head``."""
+        item = self.items[f"{kind}:{head}"]
+        assert isinstance(item, Posteriors)
+        return item
+
+    def hidden(self, tap: str) -> Hidden:
+        """Hidden states at the teacher's ``tap``."""
+        item = self.items[f"hidden:{tap}"]
+        assert isinstance(item, Hidden)
+        return item
+
+    def lattice(self, head: str = "rnnt") -> LatticePosteriors:
+        """Transducer posteriors of the teacher's ``head``."""
+        item = self.items[f"rnnt_lattice:{head}"]
+        assert isinstance(item, LatticePosteriors)
+        return item
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Targets:
+        """A copy with every tensor changed (moved, repeated, selected by row)."""
+        result: Targets = map_tensors(self, change)
+        return result
