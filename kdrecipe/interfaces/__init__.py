@@ -68,6 +68,7 @@ from kdrecipe.interfaces.targets import (
     Targets,
     TargetSpec,
 )
+from kdrecipe.interfaces.teachers import Teacher
 
 __all__ = [
     "BLANK_ID",
@@ -109,6 +110,7 @@ __all__ = [
     "TargetKind",
     "TargetSpec",
     "Targets",
+    "Teacher",
     "TokenTable",
     "float_copy",
     "tap_shifts_s",

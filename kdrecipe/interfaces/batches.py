@@ -40,6 +40,9 @@ class Batch:
         labelled_B: bool, False where the text must not be used (or is not known).
         texts: transcripts ('' where unlabelled).
         pieces: the cuts that each row consists of, with silence around them; empty: a row is its cut.
+        samples_BS: float32 audio at 16 kHz in [-1, 1], padded with zeros, of which the features are; None
+            where nothing asked for it.
+        sample_lens_B: int64, valid samples; None without them.
     """
 
     ids: list[str]
@@ -50,6 +53,8 @@ class Batch:
     labelled_B: Tensor
     texts: list[str] = field(default_factory=list)
     pieces: list[tuple[Piece, ...]] = field(default_factory=list)
+    samples_BS: Tensor | None = None
+    sample_lens_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

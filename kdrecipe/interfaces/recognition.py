@@ -22,12 +22,16 @@ class Hypothesis:
         tokens: token ids.
         times_s: start of each token in seconds, as many as tokens (or empty).
         score: log-score of the search, higher is better; None where the runtime gives none.
+        avg_log_prob: mean natural log-probability of its tokens, 0 at best; None where it is not known.
+        no_speech_prob: the model's probability that nobody speaks, 0 to 1; None where it is not known.
     """
 
     text: str
     tokens: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
     score: float | None = None
+    avg_log_prob: float | None = None
+    no_speech_prob: float | None = None
 
 
 class TokenTable(Protocol):

@@ -1,0 +1,60 @@
+"""Imported models that teach.
+
+B utterances, S audio samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+from kdrecipe.interfaces.batches import Batch
+from kdrecipe.interfaces.common import Options
+from kdrecipe.interfaces.recognition import Hypothesis
+from kdrecipe.interfaces.targets import Targets, TargetSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Teacher(Protocol):
+    """A model that teaches, wherever it was trained; built as ``cls(config)``.
+
+    Building it is cheap and looks at what there is without loading weights: a directory without them, a
+    package that is not installed, an option that this model can't serve are RecipeErrors then, before any
+    work. Weights are read when :meth:`load` is called. Nothing that a teacher gives has a gradient.
+
+    ``input`` says what it hears of a batch: ``features``, those of the recipe, or ``audio``
+    (:attr:`Batch.samples_BS`, 16 kHz in [-1, 1], padded with zeros). What it says of an utterance must not
+    depend on the padding, nor on the other utterances of the batch.
+
+    Attributes:
+        files: all files that it consists of; their content identifies it, their size is its size.
+        num_params: parameters, after :meth:`load`; None where that can't be known (a runtime's model).
+    """
+
+    Config: ClassVar[type[Options]]
+    input: ClassVar[Literal["features", "audio"]]
+    files: Sequence[Path]
+    num_params: int | None
+
+    def provides(self) -> list[TargetSpec]:
+        """The targets that it can give, with their dimensions, frame shifts and vocabularies."""
+
+    def load(self, device: torch.device) -> None:
+        """Make it ready to speak on ``device``; what can't run there stays on the CPU."""
+
+    def targets(self, batch: Batch, needs: Sequence[TargetSpec]) -> Targets:
+        """What it says of ``batch`` for each need, on the batch's device.
+
+        Posteriors are natural log-probabilities over all classes or the ``top_k`` asked for, at temperature
+        1, in float32; lengths are those of the valid frames.
+        """
+
+    def hypotheses(self, batch: Batch) -> list[Hypothesis]:
+        """What it recognises by its own search, in the order of the batch.
+
+        Raises:
+            DataError: it recognises nothing (a bare encoder).
+        """
