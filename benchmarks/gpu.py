@@ -42,7 +42,7 @@ from kdrecipe.model.asr import AsrModel, model_info
 from kdrecipe.model.heads.ctc import CtcLoss, CtcLossOptions
 from kdrecipe.recipe.sections import SpecAugment, Training
 from kdrecipe.targets.cache import write_targets
-from kdrecipe.targets.live import LiveTargets
+from kdrecipe.targets.live import LiveTargets, ModelTeacher
 from kdrecipe.train.distribution import Workers
 from kdrecipe.train.objective import Objective, TargetSource, Term
 from kdrecipe.train.optimisation import make_optimizer
@@ -192,10 +192,16 @@ class Bench:
         both = [replace(ctc(), weight=0.5), Term("kl", 0.5, KlLoss(KlLoss.Config(), setup), "teacher")]
         specs = KlLoss.requires(KlLoss.Config())
         cached = write_targets(
-            self.cuts(), OneBatch(self.batch), teacher, specs, self.work_dir / "targets", key_parts={}
+            self.cuts(),
+            OneBatch(self.batch),
+            ModelTeacher(teacher),
+            specs,
+            self.work_dir / "targets",
+            key_parts={},
+            device=self.device,
         )
         rows.append(("cached, all classes", *self.step_s(student, both, {"teacher": cached})))
-        live = LiveTargets(teacher, specs)
+        live = LiveTargets(ModelTeacher(teacher), specs)
         rows.append(("live", *self.step_s(student, both, {"teacher": live})))
         return [
             f"Distillation (`ctc` and `kl`) of the {small} Conformer from that of {large}, same batches:",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,6 +47,7 @@ class CutBatches:
             see :mod:`kdrecipe.data.memory`.
         augmenter: makes what :meth:`load_augmented` gives.
         extract: features (T, F) of samples (S,), for that.
+        with_audio: whether batches carry their audio, too.
 
     Raises:
         DataError: no cuts, a cut without features, or the same id twice.
@@ -63,6 +65,7 @@ class CutBatches:
         cache: int | None = None,
         augmenter: Augmenter | None = None,
         extract: Callable[[np.ndarray], np.ndarray] | None = None,
+        with_audio: bool = False,
     ) -> None:
         listed = list(cuts)
         self._cuts = {cut.id: cut for cut in listed}
@@ -74,13 +77,16 @@ class CutBatches:
         self.shuffle = shuffle
         self._durations_s = np.array([cut.duration for cut in listed])
         self._labelled = {
-            cut.id for cut in listed if (labelled_ids is None or cut.id in labelled_ids) and _text(cut)
+            cut.id
+            for cut in listed
+            if (labelled_ids is None or cut.id in labelled_ids) and transcript_of(cut)
         }
         self._labels: dict[str, list[int]] = {}
         budget = None if cache is None else MemoryBudget(cache)
         self._features: Kept[Tensor] = Kept(budget)
         self._audio: Kept[np.ndarray] = Kept(budget)
         self._augmenter, self._extract = augmenter, extract
+        self._with_audio = with_audio
 
     # ------------------------------------------------------------ plans
 
@@ -137,7 +143,8 @@ class CutBatches:
         Raises:
             DataError: features on disk are missing or damaged.
         """
-        return self._batch([[i] for i in ids], [self._load_features(i) for i in ids], [])
+        batch = self._batch([[i] for i in ids], [self._load_features(i) for i in ids], [])
+        return _carrying(batch, [self._load_audio(i) for i in ids]) if self._with_audio else batch
 
     def load_augmented(self, ids: Sequence[str], seed: Sequence[int]) -> Batch:
         """The batch of these cuts in scenes of the augmenter; rows of several are labelled, or not, alike.
@@ -164,7 +171,8 @@ class CutBatches:
             tuple(Piece(i, *frames) for i, frames in zip(row, scene.frames, strict=True))
             for row, scene in zip(rows, scenes, strict=True)
         ]
-        return self._batch(rows, features, pieces)
+        batch = self._batch(rows, features, pieces)
+        return _carrying(batch, [scene.samples_S for scene in scenes]) if self._with_audio else batch
 
     def _batch(
         self, rows: Sequence[Sequence[str]], features: Sequence[Tensor], pieces: list[tuple[Piece, ...]]
@@ -176,7 +184,7 @@ class CutBatches:
             row[: len(item)] = item
         labelled = [row[0] in self._labelled for row in rows]
         texts = [
-            " ".join(_text(self._cuts[i]) for i in row) if known else ""
+            " ".join(transcript_of(self._cuts[i]) for i in row) if known else ""
             for row, known in zip(rows, labelled, strict=True)
         ]
         ids = ["+".join(row) for row in rows]
@@ -225,6 +233,14 @@ class CutBatches:
         return kept.astype(np.float32) / _FULL_SCALE
 
 
+def _carrying(batch: Batch, audio: Sequence[np.ndarray]) -> Batch:
+    """The batch with the audio (S,) of each row."""
+    samples_BS = torch.zeros(len(audio), max(map(len, audio)))
+    for row, samples_S in zip(samples_BS, audio, strict=True):
+        row[: len(samples_S)] = torch.from_numpy(np.asarray(samples_S, np.float32))
+    return replace(batch, samples_BS=samples_BS, sample_lens_B=torch.tensor([len(a) for a in audio]))
+
+
 @contextlib.contextmanager
 def _reading(what: str, cut_id: str, remedy: str) -> Iterator[None]:
     """Whatever goes wrong with a file (it is missing, cut short, of another kind) is about that file."""
@@ -247,7 +263,8 @@ def _check(cuts: Sequence[Cut], by_id: dict[str, Cut]) -> None:
         raise DataError("the cut has no features", where=missing, remedy="run the features stage")
 
 
-def _text(cut: Cut) -> str:
+def transcript_of(cut: Cut) -> str:
+    """What is said in a cut; empty where it is not known."""
     return " ".join(s.text for s in cut.supervisions if s.text)
 
 

@@ -20,6 +20,7 @@ from kdrecipe.interfaces.common import (
     SAMPLE_RATE,
     SOS_EOS_ID,
     UNK_ID,
+    Located,
     Options,
 )
 from kdrecipe.interfaces.compression import (
@@ -58,19 +59,23 @@ from kdrecipe.interfaces.recognition import (
     TokenTable,
 )
 from kdrecipe.interfaces.targets import (
+    ALIGNABLE_KINDS,
     FORCED_KINDS,
     FRAME_KINDS,
     VOCABULARY_KINDS,
+    Align,
     Hidden,
     LatticePosteriors,
     Posteriors,
     TargetKind,
     Targets,
     TargetSpec,
+    whole_factor,
 )
 from kdrecipe.interfaces.teachers import Teacher
 
 __all__ = [
+    "ALIGNABLE_KINDS",
     "BLANK_ID",
     "FORCED_KINDS",
     "FRAME_KINDS",
@@ -79,6 +84,7 @@ __all__ = [
     "SOS_EOS_ID",
     "UNK_ID",
     "VOCABULARY_KINDS",
+    "Align",
     "Architecture",
     "Batch",
     "BundleLike",
@@ -93,6 +99,7 @@ __all__ = [
     "LanguageModel",
     "Lattice",
     "LatticePosteriors",
+    "Located",
     "Loss",
     "LossOutput",
     "LossSetup",
@@ -114,4 +121,5 @@ __all__ = [
     "TokenTable",
     "float_copy",
     "tap_shifts_s",
+    "whole_factor",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
@@ -72,6 +72,26 @@ class ModelInfo:
     taps: Mapping[str, int]
     head_shifts_s: Mapping[str, float] = field(default_factory=dict)
     tap_shifts_s: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_specs(cls, specs: Sequence[TargetSpec]) -> ModelInfo:
+        """Of an imported model, by what it provides."""
+        heads: dict[str, tuple[TargetKind, ...]] = {}
+        for spec in specs:
+            if spec.kind != "hidden":
+                heads[spec.tap] = (*heads.get(spec.tap, ()), spec.kind)
+        hidden = [spec for spec in specs if spec.kind == "hidden"]
+        counted = next((spec for spec in specs if spec.vocab_id is not None), None)
+        shifts = {spec.key: spec.frame_shift_s for spec in specs if spec.frame_shift_s is not None}
+        return cls(
+            vocab_id=str(counted.vocab_id) if counted else "",
+            vocab_size=int(counted.dim or 0) if counted else 0,
+            frame_shift_s=next(iter(shifts.values()), 0.0),
+            heads=heads,
+            taps={spec.tap: int(spec.dim or 0) for spec in hidden},
+            head_shifts_s={s.tap: shifts[s.key] for s in specs if s.kind != "hidden" and s.key in shifts},
+            tap_shifts_s={s.tap: shifts[s.key] for s in hidden if s.key in shifts},
+        )
 
     def head_shift_s(self, head: str) -> float:
         """Seconds from one frame of a head's output to the next."""

@@ -19,6 +19,11 @@ FORCED_KINDS: tuple[TargetKind, ...] = ("token_logits", "rnnt_lattice")
 VOCABULARY_KINDS: tuple[TargetKind, ...] = ("frame_logits", "token_logits", "rnnt_lattice")
 """Kinds that are about tokens, which must be the student's."""
 
+Align = Literal["mean", "stride", "interpolate"]
+"""How frames of one rate become frames of another, see :mod:`kdrecipe.targets.align`."""
+ALIGNABLE_KINDS: tuple[TargetKind, ...] = ("frame_logits", "hidden")
+"""Kinds whose frames may be averaged or left out."""
+
 
 @dataclass(frozen=True)
 class TargetSpec:
@@ -33,6 +38,8 @@ class TargetSpec:
         vocab_id: hash of the token list that the last axis counts in; None: not a vocabulary.
         dtype: how it is stored (``float16`` or ``float32``).
         top_k: classes kept per frame, the rest as one tail mass; None means all.
+        align: of a need: how the teacher's frames become the student's where their shifts differ; None:
+            they must not.
     """
 
     kind: TargetKind
@@ -42,6 +49,7 @@ class TargetSpec:
     vocab_id: str | None = None
     dtype: str = "float16"
     top_k: int | None = None
+    align: Align | None = None
 
     @property
     def key(self) -> str:
@@ -52,11 +60,33 @@ class TargetSpec:
         """Why ``offered`` (a teacher's) can't meet this need, or None if it does."""
         if self.key != offered.key:
             return f"needs {self.key}, the teacher offers {offered.key}"
-        for name in ("dim", "frame_shift_s", "vocab_id"):
+        for name in ("dim", "vocab_id"):
             need, has = getattr(self, name), getattr(offered, name)
             if need is not None and has is not None and need != has:
                 return f"{self.key}: needs {name} {need}, the teacher's is {has}"
+        return self._other_rate(offered.frame_shift_s)
+
+    def _other_rate(self, its: float | None) -> str | None:
+        """Why frames of ``its`` seconds can't serve, or None if they do."""
+        mine = self.frame_shift_s
+        if mine is None or its is None or mine == its:
+            return None
+        if self.align is None:
+            return f"{self.key}: needs frame_shift_s {mine}, the teacher's is {its}"
+        if self.kind not in ALIGNABLE_KINDS:
+            return f"{self.key}: frame_shift_s {mine} and {its}, and {self.kind} can't be aligned"
+        if self.align != "interpolate" and whole_factor(mine / its) is None:
+            times = f"{mine:g} s is {mine / its:.3g} times {its:g} s"
+            return (
+                f"{self.key}: align: {self.align} needs a whole number of the teacher's frames, and {times}"
+            )
         return None
+
+
+def whole_factor(ratio: float) -> int | None:
+    """The whole number, 1 or more, that ``ratio`` is but for rounding; None if it is not one."""
+    factor = round(ratio)
+    return factor if factor >= 1 and abs(ratio - factor) < 1e-6 else None
 
 
 @dataclass

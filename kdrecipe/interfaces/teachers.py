@@ -23,7 +23,8 @@ class Teacher(Protocol):
 
     Building it is cheap and looks at what there is without loading weights: a directory without them, a
     package that is not installed, an option that this model can't serve are RecipeErrors then, before any
-    work. Weights are read when :meth:`load` is called. Nothing that a teacher gives has a gradient.
+    work. Weights are read when :meth:`load` is called. Nothing that a teacher gives has a gradient. Options
+    that are paths are marked by :class:`~kdrecipe.interfaces.Located`.
 
     ``input`` says what it hears of a batch: ``features``, those of the recipe, or ``audio``
     (:attr:`Batch.samples_BS`, 16 kHz in [-1, 1], padded with zeros). What it says of an utterance must not

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kdrecipe.errors import Problem, RecipeError
-from kdrecipe.interfaces import Batch, Lattice, ModelInfo, ModelOutput, tap_shifts_s
+from kdrecipe.interfaces import Batch, Lattice, ModelInfo, ModelOutput, TargetSpec, tap_shifts_s
 from kdrecipe.model.taps import capture
 
 if TYPE_CHECKING:
@@ -110,6 +110,11 @@ class AsrModel(nn.Module):
         chosen: Any = self.heads[head or next(iter(self.heads))]
         tokens: list[list[int]] = chosen.greedy(out.hidden_BTD, out.lens_B)
         return tokens
+
+    def frames_of(self, need: TargetSpec, batch: Batch) -> Tensor:
+        """int64 (B,): the frames that this model has of a batch, where a target goes by frames."""
+        count: Any = self.encoder.output_len
+        return torch.tensor([count(length) for length in batch.lens_B.tolist()])
 
     @property
     def num_params(self) -> int:

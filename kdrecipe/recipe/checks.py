@@ -125,8 +125,13 @@ class Checker:
                 self._problem(system, ("teachers", i), f"{teacher!r} is listed twice")
             elif self._known(teacher, self._path(system, "teachers", i)):
                 self._buildable_before(system, teacher, ("teachers", i), "teach")
-        if system.parent is not None:
-            self._known(system.parent, self._path(system, "from"))
+        if system.parent is not None and self._known(system.parent, self._path(system, "from")):
+            parent = self.systems.get(system.parent)
+            if parent is not None and parent.is_imported:
+                what = (
+                    f"{system.parent!r} is imported by a plugin: it teaches, there is no bundle to compress"
+                )
+                self._problem(system, ("from",), what, "distil a student from it and compress that")
         if system.init_from is not None and self._known(system.init_from, self._path(system, "init_from")):
             self._buildable_before(system, system.init_from, ("init_from",), "lend its weights")
             self._same_encoder(system, system.init_from)

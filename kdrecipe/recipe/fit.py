@@ -5,20 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from kdrecipe.errors import KdrecipeError, Problem, did_you_mean
-from kdrecipe.interfaces import VOCABULARY_KINDS, LossSetup, ModelInfo, TargetSpec, tap_shifts_s
+from kdrecipe.errors import KdrecipeError, Problem, RecipeError, did_you_mean
+from kdrecipe.interfaces import (
+    ALIGNABLE_KINDS,
+    VOCABULARY_KINDS,
+    LossSetup,
+    ModelInfo,
+    TargetSpec,
+    tap_shifts_s,
+)
 from kdrecipe.plugin.loader import reason
 from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.bundles import other_tokens
 from kdrecipe.recipe.checks import Checker
+from kdrecipe.recipe.imported import build_teacher, teacher_options
 from kdrecipe.recipe.sections import Features, System, Term, Tokens, uses_lm
 from kdrecipe.recipe.suitable import bundle_model, searches
 
 FEATURE_FRAME_SHIFT_S = 0.01
 MAX_TENSORS = 10_000
 """Of a model: far more than any has that trains here."""
+OTHER_RATE = "name a way with align: mean, stride or interpolate, or give both the same subsampling"
 
 
 class FitChecker:
@@ -30,9 +40,13 @@ class FitChecker:
         self.tokens = tokens
         self.vocab_size = tokens.vocab_size or 32  # characters are counted in stage 2
         self._infos: dict[str, ModelInfo | None] = {}
+        self._specs: dict[str, list[TargetSpec]] = {}  # of imported teachers
 
     def check(self) -> None:
         """Every term of every system against each of its teachers."""
+        for system in self.checker.systems.values():
+            if system.is_imported:
+                self._imported_info(system)
         for system in self.checker.systems.values():
             student = self._info(system)
             if student is None:
@@ -65,7 +79,7 @@ class FitChecker:
         teacher = self._info(self.checker.systems[name]) if name else None
         if name and teacher is None:
             return None  # not known before it is there
-        offered = {spec.key: spec for spec in teacher.provides()} if teacher else {}
+        offered = self._offered(name, teacher) if teacher else {}
         for need in needs:
             if need.key not in offered:
                 remedy = did_you_mean(need.key, offered)
@@ -74,7 +88,8 @@ class FitChecker:
                 remedy = "set tokens as they were for the bundle, or use a loss on hidden states (hidden_mse)"
                 return Problem(f"{term.name!r} compares tokens, and {name!r} has {why}", "", remedy)
             if (why := student.pinned(need).mismatch(offered[need.key])) is not None:
-                remedy = "teacher and student need equal subsampling" if "frame_shift_s" in why else ""
+                remedy = OTHER_RATE if "frame_shift_s" in why and need.kind in ALIGNABLE_KINDS else ""
+                remedy = remedy or ("teacher and student need equal subsampling" if "shift" in why else "")
                 return Problem(f"{term.name!r} can't learn from {name!r}: {why}", "", remedy)
         cls = self.checker._registry.get("losses", term.name)
         try:
@@ -86,12 +101,28 @@ class FitChecker:
             return Problem(f"{term.name!r} can't be built: {reason(error)}")
         return None
 
+    def _offered(self, name: str | None, teacher: ModelInfo) -> dict[str, TargetSpec]:
+        """What a teacher gives by key. Which tokens stage 2 will make is not known: a list of an imported
+        teacher's is compared when it is there, and its size now where the recipe says one."""
+        system = self.checker.systems[str(name)]
+        if not system.is_imported:
+            return {spec.key: spec for spec in teacher.provides()}
+        known = self.tokens.name != "char" and self.tokens.vocab_size is not None
+        return {
+            spec.key: replace(spec, vocab_id=None, dim=spec.dim if known or spec.vocab_id is None else None)
+            for spec in self._specs.get(system.name, [])
+        }
+
     def _other_tokens(self, name: str) -> str | None:
         system = self.checker.systems[name]
+        if system.is_imported:
+            return None
         return other_tokens(system, self.tokens) if system.kind == "pretrained" else None
 
     def _info(self, system: System) -> ModelInfo | None:
         """What losses may know of a system's model; None where that can't be known yet."""
+        if system.is_imported:
+            return self._imported_info(system)
         model = bundle_model(system) if system.kind == "pretrained" else system.model
         if model is None:
             return None
@@ -104,6 +135,22 @@ class FitChecker:
                 what = f"a model of architecture {model['name']!r} can't be built: {reason(error)}"
                 self.checker._problem(system, () if system.model is None else ("model",), what)
         return self._infos[key]
+
+    def _imported_info(self, system: System) -> ModelInfo | None:
+        """By what its plugin says; None while an environment variable is not set, or where that failed."""
+        registry = self.checker._registry
+        if system.name not in self._specs:
+            self._specs[system.name] = []
+            try:
+                teacher_options(registry, system)
+            except RecipeError:
+                return None  # an environment variable: looked up when there is work
+            try:
+                self._specs[system.name] = list(build_teacher(registry, system).provides())
+            except KdrecipeError as error:
+                self.checker.parser.problems += error.problems
+        specs = self._specs[system.name]
+        return replace(ModelInfo.of_specs(specs), vocab_id="the recipe's") if specs else None
 
     def _build(self, model: Mapping[str, Any]) -> ModelInfo:
         registry = self.checker._registry

@@ -170,7 +170,10 @@ class Recipe:
         return model_of(self.systems, system)
 
     def heads_of(self, system: str) -> tuple[str, ...] | None:
-        """Heads of its model, the first being the one it is judged by; None: a bundle not there yet."""
+        """Heads of its model, the first being the one it is judged by; None: a bundle not there yet.
+
+        What a plugin imports has none that anything here searches or exports.
+        """
         return heads_of(self.systems, system)
 
     def searches_of(self, system: str) -> dict[str, Named]:

@@ -98,7 +98,7 @@ class CompressSection(Options):
 
 
 class PretrainedSection(Options):
-    """``pretrained``: a bundle made elsewhere."""
+    """``pretrained``: a bundle made elsewhere; or, with ``name``, what a teacher plugin imports."""
 
     bundle: str
 
@@ -286,6 +286,8 @@ class Parser(Validator):
         if len(kinds) != 1:
             return None
         key, here = kinds[0], (*path, kinds[0])
+        if key == "pretrained" and isinstance(data[key], dict) and "name" in data[key]:
+            return self._imported(name, data[key], here, seeds, training)
         section: Any = self.validate(SECTIONS[key], data[key], here)
         if section is None:
             return None
@@ -307,6 +309,22 @@ class Parser(Validator):
             teachers=getattr(section, "teachers", ()),
             init_from=section.init_from,
             terms=tuple(t for t in terms if t is not None),
+        )
+
+    def _imported(
+        self, name: str, data: dict[str, Any], path: KeyPath, seeds: tuple[int, ...], training: Training
+    ) -> System | None:
+        """``pretrained`` through a plugin. It is one model, whatever the seeds of its students."""
+        named = self.named("teachers", data, path)
+        if named is None:
+            return None
+        return System(
+            name=name,
+            kind="pretrained",
+            seeds=seeds[:1],
+            training=training,
+            location=self._location("", path),
+            plugin=named,
         )
 
     def _model(self, data: dict[str, Any], path: KeyPath) -> dict[str, Any] | None:

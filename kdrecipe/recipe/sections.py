@@ -496,7 +496,8 @@ class System:
             of the heads that both have; other heads start from random weights.
         terms: its objective.
         steps: compressors, in order.
-        location: of a pretrained bundle.
+        location: of a pretrained bundle; of what a plugin imports, where its options' paths count from.
+        plugin: what imports a pretrained model that is no bundle, with its options as the recipe has them.
     """
 
     name: str
@@ -512,11 +513,17 @@ class System:
     terms: tuple[Term, ...] = ()
     steps: tuple[Named, ...] = ()
     location: Location | None = None
+    plugin: Named | None = None
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether it comes through a plugin: it teaches and has a row, and that is all."""
+        return self.plugin is not None
 
     @property
     def bundle(self) -> Path | None:
         """Directory of a pretrained bundle; RecipeError if an environment variable is not set."""
-        return self.location.path() if self.location else None
+        return self.location.path() if self.location and not self.is_imported else None
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -43,7 +43,10 @@ def model_of(systems: Mapping[str, System], name: str) -> dict[str, Any] | None:
 
 
 def heads_of(systems: Mapping[str, System], name: str) -> tuple[str, ...] | None:
-    """Heads of a system's model, in order; None as of :func:`model_of`."""
+    """Heads of a system's model, in order; none of what a plugin imports; None as of :func:`model_of`."""
+    origin = origin_of(systems, name)
+    if origin is not None and origin.is_imported:
+        return ()
     model = model_of(systems, name)
     return tuple(model["heads"]) if model and model["heads"] else None
 

@@ -288,7 +288,7 @@ def _cautions(results: Mapping[str, Any], few: Sequence[str]) -> list[tuple[Verd
         )
     untimed: dict[tuple[str, str], list[str]] = {}
     for system in results["systems"]:
-        if (search := system.get("search")) and search["runs_in"] == "torch":
+        if (search := system.get("search")) and search["runs_in"] == "torch" and "why" in search:
             untimed.setdefault((search["label"], search["why"]), []).append(system["name"])
     said += [
         f"{_listed(names)}: what the bundle says in torch by {label}, without a time, since {why}."

@@ -51,6 +51,9 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
         system, found = recipe.systems[name], recipe.searches_of(name)
         lm = ("lm",) if any(uses_lm(d.options) for d in found.values()) else ()
         for seed in system.seeds:
+            if system.is_imported:
+                plan.add(_imported_job(recipe, layout, system, seed))
+                continue
             inputs = {
                 "splits": recipe.decode.splits,
                 "measure_max": recipe.decode.measure_max,
@@ -71,6 +74,21 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                     (f"{name}/seed{seed}", f"export/{name}/seed{seed}", "features", *lm),
                 )
             )
+
+
+def _imported_job(recipe: Recipe, layout: Layout, system: System, seed: int) -> Job:
+    from kdrecipe.stages import teacher_rows
+
+    keys = ("splits", "measure_max", "robustness")
+    name = f"{system.name}/seed{seed}"
+    return Job(
+        8,
+        f"decode/{name}",
+        layout.hyps(system.name, seed),
+        {key: getattr(recipe.decode, key) for key in keys},
+        partial(teacher_rows.run, recipe, layout, system, seed),
+        (name, "features", "tokens"),
+    )
 
 
 def _exporter_input(recipe: Recipe, system: str) -> dict[str, str] | None:
@@ -102,28 +120,29 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     said = {split: decode_cuts(bundle, decoders, cuts[split], longest_s) for split in cuts}
     for split, by_label in said.items():
         for label, rows in by_label.items():
-            _write(bundle_hyps_file(out, label, split), rows)
+            write_rows(bundle_hyps_file(out, label, split), rows)
     main = next(iter(found))
     of_bundle = {split: by_label[main] for split, by_label in said.items()}
     in_torch = partial(_recognise, bundle, decoders[main], longest_s)
     exports = layout.export(system.name, seed)
     row = row_of(recipe, bundle, exports, (main, found[main]), cuts, of_bundle, in_torch)
     for split, rows in row.hypotheses.items():
-        _write(hyps_file(out, split), rows)
+        write_rows(hyps_file(out, split), rows)
     first = recipe.decode.splits[0]
     same, changed = None, {}
     if row.hypotheses is not of_bundle:
         same = _same_texts(row.hypotheses[first], of_bundle[first])
         changed = rewritten(recipe, bundle, row.hypotheses, of_bundle)
     if recipe.decode.robustness:
-        _under_conditions(row, cuts[first], recipe.decode.robustness, out)
+        under_conditions(row, cuts[first], recipe.decode.robustness, out)
     facts = _search_facts(recipe, bundle, decoders, found, cuts[first])
     decoded = {"params": bundle.meta["params"], **row.costs, "search": row.search}
     decoded |= {"same_text_as_bundle": same, "rewritten": changed, "searches": facts}
     write_json(out / "decode.json", decoded)
 
 
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A hypotheses file, a JSON object per line."""
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -251,7 +270,7 @@ def _recognise(
     return [recognise(model, decoder, features, u.samples_S, SAMPLE_RATE, longest_s).text for u in utterances]
 
 
-def _under_conditions(row: Row, cuts: Sequence[MonoCut], number: int, out: Path) -> None:
+def under_conditions(row: Row, cuts: Sequence[MonoCut], number: int, out: Path) -> None:
     """What the row says of ``number`` utterances, over all speakers, under each condition."""
     from kdrecipe.corpus.audio import utterances_from_cuts
     from kdrecipe.corpus.subsets import drawn_over_speakers
@@ -264,7 +283,7 @@ def _under_conditions(row: Row, cuts: Sequence[MonoCut], number: int, out: Path)
     texts = iter(row.recognise([u for utterances in heard.values() for u in utterances]))
     for name, utterances in heard.items():
         rows = [{"id": u.id, "ref": u.text, "hyp": next(texts)} for u in utterances]
-        _write(condition_hyps_file(out, name), rows)
+        write_rows(condition_hyps_file(out, name), rows)
 
 
 def _same_texts(rows: Sequence[Mapping[str, Any]], of_bundle: Sequence[Mapping[str, Any]]) -> float:

@@ -29,6 +29,8 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     registry = recipe.plugins.registry
     for name in recipe.build_order():
         system = recipe.systems[name]
+        if system.is_imported:
+            continue
         exporters = _exporters(recipe, recipe.model_of(name))
         for seed in system.seeds:
             inputs = {

@@ -25,9 +25,9 @@ from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
     from lhotse.cut import MonoCut
-    from torch import nn
 
     from kdrecipe.data.tokens import Tokenizer
+    from kdrecipe.interfaces import Teacher
     from kdrecipe.model.asr import AsrModel
     from kdrecipe.stages.session import Session
 
@@ -112,9 +112,10 @@ def _quick(training: Training) -> Training:
 
 def run(recipe: Recipe, layout: Layout, teacher: str, out: Path) -> None:
     """Train the baseline, compare each seed of the teacher with it, and say a line of each."""
-    from kdrecipe.model.bundle import Bundle
     from kdrecipe.score.guard import compare
     from kdrecipe.stages.session import Session
+    from kdrecipe.stages.teachers import facts_of, open_teacher
+    from kdrecipe.targets.live import ModelTeacher
 
     dev = _dev_sample(layout)
     if not dev:
@@ -122,22 +123,21 @@ def run(recipe: Recipe, layout: Layout, teacher: str, out: Path) -> None:
         print(f"{teacher}: not compared with a quick baseline, since the corpus has no dev", flush=True)
         return
     system, is_tiny = recipe.systems[teacher], recipe.profile == tiny.NAME
-    registry = recipe.plugins.registry
-    bundles = {seed: Bundle.load(layout.system(teacher, seed), registry) for seed in system.seeds}
-    training = {seed: bundle.meta.get("training") or {} for seed, bundle in bundles.items()}
+    training = {seed: facts_of(layout, teacher, seed).get("training") or {} for seed in system.seeds}
     taken = None if system.kind == "pretrained" else training[system.seeds[0]]["steps"]
     chosen = replace(_smallest(recipe, baselines(recipe, teacher)), name=f"quick baseline of {teacher}")
     session = Session(recipe, layout, chosen, system.seeds[0])
     facts, model = _trained(session, None if is_tiny else num_steps(taken), out / "train")
-    said = _recognised(model, session.tokens, dev)
+    said = _recognised(ModelTeacher(model, session.tokens), session.tokens, dev, chosen)
     speakers = {cut.id: cut.supervisions[0].speaker for cut in dev if cut.supervisions[0].speaker}
     rows = []
-    for seed, bundle in bundles.items():
+    for seed in system.seeds:
+        opened = open_teacher(recipe, layout, teacher, seed)
         row = {
             "system": teacher,
             "seed": seed,
             "kind": system.kind,
-            **compare(_recognised(bundle.model, bundle.tokens, dev), said, speakers),
+            **compare(_recognised(opened.teacher, session.tokens, dev, system), said, speakers),
             "baseline_steps": facts["steps"],
             "curve": _curve(layout.system(teacher, seed) / "train" / "log.jsonl"),
             "max_epochs": system.training.epochs,
@@ -200,24 +200,19 @@ def _trained(session: Session, steps: int | None, work_dir: Path) -> tuple[dict[
     return {**facts, "steps": result.steps, "epochs": result.epochs}, model
 
 
-def _recognised(model: nn.Module, tokens: Tokenizer, dev: Sequence[MonoCut]) -> dict[str, tuple[str, str]]:
-    """Utterance id -> (reference, what the model's first head says by greedy search)."""
-    import torch
-
-    from kdrecipe.data.batches import CutBatches
+def _recognised(
+    teacher: Teacher, tokens: Tokenizer, dev: Sequence[MonoCut], system: System
+) -> dict[str, tuple[str, str]]:
+    """Utterance id -> (reference, what it recognises by greedy search, or by a search of its own)."""
+    from kdrecipe.data.batches import transcript_of
+    from kdrecipe.stages.teachers import hypotheses, transcript
     from kdrecipe.train.distribution import local_device
 
     device = local_device()
-    model = model.to(device).eval()
-    batches = CutBatches(dev, tokens, batch_duration_s=MAX_BATCH_S, seed=0, shuffle=False)
-    found = {}
-    for ids in batches.epoch(0):
-        batch = batches.load(ids).map(lambda x: x.to(device))
-        with torch.no_grad():
-            said = model.greedy(model(batch.features_BTF, batch.lens_B))  # type: ignore[operator]
-        for cut_id, text, ids_of_tokens in zip(batch.ids, batch.texts, said, strict=True):
-            found[cut_id] = text, tokens.decode(ids_of_tokens)
-    return found
+    teacher.load(device)
+    references = {cut.id: transcript_of(cut) for cut in dev}
+    found = hypotheses(teacher, tokens, dev, device, MAX_BATCH_S)
+    return {cut_id: (references[cut_id], transcript(system, said.text)) for cut_id, said in found}
 
 
 def _curve(log: Path) -> list[tuple[int, float]]:

@@ -20,6 +20,7 @@ from kdrecipe.recipe.sections import beyond_labels
 from kdrecipe.recipe.suitable import measured_exporter
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.score import hypotheses, search_facts
+from kdrecipe.stages.teachers import facts_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,8 @@ SECTIONS_PRINTED = 2  # title and reading, and claims if any; the table comes at
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """The stage's one job."""
     each = [f"{name}/seed{seed}" for name in recipe.build_order() for seed in recipe.systems[name].seeds]
-    measured = (f"{verb}/{e}" for verb in ("export", "decode") for e in each)
+    imported = {f"{s.name}/seed{seed}" for s in recipe.systems.values() if s.is_imported for seed in s.seeds}
+    measured = [f"export/{e}" for e in each if e not in imported] + [f"decode/{e}" for e in each]
     guards = (f"guard/{name}" for name in recipe.first_teachers())
     needs = ("prepare", "features", "tokens", "texts", "score", *each, *guards, *measured)
     claims = [claim.model_dump(mode="json") for claim in recipe.claims]
@@ -183,7 +185,8 @@ def _learnt_from(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 def _facts(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     """Where the figures come from."""
-    first = next(iter(recipe.systems.values()))
+    made_here = [system for system in recipe.systems.values() if not system.is_imported]
+    first = next(iter(made_here or recipe.systems.values()))
     provenance = _provenance(layout.system(first.name, first.seeds[0]))
     return {
         "name": recipe.name,
@@ -202,9 +205,10 @@ def _facts(recipe: Recipe, layout: Layout) -> dict[str, Any]:
 
 def _row(system: System, recipe: Recipe, layout: Layout, scores: Mapping[str, Any]) -> dict[str, Any]:
     """One system's row: figures that vary with the seed are averaged over seeds."""
-    bundles = [read_json(layout.system(system.name, seed) / "bundle.json") for seed in system.seeds]
+    bundles = [facts_of(layout, system.name, seed) for seed in system.seeds]
     decoded = [read_json(layout.hyps(system.name, seed) / "decode.json") for seed in system.seeds]
-    parity = read_json(layout.export(system.name, system.seeds[0]) / "parity.json")
+    exports = layout.export(system.name, system.seeds[0])
+    parity = {} if system.is_imported else read_json(exports / "parity.json")
     first = bundles[0]
     return {
         "name": system.name,
@@ -233,10 +237,19 @@ def _cores(system: System, layout: Layout) -> list[str]:
     """Hashes of the core's code by which a row's bundles, exports and hypotheses were made."""
     found = set()
     for seed in system.seeds:
-        found.add(_provenance(layout.system(system.name, seed)).get("core"))
-        for place in (layout.export(system.name, seed), layout.hyps(system.name, seed)):
+        found.add(_core_of(layout, system, seed))
+        exports = () if system.is_imported else (layout.export(system.name, seed),)
+        for place in (*exports, layout.hyps(system.name, seed)):
             found.add(read_json(place / "stamp.json").get("core"))
     return sorted(core or "not recorded" for core in found)
+
+
+def _core_of(layout: Layout, system: System, seed: int) -> str | None:
+    place = layout.system(system.name, seed)
+    core: str | None = (read_json(place / "stamp.json") if system.is_imported else _provenance(place)).get(
+        "core"
+    )
+    return core
 
 
 def _rtf(found: list[dict[str, float] | None]) -> dict[str, float] | None:

@@ -9,7 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +28,14 @@ from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import RecipeError
 from kdrecipe.interfaces import SAMPLE_RATE, Batch, LossSetup, ModelInfo, TargetSpec
 from kdrecipe.model.asr import FeatureNorm, build_model, model_info
-from kdrecipe.model.bundle import Bundle
 from kdrecipe.recipe.sections import Location
 from kdrecipe.stages.inputs import needs_of, utterances_of
+from kdrecipe.stages.teachers import Opened, open_teacher
+from kdrecipe.targets.align import AlignedTargets, Source
 from kdrecipe.targets.cache import TargetCache
 from kdrecipe.targets.live import LiveTargets
 from kdrecipe.train.distribution import local_device
-from kdrecipe.train.loop import Objective, TargetSource, Term, TrainResult, train
+from kdrecipe.train.loop import Objective, Term, TrainResult, train
 
 if TYPE_CHECKING:
     from lhotse.cut import MonoCut
@@ -96,7 +97,7 @@ class Session:
         )
         return model
 
-    def batches(self, training: Training) -> CutBatches:
+    def batches(self, training: Training, *, with_audio: bool = False) -> CutBatches:
         """The training data; where only a part is labelled, both parts, the labels withheld."""
         cuts, labelled = self._data
         features = self.recipe.features.model_dump()
@@ -109,6 +110,7 @@ class Session:
             shuffle=True,
             augmenter=self._augmenter(training),
             extract=lambda samples_S: extract(samples_S, SAMPLE_RATE, features),
+            with_audio=with_audio,
         )
 
     def _augmenter(self, training: Training) -> Augmenter | None:
@@ -116,7 +118,7 @@ class Session:
         options = training.augment
         if options is None:
             return None
-        given = [spec for bundle in self.teacher_bundles.values() for spec in bundle.info.provides()]
+        given = [spec for opened in self.opened.values() for spec in opened.provides().values()]
         grid = math.lcm(*(round(s.frame_shift_s / FRAME_SHIFT_S) for s in given if s.frame_shift_s))
         noises = None
         if options.noises is not None:
@@ -150,11 +152,11 @@ class Session:
             yield batches.load(ids)
 
     @cached_property
-    def teacher_bundles(self) -> dict[str, Bundle]:
-        """The teachers' bundles by system name."""
-        registry = self.recipe.plugins.registry
+    def opened(self) -> dict[str, Opened]:
+        """The teachers by system name."""
+        seed_of = self.recipe.seed_of
         return {
-            name: Bundle.load(self.layout.system(name, self.recipe.seed_of(name, self.seed)), registry)
+            name: open_teacher(self.recipe, self.layout, name, seed_of(name, self.seed))
             for name in self.system.teachers
         }
 
@@ -180,17 +182,14 @@ class Session:
             names = [term.teacher] if term.teacher else list(self.system.teachers)
             loss_name = term.name if count[term.name] == 1 else f"{term.name}:{needs[0].tap}"
             for name in names:
-                teacher = self.teacher_bundles[name].info
-                self._check(term.name, needs, student, name, teacher)
-                loss = cls(config, LossSetup(student, teacher))
+                self._check(term.name, needs, student, name)
+                loss = cls(config, LossSetup(student, self.opened[name].info))
                 label = loss_name if len(names) == 1 else f"{loss_name}@{name}"
                 terms.append(Term(label, term.weight / len(names), loss, name, term.start_below))
         return Objective(terms)
 
-    def _check(
-        self, loss: str, needs: list[TargetSpec], student: ModelInfo, name: str, teacher: ModelInfo
-    ) -> None:
-        offered = {spec.key: spec for spec in teacher.provides()}
+    def _check(self, loss: str, needs: list[TargetSpec], student: ModelInfo, name: str) -> None:
+        offered = self.opened[name].provides()
         for need in needs:
             spec = student.pinned(need)
             gives = offered.get(need.key)
@@ -206,20 +205,32 @@ class Session:
         """What this system's losses ask of one teacher."""
         return needs_of(self.recipe, self.system, teacher)
 
-    def teachers(self, device: torch.device) -> dict[str, TargetSource]:
-        """Where the targets come from: the cache of stage 4, or the teacher itself, on ``device``."""
-        sources: dict[str, TargetSource] = {}
-        for name, bundle in self.teacher_bundles.items():
-            specs = self.needs_of(name)
-            if not specs:
+    def teachers(self, device: torch.device, student: AsrModel) -> dict[str, Source]:
+        """Where the targets come from: the cache of stage 4, or the teacher itself, on ``device``.
+
+        Those that have other frames than the student are brought to its own.
+        """
+        sources: dict[str, Source] = {}
+        info = model_info(student, self.tokens.vocab_id)
+        for name, opened in self.opened.items():
+            needs = [info.pinned(need) for need in self.needs_of(name)]
+            if not needs:
                 continue
-            if self.recipe.caches(name):
-                place = self.layout.targets(name, self.recipe.seed_of(name, self.seed))
-                key = target_key(bundle, self.recipe)
-                sources[name] = TargetCache.open(place, key, specs=specs, cuts=self._data[0])
-            else:
-                sources[name] = LiveTargets(bundle.model.to(device), specs)
+            source = self._source(opened, device)
+            if any(need.align is not None for need in needs):
+                by_key = {need.key: need for need in needs}
+                source = AlignedTargets(source, by_key, opened.provides(), student.frames_of)
+            sources[name] = source
         return sources
+
+    def _source(self, opened: Opened, device: torch.device) -> Source:
+        specs = [replace(need, align=None) for need in self.needs_of(opened.name)]
+        if self.recipe.caches(opened.name):
+            place = self.layout.targets(opened.name, self.recipe.seed_of(opened.name, self.seed))
+            key = target_key(opened, self.recipe)
+            return TargetCache.open(place, key, specs=specs, cuts=self._data[0])
+        opened.teacher.load(device)
+        return LiveTargets(opened.teacher, specs)
 
     def run(
         self,
@@ -233,11 +244,12 @@ class Session:
         device = local_device()
         objective = self.objective(model_info(model, self.tokens.vocab_id))
         hook = self.recipe.plugins.pm.hook
+        teachers = self.teachers(device, model)
         return train(
             model,
-            self.batches(training),
+            self.batches(training, with_audio=any(source.hears_audio for source in teachers.values())),
             objective,
-            self.teachers(device),
+            teachers,
             training,
             work_dir,
             seed=self.seed,
@@ -279,10 +291,10 @@ def training_data(layout: Layout, systems: Iterable[System]) -> tuple[CutSet, se
     return cuts.filter(wanted).to_eager(), labelled, unlabelled
 
 
-def target_key(bundle: Bundle, recipe: Recipe) -> dict[str, Any]:
+def target_key(opened: Opened, recipe: Recipe) -> dict[str, Any]:
     """What cached targets depend on, besides the audio: teacher, tokens, features."""
     return {
-        "teacher": bundle.hash,
-        "tokens": bundle.meta["vocab_id"],
+        "teacher": opened.hash,
+        "tokens": opened.vocab_id,
         "features": recipe.features.model_dump(mode="json"),
     }

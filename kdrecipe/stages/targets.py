@@ -36,33 +36,45 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                     inputs,
                     partial(run, recipe, layout, teacher, seed),
                     ("features", "tokens", name),
+                    resumable=True,
                     in_place=True,
                     alone=False,
                 )
             )
 
 
-def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> None:
+def run(recipe: Recipe, layout: Layout, name: str, seed: int, out: Path) -> None:
     """Run the teacher over the training cuts that some student learns from, and no others."""
     from kdrecipe.data.batches import CutBatches
-    from kdrecipe.model.bundle import Bundle
+    from kdrecipe.data.tokens import Tokenizer
     from kdrecipe.stages.inputs import all_needs, students_of
     from kdrecipe.stages.session import target_key, training_data
+    from kdrecipe.stages.teachers import Progress, open_teacher
     from kdrecipe.targets.cache import write_targets
     from kdrecipe.train.distribution import local_device
 
-    bundle = Bundle.load(layout.system(teacher, seed), recipe.plugins.registry)
-    shifts_s = {spec.key: spec.frame_shift_s for spec in bundle.info.provides()}
-    cuts, labelled, unlabelled = training_data(layout, students_of(recipe, teacher))
+    opened, device = open_teacher(recipe, layout, name, seed), local_device()
+    opened.teacher.load(device)
+    shifts_s = {key: spec.frame_shift_s for key, spec in opened.provides().items()}
+    cuts, labelled, unlabelled = training_data(layout, students_of(recipe, name))
     batches = CutBatches(
-        cuts, bundle.tokens, batch_duration_s=120.0, seed=0, labelled_ids=labelled, shuffle=False
+        cuts,
+        Tokenizer.load(layout.tokens),
+        batch_duration_s=120.0,
+        seed=0,
+        labelled_ids=labelled,
+        shuffle=False,
+        with_audio=opened.teacher.input == "audio",
     )
+    needs = [replace(n, frame_shift_s=shifts_s[n.key], align=None) for n in all_needs(recipe, name)]
     write_targets(
         cuts,
         batches,
-        bundle.model.to(local_device()),
-        [replace(need, frame_shift_s=shifts_s[need.key]) for need in all_needs(recipe, teacher)],
+        opened.teacher,
+        needs,
         out,
-        key_parts=target_key(bundle, recipe),
+        key_parts=target_key(opened, recipe),
         own_ids=unlabelled,
+        device=device,
+        progress=Progress(f"targets/{name}", len(batches)),
     )

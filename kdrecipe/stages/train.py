@@ -18,6 +18,7 @@ from kdrecipe.plugin.carried import carry, refusal
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.recipe.sections import uses_lm
 from kdrecipe.stages.layout import Layout
+from kdrecipe.stages.teachers import import_job
 
 if TYPE_CHECKING:
     from kdrecipe.model.asr import AsrModel
@@ -42,6 +43,9 @@ def _add(plan: Plan, recipe: Recipe, layout: Layout, system: System, stage: int)
     for seed in system.seeds:
         out = layout.system(system.name, seed)
         name = f"{system.name}/seed{seed}"
+        if system.is_imported:
+            plan.add(import_job(recipe, layout, system, seed, stage))
+            continue
         if system.kind == "pretrained":
             inputs = {"bundle": _content(system)}
             needs = ("tokens",) if _why_same_tokens(recipe, system) else ()

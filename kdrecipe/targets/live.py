@@ -8,76 +8,97 @@ value by one step of that type, since matrix products depend on the shapes.
 Targets of attention decoders and transducers depend on a text. For a labelled utterance that is its
 transcript, for any other the teacher's own hypothesis, by greedy search of its first head.
 
-B utterances, T frames, U tokens, P = U + 1 positions between them, K kept classes, V vocabulary, D width.
+B utterances, U tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdrecipe.errors import DataError
-from kdrecipe.frames import MIN_LOG_PROB, frame_mask, keep_top
+from kdrecipe.errors import DataError, PluginError
 from kdrecipe.interfaces import (
     BLANK_ID,
     FORCED_KINDS,
     Batch,
-    Hidden,
-    LatticePosteriors,
+    Hypothesis,
     ModelOutput,
-    Posteriors,
+    Options,
     Targets,
     TargetSpec,
+    Teacher,
+    TokenTable,
 )
-from kdrecipe.lattice import full_lattice_posteriors
+from kdrecipe.model.asr import model_info
+from kdrecipe.targets.kinds import kind_of
 
-KINDS = ("frame_logits", "hidden", "token_logits", "rnnt_lattice")  # those that can be computed and cached
+if TYPE_CHECKING:
+    from kdrecipe.model.asr import AsrModel
+    from kdrecipe.model.bundle import Bundle
 
 
-class LiveTargets:
-    """A teacher at work: evaluation mode, float32, no gradient.
+class ModelTeacher:
+    """A model of kdrecipe's own as a :class:`~kdrecipe.interfaces.Teacher`.
 
     Args:
-        model: the teacher, a :class:`kdrecipe.model.asr.AsrModel`, on the device of the batches; it is
-            frozen here.
-        specs: the targets to compute.
-
-    Raises:
-        DataError: a kind of target that can't be computed.
+        model: it is frozen here.
+        tokens: that it counts in, for :meth:`hypotheses`; None: it gives none.
+        files: of its bundle.
     """
 
-    def __init__(self, model: nn.Module, specs: Sequence[TargetSpec]) -> None:
-        for spec in specs:
-            if spec.kind not in KINDS:
-                raise DataError(
-                    f"targets of kind {spec.kind!r} can't be computed", remedy=f"use {' or '.join(KINDS)}"
-                )
-        self.model = model.eval().requires_grad_(False)
-        self.specs = tuple(specs)
+    Config: ClassVar[type[Options]] = Options
+    input: ClassVar[Literal["features", "audio"]] = "features"
 
-    @torch.no_grad()
-    def targets(self, batch: Batch) -> Targets:
-        """All targets for ``batch``, whose features must not be masked: the teacher hears all of them."""
-        model = self.model.eval()  # other users of the module may have set it back
-        taps = [spec.tap for spec in self.specs if spec.kind == "hidden"]
-        forced = any(spec.kind in FORCED_KINDS for spec in self.specs)
-        with torch.autocast(batch.features_BTF.device.type, enabled=False):
-            out = model.encode(batch.features_BTF.float(), batch.lens_B, taps=taps)  # type: ignore[operator]
-            if forced:
-                batch = self._with_hypotheses(batch, out)
-            out = model.with_heads(out, batch if forced else None)  # type: ignore[operator]
-        items = {spec.key: _target(out, batch, spec) for spec in self.specs}
+    def __init__(self, model: AsrModel, tokens: TokenTable | None = None, files: Sequence[Path] = ()) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._tokens = tokens
+        self.files = files
+        self.num_params: int | None = sum(p.numel() for p in model.parameters())
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> ModelTeacher:
+        """The model of a bundle."""
+        return cls(bundle.model, bundle.tokens, bundle.files)
+
+    def provides(self) -> list[TargetSpec]:
+        """Every kind of its heads, and the hidden states at its taps."""
+        return model_info(self._model, self._tokens.vocab_id if self._tokens else "").provides()
+
+    def load(self, device: torch.device) -> None:
+        """Move the model."""
+        self._model.to(device)
+
+    def targets(self, batch: Batch, needs: Sequence[TargetSpec]) -> Targets:
+        """Exact targets for ``batch``, whose features must not be masked: the teacher hears all of them."""
+        model = self._model.eval()  # other users of the module may have set it back
+        forced = any(spec.kind in FORCED_KINDS for spec in needs)
+        taps = [spec.tap for spec in needs if spec.kind == "hidden"]
+        out = model.encode(batch.features_BTF.float(), batch.lens_B, taps=taps)
+        if forced:
+            batch = self._with_hypotheses(batch, out)
+        out = model.with_heads(out, batch if forced else None)
+        items = {spec.key: kind_of(spec).of_model(out, batch, spec) for spec in needs}
         return Targets(items, batch.tokens_BU, batch.token_lens_B) if forced else Targets(items)
+
+    def hypotheses(self, batch: Batch) -> list[Hypothesis]:
+        """By greedy search of its first head."""
+        if self._tokens is None:
+            raise DataError("the model has no tokens to write its hypotheses in")
+        model = self._model.eval()
+        found = model.greedy(model.encode(batch.features_BTF.float(), batch.lens_B))
+        return [Hypothesis(self._tokens.decode(tokens), tokens) for tokens in found]
 
     def _with_hypotheses(self, batch: Batch, out: ModelOutput) -> Batch:
         """The batch with the teacher's own words where there are no labels."""
         rows_B = ~batch.labelled_B
         if not bool(rows_B.any()):
             return batch
-        said = self.model.greedy(out.select(rows_B))  # type: ignore[operator]
+        said = self._model.greedy(out.select(rows_B))
         texts = [
             row[:length] for row, length in zip(batch.tokens_BU.tolist(), batch.token_lens_B, strict=True)
         ]
@@ -88,6 +109,44 @@ class LiveTargets:
         return replace(batch, tokens_BU=tokens_BU.to(device), token_lens_B=token_lens_B.to(device))
 
 
+class LiveTargets:
+    """A teacher at work: in float32, no gradient.
+
+    Args:
+        teacher: loaded onto the device of the batches.
+        specs: the targets to compute.
+
+    Raises:
+        DataError: a kind of target that can't be computed.
+    """
+
+    def __init__(self, teacher: Teacher, specs: Sequence[TargetSpec]) -> None:
+        self._kinds = {spec.key: kind_of(spec) for spec in specs}
+        self.teacher = teacher
+        self.specs = tuple(specs)
+
+    @property
+    def hears_audio(self) -> bool:
+        """Whether batches must carry audio."""
+        return self.teacher.input == "audio"
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> Targets:
+        """All targets for ``batch``.
+
+        Raises:
+            PluginError: the teacher left one out.
+        """
+        with torch.autocast(batch.features_BTF.device.type, enabled=False):
+            found = self.teacher.targets(batch, self.specs)
+        items: dict[str, Any] = {}
+        for spec in self.specs:
+            if spec.key not in found.items:
+                raise PluginError(f"the teacher {type(self.teacher).__name__} gave no {spec.key}, as asked")
+            items[spec.key] = self._kinds[spec.key].rounded(found.items[spec.key], spec)
+        return replace(found, items=items)
+
+
 def padded_tokens(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Token ids as (B, U) int64, padded with BLANK_ID, and their lengths."""
     lens_B = torch.tensor([len(text) for text in texts], dtype=torch.int64)
@@ -95,42 +154,3 @@ def padded_tokens(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     for row, text in zip(tokens_BU, texts, strict=True):
         row[: len(text)] = torch.tensor(list(text), dtype=torch.int64)
     return tokens_BU, lens_B
-
-
-def _target(out: ModelOutput, batch: Batch, spec: TargetSpec) -> Posteriors | Hidden | LatticePosteriors:
-    dtype: torch.dtype = getattr(torch, spec.dtype)
-    if spec.kind == "rnnt_lattice":
-        return _lattice(out, spec.tap, dtype)
-    lens_B = batch.token_lens_B + 1 if spec.kind == "token_logits" else out.lens_B
-    length = int(lens_B.max()) if len(lens_B) else 0
-    padding_BT1 = ~frame_mask(lens_B, length)[..., None]
-
-    def stored(values_BTX: Tensor) -> Tensor:
-        """Rounded as on disk, padding 0."""
-        return values_BTX[:, :length].to(dtype).float().masked_fill(padding_BT1, 0.0)
-
-    if spec.kind == "hidden":
-        return Hidden(stored(out.taps[spec.tap]), lens_B)
-    all_BTV = out.logits[spec.tap].float().log_softmax(-1)
-    top = keep_top(Posteriors(all_BTV, lens_B), spec.top_k)
-    log_probs_BTK = stored(top.log_probs_BTK.clamp(min=MIN_LOG_PROB))
-    if top.indices_BTK is None or top.log_tail_BT is None:
-        return Posteriors(log_probs_BTK, lens_B)
-    return Posteriors(
-        log_probs_BTK,
-        lens_B,
-        top.indices_BTK[:, :length].masked_fill(padding_BT1, 0),
-        stored(top.log_tail_BT[..., None].clamp(min=MIN_LOG_PROB))[..., 0],
-    )
-
-
-def _lattice(out: ModelOutput, head: str, dtype: torch.dtype) -> LatticePosteriors:
-    """Rounded as on disk; 0 beyond the last frame and position, and for the last position's next token."""
-    found = full_lattice_posteriors(out.lattices[head])
-    frames_BT = frame_mask(found.lens_B, int(found.lens_B.max()) if len(found.lens_B) else 0)
-    values = found.log_probs_BTP2[:, : frames_BT.shape[1]].clamp(min=MIN_LOG_PROB).to(dtype).float()
-    positions_BP = frame_mask(found.token_lens_B + 1, values.shape[2])
-    has_next_BP = frame_mask(found.token_lens_B, values.shape[2])
-    means_BP2 = torch.stack([has_next_BP, positions_BP], dim=-1)
-    valid = frames_BT[:, :, None, None] & means_BP2[:, None]
-    return LatticePosteriors(values.masked_fill(~valid, 0.0), found.lens_B, found.token_lens_B)

@@ -13,6 +13,7 @@ from kdrecipe import hookimpl
 from kdrecipe.errors import RecipeError, did_you_mean
 from kdrecipe.frames import check_aligned, full_precision, valid_frames
 from kdrecipe.interfaces import (
+    Align,
     Batch,
     LossOutput,
     LossSetup,
@@ -51,10 +52,13 @@ class HiddenMse(nn.Module):
             layers: student's tap -> teacher's tap, at least one pair.
             normalise: scale each target frame to mean 0 and variance 1 first (the teacher's
                 layers differ in scale by orders of magnitude).
+            align: where the teacher's frames are not the student's: ``mean``, ``stride`` or ``interpolate``,
+                see :mod:`kdrecipe.targets.align`; None: they must be.
         """
 
         layers: dict[str, str] = Field(min_length=1)
         normalise: bool = False
+        align: Align | None = None
 
     def __init__(self, config: Config, setup: LossSetup) -> None:
         super().__init__()
@@ -73,7 +77,8 @@ class HiddenMse(nn.Module):
     @staticmethod
     def requires(config: Config) -> list[TargetSpec]:
         """The teacher's hidden states, each tap once."""
-        return [TargetSpec("hidden", tap) for tap in dict.fromkeys(config.layers.values())]
+        taps = dict.fromkeys(config.layers.values())
+        return [TargetSpec("hidden", tap, align=config.align) for tap in taps]
 
     def forward(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
         """Sum over pairs and valid frames; see the class."""

@@ -14,6 +14,7 @@ from kdrecipe.errors import RecipeError
 from kdrecipe.frames import frame_log_probs, frame_mask, keep_top, valid_frames
 from kdrecipe.interfaces import (
     BLANK_ID,
+    Align,
     Batch,
     LossOutput,
     LossSetup,
@@ -64,6 +65,8 @@ class KlLoss:
             neighbours: frames on each side, for ``select``.
             direction: ``forward`` is KL(teacher || student), ``reverse`` KL(student || teacher).
             top_k: classes kept per frame; None: all.
+            align: of ``head: ctc``, where the teacher's frames are not the student's: ``mean``, ``stride`` or
+                ``interpolate``, see :mod:`kdrecipe.targets.align`; None: they must be.
         """
 
         head: Literal["ctc", "attention"] = "ctc"
@@ -74,13 +77,16 @@ class KlLoss:
         neighbours: int = Field(1, ge=0)
         direction: Literal["forward", "reverse"] = "forward"
         top_k: int | None = Field(None, ge=1)
+        align: Align | None = None
 
         @model_validator(mode="after")
-        def _blank_is_ctc(self) -> KlLoss.Config:
+        def _frames_are_ctc(self) -> KlLoss.Config:
             if self.head != "ctc" and self.blank != "keep":
                 raise ValueError(
                     f"blank: {self.blank} is for head: ctc; the tokens of {self.head} have no blank"
                 )
+            if self.head != "ctc" and self.align is not None:
+                raise ValueError(f"align is for head: ctc; {self.head} goes by tokens")
             return self
 
     def __init__(self, config: Config, setup: LossSetup) -> None:
@@ -98,7 +104,7 @@ class KlLoss:
     def requires(config: Config) -> list[TargetSpec]:
         """The teacher's posteriors."""
         kind: TargetKind = "frame_logits" if config.head == "ctc" else "token_logits"
-        return [TargetSpec(kind, config.head, top_k=config.top_k)]
+        return [TargetSpec(kind, config.head, top_k=config.top_k, align=config.align)]
 
     def __call__(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
         """Sum over the used frames or tokens; see the class."""

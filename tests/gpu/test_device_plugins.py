@@ -28,7 +28,8 @@ from kdrecipe.errors import MissingExtra
 from kdrecipe.interfaces import LossSetup, Targets
 from kdrecipe.model.asr import AsrModel, build_model, model_info
 from kdrecipe.plugin.loader import load_plugins
-from kdrecipe.targets.live import KINDS, LiveTargets
+from kdrecipe.targets.kinds import KINDS
+from kdrecipe.targets.live import LiveTargets, ModelTeacher
 from kdrecipe.testing.checks import expected_failures, run
 from kdrecipe.testing.compressor_checks import COMPRESSOR_CHECKS, CompressorCase
 from kdrecipe.testing.decode_checks import DecoderCase, SpitefulModel, tiny_recogniser
@@ -214,7 +215,11 @@ def test_targets_of_a_teacher(case):
         model, batch = case.build(device), case.batch().map(lambda x, device=device: x.to(device))
         batch.labelled_B[1] = False
         specs = [spec for spec in model_info(model, "tiny").provides() if spec.kind in KINDS]
-        found.append(LiveTargets(model, [replace(spec, dtype="float32") for spec in specs]).targets(batch))
+        found.append(
+            LiveTargets(ModelTeacher(model), [replace(spec, dtype="float32") for spec in specs]).targets(
+                batch
+            )
+        )
     assert_same_fields(found[1], found[0], RELATIVE_GRADIENT, "targets")
     assert found[1].items.keys() == found[0].items.keys()
 

@@ -15,7 +15,7 @@ from kdrecipe.cli.main import main
 from kdrecipe.interfaces import LossSetup
 from kdrecipe.model.asr import model_info
 from kdrecipe.model.heads.ctc import CtcLoss, CtcLossOptions
-from kdrecipe.targets.live import LiveTargets
+from kdrecipe.targets.live import LiveTargets, ModelTeacher
 from kdrecipe.testing.corpus import make_corpus
 from kdrecipe.train.loop import Objective, Term
 from kdrecipe_plugins.losses.kl import KlLoss
@@ -40,7 +40,7 @@ def run(work_dir, *, precision="fp32", seed=0, epochs=4, dropout=0.1, labelled=r
         model=student,
         batches=toy_batches(30, labelled=labelled),
         objective=Objective([Term("ctc", 0.7, CtcLoss(CtcLossOptions())), Term("kl", 0.3, kl, "t")]),
-        teachers={"t": LiveTargets(teacher, KlLoss.requires(KlLoss.Config()))},
+        teachers={"t": LiveTargets(ModelTeacher(teacher), KlLoss.requires(KlLoss.Config()))},
         options=toy_options(epochs=epochs, precision=precision, log_every=1, lr=1e-2),
         dev=toy_batches(6, seed=1),
         device=str(DEVICE),

@@ -23,6 +23,7 @@ from kdrecipe.interfaces import FRAME_SAMPLES, Batch, Piece, TargetSpec
 from kdrecipe.recipe.load import load_recipe
 from kdrecipe.recipe.sections import Augment
 from kdrecipe.targets.cache import TargetCache, write_targets
+from kdrecipe.targets.live import ModelTeacher
 from kdrecipe.testing.corpus import make_corpus
 from kdrecipe.testing.models import TinyEncoder, TinyModel
 
@@ -258,7 +259,7 @@ def cached(spoken, tmp_path_factory):
     model = TinyModel(TinyEncoder(TinyEncoder.Config(), 80)).eval()
     made = batches(spoken)
     out = tmp_path_factory.mktemp("targets")
-    write_targets(CutSet.from_cuts(spoken[0]), made, model, specs, out, key_parts={})
+    write_targets(CutSet.from_cuts(spoken[0]), made, ModelTeacher(model), specs, out, key_parts={})
     return TargetCache.open(out, {}), model
 
 
@@ -293,7 +294,9 @@ def test_top_k_targets_of_silence_keep_each_class_once(spoken, tmp_path):
     spec = TargetSpec("frame_logits", "ctc", frame_shift_s=0.04, top_k=3)
     made = batches(spoken, silence=1.0, silence_s=(0.4, 0.5))
     model = TinyModel(TinyEncoder(TinyEncoder.Config(), 80)).eval()
-    cache = write_targets(CutSet.from_cuts(spoken[0]), made, model, [spec], tmp_path, key_parts={})
+    cache = write_targets(
+        CutSet.from_cuts(spoken[0]), made, ModelTeacher(model), [spec], tmp_path, key_parts={}
+    )
     target = cache.targets(made.load_augmented(made.ids[:2], (0,))).posteriors()
     assert target.indices_BTK[0, 0].tolist() == [0, 1, 2]
     assert target.log_probs_BTK[0, 0].tolist() == [0.0, -1e4, -1e4]

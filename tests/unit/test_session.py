@@ -28,6 +28,7 @@ from kdrecipe.stages import train as stages_3_5
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.plan import build_plan
 from kdrecipe.stages.session import Session
+from kdrecipe.targets.shards import Shards
 from kdrecipe.testing.corpus import make_corpus
 from kdrecipe.train.distribution import Workers, local_device
 from kdrecipe_local.manifests import Manifests
@@ -82,7 +83,7 @@ def recipe_with(directory, *systems):
 def cached(recipe, made, out):
     """Ids of the utterances of which stage 4 writes targets."""
     stage_4.run(recipe, made.layout, "teacher", 1, out)
-    return {cut.id: set(cut.custom) for cut in CutSet.from_file(out / "cuts.jsonl.gz")}
+    return set(Shards(out))
 
 
 def subset(made, *names):
@@ -139,12 +140,16 @@ def test_a_student_finds_its_targets_and_no_others(made, tmp_path):
         (layout.root / name).symlink_to(made.layout.root / name)
     stage_4.run(few, layout, "teacher", 1, layout.targets("teacher", 1))
     session = Session(recipe, layout, recipe.systems["s0"], 1)
-    source, batches = session.teachers(torch.device("cpu"))["teacher"], session.batches(recipe.training)
+    made_student = session.new_model()
+    source, batches = (
+        session.teachers(torch.device("cpu"), made_student)["teacher"],
+        session.batches(recipe.training),
+    )
     assert set(batches.ids) == subset(made, "few")
     for ids in batches.epoch(0):
         source.targets(batches.load(ids))
     with pytest.raises(DataError, match="no cached targets for this cut"):
-        Session(recipe, layout, recipe.systems["s1"], 1).teachers(torch.device("cpu"))
+        Session(recipe, layout, recipe.systems["s1"], 1).teachers(torch.device("cpu"), made_student)
 
 
 # ---------------------------------------------------------------- devices

@@ -1,0 +1,58 @@
+"""Teachers that plugins import: built from a system's options, cheaply, to be asked what they give."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from kdrecipe.errors import KdrecipeError, PluginError, RecipeError
+from kdrecipe.interfaces import Located, Teacher
+from kdrecipe.plugin.loader import reason
+from kdrecipe.plugin.registry import Registry
+from kdrecipe.recipe.sections import Location, System
+
+
+def teacher_options(registry: Registry, system: System) -> dict[str, Any]:
+    """A system's options for its teacher plugin, paths looked up.
+
+    Raises:
+        RecipeError: an environment variable is not set.
+    """
+    assert system.plugin is not None
+    assert system.location is not None
+    config: type[BaseModel] = registry.get("teachers", system.plugin.name).Config
+    options = dict(system.plugin.options)
+    for name, field in config.model_fields.items():
+        if any(mark is Located for mark in field.metadata) and isinstance(options.get(name), str):
+            options[name] = _located(options[name], system.location)
+    return options
+
+
+def _located(text: str, base: Location) -> str:
+    path = replace(base, text=text).path()
+    return str(path) if path.exists() else str(replace(base, text=text, base=Path()).path())
+
+
+def build_teacher(registry: Registry, system: System) -> Teacher:
+    """The teacher that a system names, its weights not loaded.
+
+    Raises:
+        RecipeError: at the system's line of the recipe: an environment variable is not set, a file is
+            missing, a package is not installed, an option does not suit the model.
+        PluginError: the plugin fails in a way of its own.
+    """
+    options = teacher_options(registry, system)
+    assert system.plugin is not None
+    assert system.location is not None
+    cls, where = registry.get("teachers", system.plugin.name), system.location.where
+    try:
+        teacher: Teacher = cls(cls.Config.model_validate(options))
+    except KdrecipeError as error:
+        raise RecipeError([p if p.where else replace(p, where=where) for p in error.problems]) from error
+    except Exception as error:
+        what = f"teacher {system.plugin.name!r} can't be opened: {reason(error)}"
+        raise PluginError(what, where=where) from error
+    return teacher

@@ -1,0 +1,198 @@
+"""Teachers as the stages use them: bundles and what plugins import, by one interface.
+
+Stage 3 writes of an imported teacher what identifies it, not its weights::
+
+    teacher.json    plugin and options, hashes of its files, what it provides, parameters, size
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrecipe.artifacts import fingerprint, read_json, sha256_file, write_json
+from kdrecipe.errors import RecipeError
+from kdrecipe.interfaces import Batch, Hypothesis, ModelInfo, TargetSpec, Teacher
+from kdrecipe.jobs.stamps import Job
+from kdrecipe.plugin.returned import returned
+from kdrecipe.recipe.imported import build_teacher
+from kdrecipe.recipe.load import Recipe, System
+from kdrecipe.report.reading import duration
+from kdrecipe.stages.layout import Layout
+from kdrecipe.text import clean
+
+if TYPE_CHECKING:
+    import torch
+    from lhotse.cut import MonoCut
+
+    from kdrecipe.data.tokens import Tokenizer
+
+RECORD = "teacher.json"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A teacher of stage 3, its weights not loaded before :meth:`Teacher.load`.
+
+    Args:
+        name: of its system.
+        teacher: what speaks.
+        info: what losses may know of it.
+        hash: identifies its weights and all else that determines what it says.
+        vocab_id: of the tokens that it counts in; empty without any.
+    """
+
+    name: str
+    teacher: Teacher
+    info: ModelInfo
+    hash: str
+    vocab_id: str
+
+    def provides(self) -> dict[str, TargetSpec]:
+        """What it gives, by key."""
+        return {spec.key: spec for spec in self.teacher.provides()}
+
+
+def open_teacher(recipe: Recipe, layout: Layout, name: str, seed: int) -> Opened:
+    """The teacher of one seed, which stage 3 has built or imported.
+
+    Raises:
+        RecipeError: the files of an imported one are not those of stage 3.
+    """
+    from kdrecipe.model.bundle import Bundle
+    from kdrecipe.targets.live import ModelTeacher
+
+    system, place = recipe.systems[name], layout.system(name, seed)
+    if not system.is_imported:
+        bundle = Bundle.load(place, recipe.plugins.registry)
+        teacher = ModelTeacher.of_bundle(bundle)
+        return Opened(name, teacher, bundle.info, bundle.hash, bundle.meta["vocab_id"])
+    record, imported = read_json(place / RECORD), build_teacher(recipe.plugins.registry, system)
+    sizes = {path.name: path.stat().st_size for path in imported.files}
+    if sizes != {name: size for name, (_, size) in record["files"].items()}:
+        raise RecipeError(
+            f"the files of {name!r} have changed since stage 3 imported it",
+            where=system.location.where if system.location else "",
+            remedy="run stage 3 again",
+        )
+    info = ModelInfo.of_specs(imported.provides())
+    return Opened(name, imported, info, record["hash"], info.vocab_id)
+
+
+def import_job(recipe: Recipe, layout: Layout, system: System, seed: int, stage: int) -> Job:
+    """Stage 3 or 5 for a teacher that a plugin imports."""
+    assert system.plugin is not None
+    registry = recipe.plugins.registry
+    return Job(
+        stage,
+        f"{system.name}/seed{seed}",
+        layout.system(system.name, seed),
+        {
+            "plugin": system.plugin.name,
+            "options": system.plugin.options,
+            "code": registry.fingerprint("teachers", system.plugin.name),
+        },
+        partial(_import, recipe, system, seed),
+        sources=lambda out: list(build_teacher(registry, system).files),
+        alone=False,
+    )
+
+
+def _import(recipe: Recipe, system: System, seed: int, out: Path) -> None:
+    import torch
+
+    assert system.plugin is not None
+    teacher = build_teacher(recipe.plugins.registry, system)
+    teacher.load(torch.device("cpu"))  # refuse a damaged one now, not after an hour
+    files = {path.name: (sha256_file(path), path.stat().st_size) for path in teacher.files}
+    code = recipe.plugins.registry.fingerprint("teachers", system.plugin.name)
+    provides = [asdict(spec) for spec in returned(teacher.provides(), list, system.plugin.name, "provides")]
+    size_mb = sum(size for _, size in files.values()) / 1e6
+    hashes = {name: digest for name, (digest, _) in files.items()}
+    record = {
+        "name": system.name,
+        "kind": system.kind,
+        "seed": seed,
+        "plugin": system.plugin.name,
+        "options": system.plugin.options,
+        "files": files,
+        "hash": fingerprint([hashes, system.plugin.options, code]),
+        "provides": provides,
+        "params": teacher.num_params,
+        "size_mb": size_mb,
+        "compression": [],
+    }
+    write_json(out / RECORD, record)
+    size = f"{teacher.num_params / 1e6:.1f} M parameters, " if teacher.num_params else ""
+    print(f"  {system.name}: {system.plugin.name}, {size}{size_mb:.0f} MB", flush=True)
+
+
+class Progress:
+    """A line now and then of how many utterances are done; called with the number since the last call."""
+
+    EVERY_S = 30.0
+
+    def __init__(self, label: str, total: int) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._began_at = self._said_at = time.monotonic()
+
+    def __call__(self, number: int) -> None:
+        self._done += number
+        now = time.monotonic()
+        if now - self._said_at >= self.EVERY_S and self._done < self._total:
+            self._said_at = now
+            left_s = (now - self._began_at) * (self._total - self._done) / self._done
+            print(
+                f"  {self._label}: {self._done}/{self._total} utterances, {duration(left_s)} left", flush=True
+            )
+
+
+def facts_of(layout: Layout, name: str, seed: int) -> dict[str, Any]:
+    """What is recorded of a system's model: its ``bundle.json`` or ``teacher.json``."""
+    place = layout.system(name, seed)
+    facts: dict[str, Any] = read_json(place / (RECORD if (place / RECORD).exists() else "bundle.json"))
+    return facts
+
+
+def transcript(system: System, text: str) -> str:
+    """A hypothesis as the recipe's transcripts are written."""
+    return clean(text)
+
+
+def heard(
+    teacher: Teacher, tokens: Tokenizer, cuts: Sequence[MonoCut], batch_duration_s: float
+) -> Iterator[Batch]:
+    """Batches of cuts as the teacher hears them, on the CPU."""
+    from kdrecipe.data.batches import CutBatches
+
+    batches = CutBatches(
+        cuts,
+        tokens,
+        batch_duration_s=batch_duration_s,
+        seed=0,
+        shuffle=False,
+        with_audio=teacher.input == "audio",
+    )
+    for ids in batches.epoch(0):
+        yield batches.load(ids)
+
+
+def hypotheses(
+    teacher: Teacher,
+    tokens: Tokenizer,
+    cuts: Sequence[MonoCut],
+    device: torch.device,
+    batch_duration_s: float,
+) -> Iterator[tuple[str, Hypothesis]]:
+    """Cut id and what the teacher recognises, batch by batch; it must be loaded onto ``device``."""
+    import torch
+
+    name = f"teacher {type(teacher).__name__}"
+    for batch in heard(teacher, tokens, cuts, batch_duration_s):
+        with torch.no_grad():
+            found = teacher.hypotheses(batch.map(lambda x: x.to(device)))
+        yield from zip(batch.ids, returned(found, list, name, "hypotheses"), strict=True)

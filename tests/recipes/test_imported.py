@@ -1,0 +1,157 @@
+"""A recipe whose teacher is a stranger's plugin beside it: it hears audio, at a rate of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from runs import kdrecipe, write_recipe
+
+from kdrecipe.artifacts import read_json
+from kdrecipe.testing.corpus import make_corpus
+
+PLUGIN = """
+import json
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import torch
+
+from kdrecipe import hookimpl
+from kdrecipe.errors import RecipeError
+from kdrecipe.interfaces import Hidden, Hypothesis, Located, Options, Targets, TargetSpec
+
+
+class Listener:
+    class Config(Options):
+        path: Annotated[str, Located]
+
+    input: ClassVar[str] = "audio"
+    num_params = None
+
+    def __init__(self, config):
+        self.files = [Path(config.path)]
+        if not self.files[0].is_file():
+            raise RecipeError(f"there is no file {config.path}")
+
+    def provides(self):
+        return [TargetSpec("hidden", "energy", dim=2, frame_shift_s=0.02)]
+
+    def load(self, device):
+        self.said = json.loads(self.files[0].read_text())
+
+    def targets(self, batch, needs):
+        frames_BTS = batch.samples_BS[:, : batch.samples_BS.shape[1] // 320 * 320].unflatten(1, (-1, 320))
+        values_BTD = torch.stack([frames_BTS.abs().mean(-1), frames_BTS.std(-1)], -1)
+        return Targets({"hidden:energy": Hidden(values_BTD, batch.sample_lens_B // 320)})
+
+    def hypotheses(self, batch):
+        return [Hypothesis(self.said.get(i, "")) for i in batch.ids]
+
+
+@hookimpl
+def register_teachers(register):
+    register("listener", Listener)
+"""
+
+RECIPE = """
+plugins: {files: [plugin.py]}
+corpus: {name: manifests, root: "${CORPUS_ROOT}"}
+features: {name: fbank, num_mel_bins: 80}
+tokens: {name: char}
+seeds: [1, 2]
+training: {epochs: 1, precision: fp32, batch_duration_s: 10}
+systems:
+  listener: {pretrained: {name: listener, path: said.json}}
+  student:
+    distill:
+      teachers: [listener]
+      model: {name: conformer, num_layers: 1, dim: 16, heads: {ctc: {}}}
+      losses: [{name: ctc}, {name: hidden_mse, layers: {encoder.0: energy}, align: mean}]
+export: [{name: onnx_ctc}]
+decode: {splits: [test], measure_max: 2, robustness: 2}
+parity: {num_utterances: 2, max_wer_increase_int8: 100, max_deletion_increase_int8: 100}
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """Corpus, recipe and its work directory after a whole run."""
+    directory = tmp_path_factory.mktemp("imported")
+    make_corpus(directory / "corpus", num_speakers=4, utterances_per_speaker=4)
+    recipe = write_recipe(directory / "one", RECIPE)
+    (recipe / "plugin.py").write_text(PLUGIN, encoding="utf-8")
+    (recipe / "said.json").write_text("{}", encoding="utf-8")
+    done = run(directory)
+    assert done.status == 0, done.said
+    return directory
+
+
+def run(directory: Path, *more: str):
+    command = ("run", directory / "one", "--work", directory / "work", "--jobs", "1", *more)
+    return kdrecipe(*command, CORPUS_ROOT=directory / "corpus")
+
+
+def test_an_imported_teacher_teaches_and_has_a_row(site):
+    record = read_json(site / "work" / "systems" / "listener" / "seed1" / "teacher.json")
+    assert record["provides"][0]["tap"] == "energy"
+    assert list(record["files"]) == ["said.json"]
+    assert str(site) not in json.dumps(record), "no path of this machine"
+    results = read_json(site / "work" / "report" / "results.json")
+    row, student = results["systems"]
+    assert (row["name"], row["seeds"], student["seeds"]) == ("listener", [1], [1, 2])
+    assert row["splits"]["test"]["wer"]["mean"] == 1.0, "it says nothing"
+    assert row["rtf"] is None
+    assert "not measured" in row["runtime"]
+    key = read_json(site / "work" / "targets" / "listener" / "seed1" / "key.json")
+    assert [spec["frame_shift_s"] for spec in key["specs"]] == [0.02]
+
+
+def test_live_targets_are_heard_too(site, tmp_path):
+    live = ("--set", "targets.mode=live", "--stage", "5", "--stop-stage", "5")
+    done = run(site, *live)
+    assert done.status == 0, done.said
+    log = (site / "work" / "systems" / "student" / "seed1" / "train" / "log.jsonl").read_text()
+    [step] = [row for row in map(json.loads, log.splitlines()) if row["event"] == "step"][:1]
+    assert step["terms"]["hidden_mse"] > 0
+
+
+def test_a_changed_file_is_imported_again(site):
+    (site / "one" / "said.json").write_text(json.dumps({"x": "y"}), encoding="utf-8")
+    said = run(site, "--stop-stage", "3", "--dry-run").said
+    assert "listener/seed1" in said
+    assert "files that it was made from have changed" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "remedy"),
+    [
+        (("path: said.json", "path: none.json"), "there is no file none.json", ""),
+        (
+            ("align: mean", "normalise: true"),
+            "needs frame_shift_s 0.04, the teacher's is 0.02",
+            "align: mean",
+        ),
+        (("encoder.0: energy", "encoder.0: energies"), "lacks it", "did you mean 'hidden:energy'"),
+        (("name: listener", "name: listner"), "unknown teacher", "did you mean 'listener'"),
+        (("path: said.json", "path: said.json, size: 3"), "size: unknown key", ""),
+        (
+            (
+                "  student:",
+                "  small: {compress: {from: listener, steps: [{name: int8_dynamic}]}}\n  student:",
+            ),
+            "'listener' is imported by a plugin",
+            "distil a student",
+        ),
+    ],
+)
+def test_mistakes_are_found_by_check(site, tmp_path, change, what, remedy):
+    recipe = write_recipe(tmp_path / "one", RECIPE.replace(*change))
+    for name in ("plugin.py", "said.json"):
+        (recipe / name).write_bytes((site / "one" / name).read_bytes())
+    done = kdrecipe("check", recipe, CORPUS_ROOT=site / "corpus")
+    assert done.status == 2, done.said
+    assert what in done.said
+    assert remedy in done.said
+    assert "recipe.yaml:" in done.said
