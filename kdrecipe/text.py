@@ -6,6 +6,7 @@ a reader can't tell apart are one.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,25 @@ def clean(text: str) -> str:
     order mark. Nothing else changes: a full-width letter, ``½`` or a ligature is not an ordinary letter.
     """
     return " ".join(unicodedata.normalize("NFC", text).replace(_BOM, " ").split())
+
+
+def lower(text: str, language: str | None = None) -> str:
+    """``text`` in small letters, as ``language`` has them.
+
+    In Turkish and Azerbaijani (``tr``, ``az``) I is the capital of ı, in Lithuanian (``lt``) i keeps its dot
+    under an accent.
+    """
+    if language in ("tr", "az"):
+        return text.replace("İ", "i").replace("I", "ı").lower()
+    text = text.lower()
+    if language == "lt":  # a dot above i, į or j, before a further accent
+        text = re.sub("([ij]\u0328?)\u0307", r"\1", unicodedata.normalize("NFD", text))
+    return text
+
+
+def upper(text: str, language: str | None = None) -> str:
+    """``text`` in capitals, as ``language`` has them: in Turkish and Azerbaijani i becomes İ."""
+    return (text.replace("i", "İ") if language in ("tr", "az") else text).upper()
 
 
 def control_characters(text: str) -> list[str]:
@@ -58,6 +78,11 @@ def shown(characters: Iterable[str]) -> str:
         seen = c.isprintable() and not c.isspace() and not unicodedata.combining(c)
         found.append(f"{c} ({code})" if seen else code)
     return ", ".join(found)
+
+
+def excerpt(text: str, most: int = 60) -> str:
+    """``text`` for a message: its first ``most`` characters."""
+    return text if len(text) <= most else text[:most].rstrip() + " ..."
 
 
 def lines(text: str) -> list[str]:

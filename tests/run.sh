@@ -3,7 +3,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
-. "$root/local/env.sh" espeak,test
+. "$root/local/env.sh" espeak,numbers,whisperwer,test
 
 # A test process per core, with one thread each; threads that wait sleep.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}

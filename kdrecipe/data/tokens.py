@@ -17,7 +17,7 @@ import sentencepiece as spm
 from kdrecipe.artifacts import sha256_bytes, write_atomic
 from kdrecipe.errors import DataError, KdrecipeError, RecipeError
 from kdrecipe.interfaces import BLANK_ID, SOS_EOS_ID, UNK_ID
-from kdrecipe.text import WORD_START, clean, read_lines
+from kdrecipe.text import WORD_START, clean, excerpt, read_lines
 
 TokenKind = Literal["bpe", "unigram", "char"]
 
@@ -194,8 +194,7 @@ def _extent(lines: list[str]) -> str:
     """How much text there is, the first thing to look at where it is too little."""
     sentences, words = set(lines), {word for line in lines for word in line.split()}
     if len(sentences) == 1:
-        text = lines[0] if len(lines[0]) <= 40 else lines[0][:40] + " ..."
-        return f"every training transcript is {text!r}"
+        return f"every training transcript is {excerpt(lines[0], 40)!r}"
     counts = f"{len(sentences)} different transcripts of {len(words)} different words"
     return f"the training text has {counts} and {len(set(''.join(lines)) - {' '})} characters"
 

@@ -26,7 +26,9 @@ def text_facts(
     """
     metric = next(iter(metrics.values()))
     refs, said = list(references.values()), {name: list(of.values()) for name, of in hypotheses.items()}
-    notes = [*_empty(refs, metric, split), *_digits(refs, said, split)]
+    notes = _empty(refs, metric, split)
+    if metric.errors("three", "3")[0]:
+        notes += _digits(refs, said, split)
     if metric.errors("a", "A")[0]:
         notes += _case(refs, said, split)
     everything = list(itertools.chain(*said.values()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -11,7 +10,7 @@ import jiwer
 
 from kdrecipe import hookimpl
 from kdrecipe.interfaces import Options
-from kdrecipe.text import clean
+from kdrecipe.text import clean, lower
 
 
 class TextOptions(Options):
@@ -33,21 +32,12 @@ def normalise(text: str, options: TextOptions) -> str:
     """Text as it is compared: by :func:`kdrecipe.text.clean`, then by the options."""
     text = clean(text)
     if options.lowercase:
-        text = _lower(text, options.language)
+        text = lower(text, options.language)
     if options.remove_punctuation:
         text = text.replace("’", "'")
         text = "".join(c if c == "'" or not unicodedata.category(c).startswith("P") else " " for c in text)
         text = " ".join(word.strip("'") for word in text.split())
     return clean(text)
-
-
-def _lower(text: str, language: str | None) -> str:
-    if language in ("tr", "az"):
-        return text.replace("İ", "i").replace("I", "ı").lower()
-    text = text.lower()
-    if language == "lt":  # a dot above i, į or j, before a further accent
-        text = re.sub("([ij]\u0328?)\u0307", r"\1", unicodedata.normalize("NFD", text))
-    return text
 
 
 class Wer:
@@ -64,8 +54,8 @@ class Wer:
 
     def errors(self, reference: str, hypothesis: str) -> tuple[int, int]:
         """(errors, words of the reference) of one utterance."""
-        edits = self.details(reference, hypothesis)
-        return edits["sub"] + edits["ins"] + edits["del"], edits["length"]
+        found = self.details(reference, hypothesis)
+        return found["sub"] + found["ins"] + found["del"], found["length"]
 
     def details(self, reference: str, hypothesis: str) -> dict[str, int]:
         """Substitutions, insertions and deletions (``sub``, ``ins``, ``del``) and the ``length``."""
@@ -96,7 +86,11 @@ def count_edits(
     options: TextOptions,
 ) -> dict[str, int]:
     """Align two texts by words or characters; counts named as in :meth:`Wer.details`."""
-    found = process(normalise(reference, options), normalise(hypothesis, options))
+    return edits(process(normalise(reference, options), normalise(hypothesis, options)))
+
+
+def edits(found: jiwer.WordOutput | jiwer.CharacterOutput) -> dict[str, int]:
+    """An alignment's counts, named as in :meth:`Wer.details`."""
     return {
         "sub": found.substitutions,
         "ins": found.insertions,

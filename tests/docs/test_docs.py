@@ -22,7 +22,9 @@ from kdrecipe.recipe import parsing, sections
 from kdrecipe.recipe.load import load_recipe
 from kdrecipe.recipe.sections import Named
 from kdrecipe.recipe.yaml import load_yaml, parse_value
+from kdrecipe.score.keep import Keep
 from kdrecipe.stages import STAGES
+from kdrecipe.text_form import TextForm
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -286,6 +288,8 @@ MODELS: list[type[BaseModel]] = [
     sections.TargetOptions,
     sections.Parity,
     sections.Claim,
+    TextForm,
+    Keep,
 ]
 
 

@@ -112,7 +112,7 @@ def test_plugins_stand_on_what_strangers_stand_on(folder):
 
 FLOORS = [
     ("errors",),
-    ("interfaces", "artifacts", "layers", "frames", "lattice", "text"),
+    ("interfaces", "artifacts", "layers", "frames", "lattice", "text", "spoken_numbers", "text_form"),
     ("score", "corpus", "plugin"),
     ("report", "recipe", "data"),
     ("measure", "model", "jobs"),
