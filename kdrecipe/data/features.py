@@ -274,7 +274,7 @@ def tuning_cuts(features_dir: Path) -> list[MonoCut]:
     Never test: what is looked at while a system is made says nothing new about it.
     """
     listed: Any = load_cuts(features_dir, "dev" if has_dev(features_dir) else "train")
-    return [cut for cut in listed if not _is_copy(cut)]
+    return [cut for cut in listed if not is_copy(cut)]
 
 
 def has_dev(features_dir: Path) -> bool:
@@ -296,13 +296,18 @@ def load_norm(features_dir: Path, ids: Collection[str] | None = None) -> tuple[n
         with np.load(features_dir / "norm.npz") as stored:
             return stored["mean"], stored["std"]
     cuts: Any = load_cuts(features_dir, "train")
-    return feature_stats(cut for cut in cuts if cut.id in ids and not _is_copy(cut))
+    return feature_stats(cut for cut in cuts if cut.id in ids and not is_copy(cut))
 
 
-def _is_copy(cut: MonoCut) -> bool:
+def is_copy(cut: MonoCut) -> bool:
     """Whether it was made by :func:`perturb_speed`."""
     transforms: Any = (cut.recording.transforms if cut.recording else None) or []
     return any(isinstance(transform, Speed) for transform in transforms)
+
+
+def original_id(cut: MonoCut) -> str:
+    """The id of the utterance that a cut is, or is a copy of at another speed."""
+    return cut.id.rpartition("_sp")[0] if is_copy(cut) else cut.id
 
 
 def _split_names(manifest_dir: Path) -> list[str]:

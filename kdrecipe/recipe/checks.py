@@ -16,6 +16,7 @@ from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.parsing import SECTION_OF, Parser
 from kdrecipe.recipe.sections import (
     ALL,
+    NONE,
     Corpus,
     Decode,
     Lm,
@@ -173,15 +174,35 @@ class Checker:
 
     def _data(self, system: System) -> None:
         subsets = self.corpus.subsets if self.corpus else None
-        for key in ("data", "unlabelled"):
+        for key, special in (("data", NONE), ("unlabelled", ALL)):
             name = getattr(system, key)
-            if name is not None and subsets is not None and name not in subsets:
-                remedy = did_you_mean(name, subsets) + " (corpus.subsets)"
+            if name not in (None, special) and subsets is not None and name not in subsets:
+                remedy = did_you_mean(name, {*subsets, special}) + " (corpus.subsets)"
                 self._problem(system, (key,), f"unknown subset {name!r}", remedy)
+        self._labels(system)
         if system.unlabelled is not None and system.data in (None, system.unlabelled):
             whole = "all of the training split" if system.data is None else f"{system.data!r}"
             what = f"{whole} is labelled data already, nothing is left without labels"
             self._problem(system, ("unlabelled",), what, "give data: and unlabelled: different subsets")
+
+    def _labels(self, system: System) -> None:
+        """Where labels come from if not from people."""
+        path: KeyPath = ("unlabelled", "labels")
+        if system.labels is not None and self._known(system.labels, self._path(system, *path)):
+            if system.labels not in system.teachers:
+                what = f"{system.labels!r} is not among its teachers"
+                self._problem(system, path, what, f"teachers: [{system.labels}]")
+            elif not any(self._supervised(term) for term in system.terms):
+                what = "no loss learns from labels, so the hypotheses are of no use"
+                self._problem(system, path, what, "add a supervised loss such as ctc, or remove labels")
+        if system.data == NONE and system.unlabelled is None:
+            remedy = f"add unlabelled: {{subset: {ALL}, labels: <a teacher>}}"
+            self._problem(system, ("data",), "nothing is left to learn from", remedy)
+        elif system.data == NONE and system.labels is None:
+            idle = [term.name for term in system.terms if self._supervised(term)]
+            if idle:
+                remedy = f"unlabelled: {{subset: {system.unlabelled}, labels: <a teacher>}}, or remove them"
+                self._problem(system, ("losses",), f"{', '.join(idle)} would have no labels", remedy)
 
     def _fine_tuning(self, system: System) -> None:
         """A step that trains needs an objective: that of the system which all this was compressed from."""
@@ -209,7 +230,7 @@ class Checker:
             return  # a term could not be read: already reported
         if all(term.weight == 0 for term in system.terms):
             self._problem(system, ("losses",), "all weights are 0: there is nothing to learn")
-        taught: set[str] = set()
+        taught: set[str] = {system.labels} if system.labels else set()
         for i, term in enumerate(system.terms):
             path = ("losses", i, "teacher")
             if not self.requires(term):
@@ -223,13 +244,13 @@ class Checker:
                 self._problem(system, path, f"{term.teacher!r} is not among its teachers", remedy)
             else:
                 taught |= {term.teacher} if term.teacher else set(system.teachers)
-        if system.teachers and not any(self.requires(t) for t in system.terms):
+        if system.teachers and not system.labels and not any(self.requires(t) for t in system.terms):
             losses = [n for n in self._registry.names("losses") if self._can_distill(n)]
             remedy = f"add one of {', '.join(losses)}, or make it train:"
             self._problem(system, ("losses",), "no loss learns from a teacher", remedy)
         elif taught and (idle := [t for t in system.teachers if t not in taught]):
             self._problem(system, ("teachers",), f"no loss learns from {', '.join(idle)}")
-        if system.unlabelled is not None and all(self._supervised(t) for t in system.terms):
+        if system.unlabelled and not system.labels and all(self._supervised(t) for t in system.terms):
             remedy = "add a loss that needs no labels, or remove unlabelled:"
             self._problem(system, ("unlabelled",), "all losses need labels", remedy)
 

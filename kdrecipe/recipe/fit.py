@@ -88,8 +88,10 @@ class FitChecker:
                 remedy = "set tokens as they were for the bundle, or use a loss on hidden states (hidden_mse)"
                 return Problem(f"{term.name!r} compares tokens, and {name!r} has {why}", "", remedy)
             if (why := student.pinned(need).mismatch(offered[need.key])) is not None:
-                remedy = OTHER_RATE if "frame_shift_s" in why and need.kind in ALIGNABLE_KINDS else ""
-                remedy = remedy or ("teacher and student need equal subsampling" if "shift" in why else "")
+                options = self.checker._registry.get("losses", term.name).Config.model_fields
+                remedy = "teacher and student need equal subsampling" if "shift" in why else ""
+                if remedy and need.kind in ALIGNABLE_KINDS and "align" in options:
+                    remedy = OTHER_RATE
                 return Problem(f"{term.name!r} can't learn from {name!r}: {why}", "", remedy)
         cls = self.checker._registry.get("losses", term.name)
         try:

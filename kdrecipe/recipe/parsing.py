@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdrecipe.errors import did_you_mean
 from kdrecipe.interfaces import Options
 from kdrecipe.recipe.sections import (
     ALL,
+    NONE,
     Claim,
     Corpus,
     Decode,
@@ -36,6 +37,8 @@ from kdrecipe.recipe.sections import (
 from kdrecipe.recipe.suitable import head_of, heads_of
 from kdrecipe.recipe.validation import Validator, short
 from kdrecipe.recipe.yaml import KeyPath
+from kdrecipe.score.keep import Keep
+from kdrecipe.text_form import TextForm
 
 Mappings = Annotated[list[dict[str, Any]], Field(min_length=1)]
 
@@ -76,12 +79,34 @@ class TrainSection(Options):
     init_from: str | None = None
 
 
+class UnlabelledSection(Options):
+    """``unlabelled`` of a distilled system: audio whose transcripts are not used.
+
+    Args:
+        subset: of the training split, or ``all``.
+        labels: one of its teachers, whose hypotheses are labels there.
+        keep: which of them.
+    """
+
+    subset: str
+    labels: str | None = None
+    keep: Keep | None = None
+
+    @model_validator(mode="after")
+    def _keeps_labels(self) -> UnlabelledSection:
+        if self.keep is not None and self.labels is None:
+            raise ValueError(
+                "keep says which hypotheses are labels; labels names the teacher that gives them"
+            )
+        return self
+
+
 class DistillSection(Options):
     """``distill``: a system trained with teachers."""
 
     model: dict[str, Any]
     data: str | None = None
-    unlabelled: str | None = None
+    unlabelled: str | UnlabelledSection | None = None
     teachers: Annotated[tuple[str, ...], Field(min_length=1)]
     losses: Mappings
     training: dict[str, Any] = {}
@@ -148,10 +173,9 @@ class Parser(Validator):
         lists: dict[str, Location] = {}
         for name, rule in (section.subsets if section else {}).items():
             self._check_name(name, (*path, "subsets", name))
-            if name == ALL:
-                self.problem(
-                    (*path, "subsets", name), "this name means the whole training split", "rename it"
-                )
+            if name in (ALL, NONE):
+                meaning = "the whole training split" if name == ALL else "no utterance's transcript"
+                self.problem((*path, "subsets", name), f"this name means {meaning}", "rename it")
             subset = self.validate(Subset, rule, (*path, "subsets", name))
             subsets[name] = subset.rule() if subset else {}
             if subset and subset.listed_in:
@@ -301,11 +325,16 @@ class Parser(Validator):
         if section.seeds:
             common["seeds"] = self._distinct(section, (*here, "seeds"))
         terms = [self._term(t, (*here, "losses", i)) for i, t in enumerate(section.losses)]
+        unlabelled = getattr(section, "unlabelled", None)
+        if isinstance(unlabelled, UnlabelledSection):
+            keep = (unlabelled.keep or Keep()) if unlabelled.labels else None
+            common |= {"labels": unlabelled.labels, "keep": keep}
+            unlabelled = unlabelled.subset
         return System(
             **common,
             model=self._model(section.model, (*here, "model")),
             data=section.data,
-            unlabelled=getattr(section, "unlabelled", None),
+            unlabelled=unlabelled,
             teachers=getattr(section, "teachers", ()),
             init_from=section.init_from,
             terms=tuple(t for t in terms if t is not None),
@@ -315,8 +344,9 @@ class Parser(Validator):
         self, name: str, data: dict[str, Any], path: KeyPath, seeds: tuple[int, ...], training: Training
     ) -> System | None:
         """``pretrained`` through a plugin. It is one model, whatever the seeds of its students."""
-        named = self.named("teachers", data, path)
-        if named is None:
+        named = self.named("teachers", data, path, beside=("text",))
+        text = self.validate(TextForm, data.get("text"), (*path, "text"))
+        if named is None or text is None:
             return None
         return System(
             name=name,
@@ -325,6 +355,7 @@ class Parser(Validator):
             training=training,
             location=self._location("", path),
             plugin=named,
+            text=text,
         )
 
     def _model(self, data: dict[str, Any], path: KeyPath) -> dict[str, Any] | None:

@@ -16,6 +16,8 @@ from pydantic import Field, PlainValidator, SkipValidation, field_validator, mod
 
 from kdrecipe.interfaces import Options
 from kdrecipe.recipe.yaml import expand_env
+from kdrecipe.score.keep import Keep
+from kdrecipe.text_form import TextForm
 
 Kind = Literal["trained", "pretrained", "distilled", "compressed"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -211,6 +213,10 @@ class Lm(Options):
 
 ALL = "all"
 """In place of a subset's name: the whole training split, whatever systems must do without."""
+
+
+NONE = "none"
+"""In place of a subset's name: no utterance's transcript."""
 
 
 def uses_lm(options: Mapping[str, Any]) -> bool:
@@ -488,8 +494,10 @@ class System:
         training: the recipe's settings with this system's own put over them.
         model: ``{name, <options>, heads: {<head>: {...}}}``, defaults filled in; None if it comes
             from elsewhere (compressed, pretrained).
-        data: labelled subset of the training split; None: all of it.
-        unlabelled: subset that only terms without labels see.
+        data: subset of the training split whose transcripts are labels; None: all of it; :data:`NONE`.
+        unlabelled: subset, or :data:`ALL`, whose transcripts are not used.
+        labels: the teacher whose hypotheses are the labels there; None: only terms without labels see it.
+        keep: which of those hypotheses are labels.
         teachers: systems it learns from.
         parent: system it is compressed from.
         init_from: system with the same encoder, whose weights it starts with: those of the encoder and
@@ -498,6 +506,7 @@ class System:
         steps: compressors, in order.
         location: of a pretrained bundle; of what a plugin imports, where its options' paths count from.
         plugin: what imports a pretrained model that is no bundle, with its options as the recipe has them.
+        text: how the hypotheses of that model become transcripts.
     """
 
     name: str
@@ -507,6 +516,8 @@ class System:
     model: dict[str, Any] | None = None
     data: str | None = None
     unlabelled: str | None = None
+    labels: str | None = None
+    keep: Keep | None = None
     teachers: tuple[str, ...] = ()
     parent: str | None = None
     init_from: str | None = None
@@ -514,6 +525,7 @@ class System:
     steps: tuple[Named, ...] = ()
     location: Location | None = None
     plugin: Named | None = None
+    text: TextForm = field(default_factory=TextForm)
 
     @property
     def is_imported(self) -> bool:
@@ -562,8 +574,8 @@ def shared_labels(systems: Mapping[str, System]) -> tuple[str, ...]:
     all systems share, are learnt from it unless the recipe says otherwise. With several names
     there is no such part that the recipe names.
     """
-    names = (s.data for s in systems.values() if s.kind in ("trained", "distilled"))
-    return tuple(dict.fromkeys(name for name in names if name is not None))
+    names = [s.data for s in systems.values() if s.kind in ("trained", "distilled")]
+    return tuple(dict.fromkeys(name for name in names if name is not None and name != NONE))
 
 
 def beyond_labels(
@@ -579,5 +591,5 @@ def beyond_labels(
     return [
         name
         for name, system in systems.items()
-        if system.data is not None and (data is None or not subsets[data] <= subsets[system.data])
+        if system.data is not None and (data is None or not subsets[data] <= subsets.get(system.data, set()))
     ]

@@ -9,13 +9,12 @@ other.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrecipe.artifacts import write_atomic, write_json
+from kdrecipe.artifacts import write_json
 from kdrecipe.corpus.segments import LONGEST_S, SHORTEST_S
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import SAMPLE_RATE, Decoder, LanguageModel
@@ -29,10 +28,10 @@ from kdrecipe.recipe.suitable import (
     measured_exporter,
     searches,
 )
-from kdrecipe.score.hypotheses import bundle_hyps_file, condition_hyps_file, hyps_file
+from kdrecipe.score.hypotheses import bundle_hyps_file, hyps_file
 from kdrecipe.stages.inputs import model_plugins
 from kdrecipe.stages.layout import Layout
-from kdrecipe.stages.rows import Row, hyps_line, rewritten, row_of
+from kdrecipe.stages.rows import hyps_line, rewritten, row_of, under_conditions, write_rows
 from kdrecipe.text import clean
 
 if TYPE_CHECKING:
@@ -139,11 +138,6 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     decoded = {"params": bundle.meta["params"], **row.costs, "search": row.search}
     decoded |= {"same_text_as_bundle": same, "rewritten": changed, "searches": facts}
     write_json(out / "decode.json", decoded)
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A hypotheses file, a JSON object per line."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _search_facts(
@@ -268,22 +262,6 @@ def _recognise(
 
     model, features = bundle.model.to("cpu"), bundle.meta["features"]
     return [recognise(model, decoder, features, u.samples_S, SAMPLE_RATE, longest_s).text for u in utterances]
-
-
-def under_conditions(row: Row, cuts: Sequence[MonoCut], number: int, out: Path) -> None:
-    """What the row says of ``number`` utterances, over all speakers, under each condition."""
-    from kdrecipe.corpus.audio import utterances_from_cuts
-    from kdrecipe.corpus.subsets import drawn_over_speakers
-    from kdrecipe.measure.conditions import CONDITIONS
-
-    drawn = drawn_over_speakers(cuts, number)
-    by_speaker = sorted(drawn, key=lambda cut: (str(cut.supervisions[0].speaker), cut.id))
-    recorded = list(utterances_from_cuts(by_speaker))
-    heard = {name: condition.apply(recorded) for name, condition in CONDITIONS.items()}
-    texts = iter(row.recognise([u for utterances in heard.values() for u in utterances]))
-    for name, utterances in heard.items():
-        rows = [{"id": u.id, "ref": u.text, "hyp": next(texts)} for u in utterances]
-        write_rows(condition_hyps_file(out, name), rows)
 
 
 def _same_texts(rows: Sequence[Mapping[str, Any]], of_bundle: Sequence[Mapping[str, Any]]) -> float:

@@ -19,9 +19,10 @@ from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job, why_run
 from kdrecipe.recipe import tiny
 from kdrecipe.recipe.load import Recipe, System, Training
-from kdrecipe.recipe.sections import Term
+from kdrecipe.recipe.sections import NONE, Term
 from kdrecipe.report.guard import verdict
 from kdrecipe.stages.layout import Layout
+from kdrecipe.text import clean
 
 if TYPE_CHECKING:
     from lhotse.cut import MonoCut
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from kdrecipe.interfaces import Teacher
     from kdrecipe.model.asr import AsrModel
     from kdrecipe.stages.session import Session
+    from kdrecipe.text_form import TextForm
 
 SHARE = 0.1  # of the teacher's steps
 MIN_STEPS = 240  # after so many a small model has left CTC's plateau on AN4, see docs/decisions.md
@@ -82,15 +84,18 @@ def baselines(recipe: Recipe, teacher: str) -> list[System]:
     taught = recipe.systems[teacher]
     found = []
     for student in recipe.systems.values():
-        if teacher not in student.teachers or student.model is None:
+        data = student.data if taught.kind == "pretrained" else taught.data
+        if teacher not in student.teachers or student.model is None or data == NONE:
             continue
         options = student.model["heads"].get("ctc", {})
         baseline = replace(
             student,
             kind="trained",
             model={**student.model, "heads": {"ctc": options}},
-            data=student.data if taught.kind == "pretrained" else taught.data,
+            data=data,
             unlabelled=None,
+            labels=None,
+            keep=None,
             teachers=(),
             init_from=None,
             terms=(Term("ctc"),),
@@ -113,23 +118,26 @@ def _quick(training: Training) -> Training:
 def run(recipe: Recipe, layout: Layout, teacher: str, out: Path) -> None:
     """Train the baseline, compare each seed of the teacher with it, and say a line of each."""
     from kdrecipe.score.guard import compare
+    from kdrecipe.stages.labels import form_of
     from kdrecipe.stages.session import Session
     from kdrecipe.stages.teachers import facts_of, open_teacher
     from kdrecipe.targets.live import ModelTeacher
 
-    dev = _dev_sample(layout)
-    if not dev:
+    dev, candidates = _dev_sample(layout), baselines(recipe, teacher)
+    if not dev or not candidates:
+        why = "no student of it has labels" if dev else "the corpus has no dev"
         write_json(out / "guard.json", {"baseline": None, "verdicts": []})
-        print(f"{teacher}: not compared with a quick baseline, since the corpus has no dev", flush=True)
+        print(f"{teacher}: not compared with a quick baseline, since {why}", flush=True)
         return
     system, is_tiny = recipe.systems[teacher], recipe.profile == tiny.NAME
     training = {seed: facts_of(layout, teacher, seed).get("training") or {} for seed in system.seeds}
     taken = None if system.kind == "pretrained" else training[system.seeds[0]]["steps"]
-    chosen = replace(_smallest(recipe, baselines(recipe, teacher)), name=f"quick baseline of {teacher}")
+    chosen = replace(_smallest(recipe, candidates), name=f"quick baseline of {teacher}")
     session = Session(recipe, layout, chosen, system.seeds[0])
     facts, model = _trained(session, None if is_tiny else num_steps(taken), out / "train")
-    said = _recognised(ModelTeacher(model, session.tokens), session.tokens, dev, chosen)
+    said = _recognised(ModelTeacher(model, session.tokens), session.tokens, dev)
     speakers = {cut.id: cut.supervisions[0].speaker for cut in dev if cut.supervisions[0].speaker}
+    form = form_of(recipe, layout, system) if system.is_imported else None
     rows = []
     for seed in system.seeds:
         opened = open_teacher(recipe, layout, teacher, seed)
@@ -137,7 +145,7 @@ def run(recipe: Recipe, layout: Layout, teacher: str, out: Path) -> None:
             "system": teacher,
             "seed": seed,
             "kind": system.kind,
-            **compare(_recognised(opened.teacher, session.tokens, dev, system), said, speakers),
+            **compare(_recognised(opened.teacher, session.tokens, dev, form), said, speakers),
             "baseline_steps": facts["steps"],
             "curve": _curve(layout.system(teacher, seed) / "train" / "log.jsonl"),
             "max_epochs": system.training.epochs,
@@ -201,18 +209,19 @@ def _trained(session: Session, steps: int | None, work_dir: Path) -> tuple[dict[
 
 
 def _recognised(
-    teacher: Teacher, tokens: Tokenizer, dev: Sequence[MonoCut], system: System
+    teacher: Teacher, tokens: Tokenizer, dev: Sequence[MonoCut], form: TextForm | None = None
 ) -> dict[str, tuple[str, str]]:
     """Utterance id -> (reference, what it recognises by greedy search, or by a search of its own)."""
     from kdrecipe.data.batches import transcript_of
-    from kdrecipe.stages.teachers import hypotheses, transcript
+    from kdrecipe.stages.teachers import hypotheses
     from kdrecipe.train.distribution import local_device
 
     device = local_device()
     teacher.load(device)
     references = {cut.id: transcript_of(cut) for cut in dev}
     found = hypotheses(teacher, tokens, dev, device, MAX_BATCH_S)
-    return {cut_id: (references[cut_id], transcript(system, said.text)) for cut_id, said in found}
+    write = form.apply if form else clean
+    return {cut_id: (references[cut_id], write(said.text)) for cut_id, said in found}
 
 
 def _curve(log: Path) -> list[tuple[int, float]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.interfaces import TargetSpec
+from kdrecipe.recipe.sections import ALL, NONE
 from kdrecipe.recipe.suitable import bundle_meta
 
 if TYPE_CHECKING:
@@ -45,8 +46,10 @@ def utterances_of(
         subsets: name -> ids of the subset's utterances.
         left_out: cuts that are too short for their text; they serve where the text is not used.
     """
-    labelled = set(ids if system.data is None else subsets[system.data]) - set(left_out)
-    unlabelled = set() if system.unlabelled is None else set(subsets[system.unlabelled]) - labelled
+    everything = set(ids)
+    named = {**subsets, ALL: everything, NONE: set()}
+    labelled = set(everything if system.data is None else named[system.data]) - set(left_out)
+    unlabelled = set() if system.unlabelled is None else set(named[system.unlabelled]) - labelled
     return labelled, unlabelled
 
 
@@ -101,6 +104,8 @@ def system_inputs(recipe: Recipe, system: System) -> Mapping[str, Any]:
         "model": system.model,
         "data": system.data,
         "unlabelled": system.unlabelled,
+        "labels": system.labels,
+        "keep": system.keep.model_dump(mode="json") if system.keep else None,
         "teachers": list(system.teachers),
         "init_from": system.init_from,
         "losses": [

@@ -11,6 +11,7 @@ from kdrecipe.stages import (
     export,
     features,
     guard,
+    labels,
     lm,
     prepare,
     report,
@@ -37,6 +38,7 @@ def build_plan(recipe: Recipe, layout: Layout) -> Plan:
     train.add_teachers(plan, recipe, layout)
     guard.add_jobs(plan, recipe, layout)
     targets.add_jobs(plan, recipe, layout)
+    labels.add_jobs(plan, recipe, layout)
     train.add_students(plan, recipe, layout)
     compress.add_jobs(plan, recipe, layout)
     export.add_jobs(plan, recipe, layout)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdrecipe.artifacts import write_atomic
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Hypothesis
 from kdrecipe.recipe.load import Named, Recipe
 from kdrecipe.recipe.suitable import RuntimeOptions, measured_exporter, runtime_search, unfit
+from kdrecipe.score.hypotheses import condition_hyps_file
 
 if TYPE_CHECKING:
     from lhotse.cut import MonoCut
@@ -156,3 +159,24 @@ def hyps_line(
         "tokens": list(tokens),
         "times_s": [round(t, 3) for t in times_s],
     }
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A hypotheses file, a JSON object per line."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def under_conditions(row: Row, cuts: Sequence[MonoCut], number: int, out: Path) -> None:
+    """What the row says of ``number`` utterances, over all speakers, under each condition."""
+    from kdrecipe.corpus.audio import utterances_from_cuts
+    from kdrecipe.corpus.subsets import drawn_over_speakers
+    from kdrecipe.measure.conditions import CONDITIONS
+
+    drawn = drawn_over_speakers(cuts, number)
+    by_speaker = sorted(drawn, key=lambda cut: (str(cut.supervisions[0].speaker), cut.id))
+    recorded = list(utterances_from_cuts(by_speaker))
+    heard = {name: condition.apply(recorded) for name, condition in CONDITIONS.items()}
+    texts = iter(row.recognise([u for utterances in heard.values() for u in utterances]))
+    for name, utterances in heard.items():
+        rows = [{"id": u.id, "ref": u.text, "hyp": next(texts)} for u in utterances]
+        write_rows(condition_hyps_file(out, name), rows)

@@ -9,7 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,19 +17,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lhotse import CutSet
+from lhotse.utils import fastcopy
 from torch import nn
 
 from kdrecipe.artifacts import read_json
 from kdrecipe.corpus.subsets import drawn_over_speakers
 from kdrecipe.data.augment import Augmenter, NoiseFiles
 from kdrecipe.data.batches import CutBatches
-from kdrecipe.data.features import FRAME_SHIFT_S, extract, has_dev, load_cuts, load_norm
+from kdrecipe.data.features import FRAME_SHIFT_S, extract, has_dev, load_cuts, load_norm, original_id
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import RecipeError
 from kdrecipe.interfaces import SAMPLE_RATE, Batch, LossSetup, ModelInfo, TargetSpec
 from kdrecipe.model.asr import FeatureNorm, build_model, model_info
 from kdrecipe.recipe.sections import Location
 from kdrecipe.stages.inputs import needs_of, utterances_of
+from kdrecipe.stages.labels import kept_of
 from kdrecipe.stages.teachers import Opened, open_teacher
 from kdrecipe.targets.align import AlignedTargets, Source
 from kdrecipe.targets.cache import TargetCache
@@ -62,6 +64,8 @@ class Session:
     system: System
     seed: int
     max_audio_s: float | None = None
+    labels_report: dict[str, Any] = field(default_factory=dict, init=False)
+    """Of the hypotheses that are labels: how many were kept, and why the others were not."""
 
     @cached_property
     def tokens(self) -> Tokenizer:
@@ -71,10 +75,31 @@ class Session:
     @cached_property
     def _data(self) -> tuple[CutSet, set[str]]:
         """The training cuts that the system learns from, perturbed copies included; ids of the labelled."""
-        cuts, labelled, _ = training_data(self.layout, [self.system])
+        cuts, labelled, unlabelled = training_data(self.layout, [self.system])
+        if self.system.labels is not None:
+            texts = self._said(unlabelled)
+            cuts = CutSet.from_cuts(_with_text(cut, texts.get(original_id(cut))) for cut in _listed(cuts))
+            labelled = labelled | {cut.id for cut in _listed(cuts) if original_id(cut) in texts}
         if self.max_audio_s is not None:
             cuts = CutSet.from_cuts(_first(drawn_over_speakers(cuts), self.max_audio_s))
         return cuts, labelled
+
+    def _said(self, unlabelled: set[str]) -> dict[str, str]:
+        """Utterance -> what a teacher recognised, of those that are labels; says how many that are."""
+        assert self.system.labels is not None
+        seed = self.recipe.seed_of(self.system.labels, self.seed)
+        kept, texts = kept_of(self.layout, self.system, seed, unlabelled)
+        for line in kept.lines():
+            print(f"  {self.system.name}/seed{self.seed}: {line}", flush=True)
+        self.labels_report = {
+            "teacher": self.system.labels,
+            "kept": len(kept.kept),
+            "dropped": len(kept.dropped),
+            "kept_s": kept.duration_s,
+            "all_s": kept.all_s,
+            "reasons": {reason: n["first"] for reason, n in kept.counts().items() if n["first"]},
+        }
+        return texts
 
     @cached_property
     def heard(self) -> set[str] | None:
@@ -261,6 +286,19 @@ class Session:
             train_metrics=hook.train_metrics,
             device=str(device),
         )
+
+
+def _listed(cuts: Any) -> list[Any]:
+    """Cuts as a list; Lhotse's annotations do not let a CutSet be iterated."""
+    return list(cuts)
+
+
+def _with_text(cut: Any, text: str | None) -> Any:
+    """The cut with another transcript; None: as it is."""
+    if text is None:
+        return cut
+    [supervision] = cut.supervisions
+    return fastcopy(cut, supervisions=[fastcopy(supervision, text=text)])
 
 
 def _first(cuts: Sequence[MonoCut], seconds: float) -> Sequence[MonoCut]:

@@ -12,16 +12,17 @@ from kdrecipe.interfaces import SAMPLE_RATE, Batch, Teacher
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.recipe.sections import Features
 from kdrecipe.score.hypotheses import bundle_hyps_file, hyps_file
-from kdrecipe.stages.decode import BATCH_DURATION_S, under_conditions, write_rows
+from kdrecipe.stages.labels import form_of
 from kdrecipe.stages.layout import Layout
-from kdrecipe.stages.rows import Row, hyps_line
-from kdrecipe.stages.teachers import Opened, facts_of, hypotheses, open_teacher, transcript
+from kdrecipe.stages.rows import Row, hyps_line, under_conditions, write_rows
+from kdrecipe.stages.teachers import Opened, facts_of, hypotheses, open_teacher
 
 if TYPE_CHECKING:
     from lhotse.cut import MonoCut
 
     from kdrecipe.corpus.audio import Utterance
 
+BATCH_DURATION_S = 60.0
 OWN = "own"
 """The label of its search."""
 IN_TORCH = "an imported teacher runs in torch, as it teaches"
@@ -35,14 +36,14 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
 
     opened, device = open_teacher(recipe, layout, system.name, seed), local_device()
     opened.teacher.load(device)
-    tokens = Tokenizer.load(layout.tokens)
+    tokens, form = Tokenizer.load(layout.tokens), form_of(recipe, layout, system)
     rows: dict[str, list[dict[str, Any]]] = {}
     cuts = {split: list(load_cuts(layout.features, split)) for split in recipe.decode.splits}
     for split, listed in cuts.items():
         by_id = {cut.id: cut for cut in listed}
         found = hypotheses(opened.teacher, tokens, listed, device, BATCH_DURATION_S)
         said = {
-            cut_id: hyps_line(by_id[cut_id], transcript(system, h.text), h.tokens, h.times_s, h.score)
+            cut_id: hyps_line(by_id[cut_id], form.apply(h.text), h.tokens, h.times_s, h.score)
             | {"raw": h.text}
             for cut_id, h in found
         }
@@ -52,13 +53,17 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     first = recipe.decode.splits[0]
     facts = facts_of(layout, system.name, seed)
     runtime = getattr(opened.teacher, "runtime", "")
-    speed = _speed(recipe, opened, system, cuts[first])
+    speed = _speed(recipe, opened, cuts[first])
     costs = {"size_mb": facts["size_mb"], "rtf": None, "peak_rss_mb": None}
     costs |= {"rtf": speed, "runtime": runtime} if runtime else {"runtime": f"not measured: {IN_TORCH}"}
     assert system.plugin is not None
     search = {"label": OWN, "decoder": system.plugin.name, "options": system.plugin.options, "variant": ""}
     search |= {"runs_in": runtime or "torch", "name": OWN}
-    row = Row(search, rows, lambda utterances: _recognise(recipe, opened, system, utterances), costs)
+
+    def in_torch(utterances: Sequence[Utterance]) -> list[str]:
+        return [form.apply(text) for text in _recognise(recipe, opened, utterances)]
+
+    row = Row(search, rows, in_torch, costs)
     if recipe.decode.robustness:
         under_conditions(row, cuts[first], recipe.decode.robustness, out)
     searches = {
@@ -68,7 +73,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     write_json(out / "decode.json", {**decoded, "same_text_as_bundle": None, "rewritten": {}})
 
 
-def _speed(recipe: Recipe, opened: Opened, system: System, cuts: Sequence[MonoCut]) -> dict[str, float]:
+def _speed(recipe: Recipe, opened: Opened, cuts: Sequence[MonoCut]) -> dict[str, float]:
     """Seconds of work per second of audio, one utterance at a time on one thread: median, 95 %, total."""
     import numpy as np
     import torch
@@ -81,11 +86,11 @@ def _speed(recipe: Recipe, opened: Opened, system: System, cuts: Sequence[MonoCu
     opened.teacher.load(torch.device("cpu"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    _recognise(recipe, opened, system, utterances[:NUM_WARM_UP])
+    _recognise(recipe, opened, utterances[:NUM_WARM_UP])
     seconds = []
     for utterance in utterances:
         began = time.perf_counter()
-        _recognise(recipe, opened, system, [utterance])
+        _recognise(recipe, opened, [utterance])
         seconds.append(time.perf_counter() - began)
     torch.set_num_threads(threads)
     lens_s = [utterance.duration_s for utterance in utterances]
@@ -97,14 +102,14 @@ def _speed(recipe: Recipe, opened: Opened, system: System, cuts: Sequence[MonoCu
     }
 
 
-def _recognise(recipe: Recipe, opened: Opened, system: System, utterances: Sequence[Utterance]) -> list[str]:
+def _recognise(recipe: Recipe, opened: Opened, utterances: Sequence[Utterance]) -> list[str]:
     """Texts of any utterances, one at a time, on the CPU."""
     import torch
 
     opened.teacher.load(torch.device("cpu"))
     with torch.no_grad():
         found = [opened.teacher.hypotheses(_alone(opened.teacher, recipe.features, u))[0] for u in utterances]
-    return [transcript(system, hypothesis.text) for hypothesis in found]
+    return [hypothesis.text for hypothesis in found]
 
 
 def _alone(teacher: Teacher, features: Features, utterance: Utterance) -> Batch:

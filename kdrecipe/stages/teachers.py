@@ -23,7 +23,6 @@ from kdrecipe.recipe.imported import build_teacher
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.report.reading import duration
 from kdrecipe.stages.layout import Layout
-from kdrecipe.text import clean
 
 if TYPE_CHECKING:
     import torch
@@ -156,11 +155,6 @@ def facts_of(layout: Layout, name: str, seed: int) -> dict[str, Any]:
     place = layout.system(name, seed)
     facts: dict[str, Any] = read_json(place / (RECORD if (place / RECORD).exists() else "bundle.json"))
     return facts
-
-
-def transcript(system: System, text: str) -> str:
-    """A hypothesis as the recipe's transcripts are written."""
-    return clean(text)
 
 
 def heard(

@@ -78,6 +78,8 @@ def _needs(plan: Plan, recipe: Recipe, system: System, seed: int) -> tuple[str, 
         needs.append(f"targets/{name}" if f"targets/{name}" in plan.jobs else name)
         if needs[-1] != name:
             needs.append(name)
+    if system.labels:
+        needs.append(f"hypotheses/{system.labels}/seed{recipe.seed_of(system.labels, seed)}")
     if system.init_from:
         needs.append(f"{system.init_from}/seed{recipe.seed_of(system.init_from, seed)}")
     return tuple(needs)
@@ -110,6 +112,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         "features": recipe.features.model_dump(mode="json"),
         "compression": [],
         "training": training,
+        **({"labels": session.labels_report} if session.labels_report else {}),
         "plugin_files": carry(recipe.plugin_files, out),
     }
     Bundle.save(out, model, session.tokens, meta, made)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+from lhotse.supervision import SupervisionSet
 from runs import kdrecipe, write_recipe
 
 from kdrecipe.artifacts import read_json
@@ -57,9 +59,9 @@ def register_teachers(register):
 
 RECIPE = """
 plugins: {files: [plugin.py]}
-corpus: {name: manifests, root: "${CORPUS_ROOT}"}
-features: {name: fbank, num_mel_bins: 80}
-tokens: {name: char}
+corpus: {name: manifests, root: "${CORPUS_ROOT}", subsets: {few: {utterances: 2}, rest: {except: few}}}
+features: {name: fbank, num_mel_bins: 80, speed_perturb: [0.9]}
+tokens: {name: char, data: few}
 seeds: [1, 2]
 training: {epochs: 1, precision: fp32, batch_duration_s: 10}
 systems:
@@ -69,6 +71,20 @@ systems:
       teachers: [listener]
       model: {name: conformer, num_layers: 1, dim: 16, heads: {ctc: {}}}
       losses: [{name: ctc}, {name: hidden_mse, layers: {encoder.0: energy}, align: mean}]
+  pseudo:
+    distill:
+      data: few
+      unlabelled: {subset: rest, labels: listener, keep: {chars_per_s: null}}
+      teachers: [listener]
+      model: {name: conformer, num_layers: 1, dim: 16, heads: {ctc: {}}}
+      losses: [{name: ctc}]
+  unheard:
+    distill:
+      data: none
+      unlabelled: {subset: all, labels: listener, keep: {chars_per_s: null}}
+      teachers: [listener]
+      model: {name: conformer, num_layers: 1, dim: 16, heads: {ctc: {}}}
+      losses: [{name: ctc}]
 export: [{name: onnx_ctc}]
 decode: {splits: [test], measure_max: 2, robustness: 2}
 parity: {num_utterances: 2, max_wer_increase_int8: 100, max_deletion_increase_int8: 100}
@@ -82,7 +98,9 @@ def site(tmp_path_factory) -> Path:
     make_corpus(directory / "corpus", num_speakers=4, utterances_per_speaker=4)
     recipe = write_recipe(directory / "one", RECIPE)
     (recipe / "plugin.py").write_text(PLUGIN, encoding="utf-8")
-    (recipe / "said.json").write_text("{}", encoding="utf-8")
+    ids = [s.id for s in SupervisionSet.from_file(directory / "corpus" / "train_supervisions.jsonl.gz")]
+    said = dict(zip(ids, itertools.cycle(["Hello there, abc!", "", "no " * 9]), strict=False))
+    (recipe / "said.json").write_text(json.dumps(said), encoding="utf-8")
     done = run(directory)
     assert done.status == 0, done.said
     return directory
@@ -99,7 +117,7 @@ def test_an_imported_teacher_teaches_and_has_a_row(site):
     assert list(record["files"]) == ["said.json"]
     assert str(site) not in json.dumps(record), "no path of this machine"
     results = read_json(site / "work" / "report" / "results.json")
-    row, student = results["systems"]
+    row, student, *_ = results["systems"]
     assert (row["name"], row["seeds"], student["seeds"]) == ("listener", [1], [1, 2])
     assert row["splits"]["test"]["wer"]["mean"] == 1.0, "it says nothing"
     assert row["rtf"] is None
@@ -115,6 +133,27 @@ def test_live_targets_are_heard_too(site, tmp_path):
     log = (site / "work" / "systems" / "student" / "seed1" / "train" / "log.jsonl").read_text()
     [step] = [row for row in map(json.loads, log.splitlines()) if row["event"] == "step"][:1]
     assert step["terms"]["hidden_mse"] > 0
+
+
+def test_hypotheses_are_labels(site):
+    """A third of them is empty, a third loops; the others are kept, written as the transcripts are."""
+    rows = [
+        json.loads(line)
+        for line in (site / "work" / "said" / "listener" / "seed1" / "hypotheses.jsonl")
+        .read_text()
+        .splitlines()
+    ]
+    num = len(rows)
+    assert {row["text"] for row in rows} == {"Hello there, abc!", "", "no " * 9}
+    kept = [row for row in rows if row["text"].startswith("Hello")]
+    transcripts = {row["transcript"] for row in kept}
+    assert len(transcripts) == 1
+    assert transcripts.pop().casefold() == "hello there abc"
+    facts = read_json(site / "work" / "systems" / "unheard" / "seed1" / "bundle.json")["labels"]
+    assert (facts["kept"], facts["dropped"]) == (len(kept), num - len(kept))
+    assert set(facts["reasons"]) == {"empty", "loop"}
+    pseudo = read_json(site / "work" / "systems" / "pseudo" / "seed2" / "bundle.json")["labels"]
+    assert pseudo["kept"] + pseudo["dropped"] == num - 2
 
 
 def test_a_changed_file_is_imported_again(site):
