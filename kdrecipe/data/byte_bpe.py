@@ -116,8 +116,8 @@ class ByteBpe:
         if not set(byte_symbols()) <= set(self._ids) or len(read["origin"]) != len(self._symbols):
             raise ValueError("tokens are missing")
         self.origin: list[int | None] = [None, read["end_of_text"], None, *read["origin"]]
-        """The teacher's id of each of these tokens; None: it has no such token. The mass of all its other
-        tokens is the tail of its posteriors over these."""
+        """The teacher's id of each of these tokens; None: it has no such token. See
+        :func:`kdrecipe.frames.over_tokens` for its posteriors."""
 
     @classmethod
     def trimmed(cls, tokenizer_json: Path, texts: Iterable[str], reserved: frozenset[str]) -> ByteBpe:

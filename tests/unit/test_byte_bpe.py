@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from collections import Counter
 from functools import cache
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdrecipe.data.byte_bpe import Merges, byte_symbols, words
 from kdrecipe.data.tokens import MODELS, RESERVED, SPECIALS, Tokenizer, model_file
 from kdrecipe.errors import DataError, KdrecipeError, RecipeError
-from kdrecipe.interfaces import SOS_EOS_ID, UNK_ID
+from kdrecipe.frames import frame_log_probs, keep_top, over_tokens
+from kdrecipe.interfaces import SOS_EOS_ID, UNK_ID, Posteriors
 from kdrecipe.model.bundle import TOKEN_MODELS
 from kdrecipe.text import clean
 
@@ -165,3 +168,28 @@ def test_other_kinds_of_tokens_are_refused(teacher, tmp_path):
             Tokenizer.trimmed(path, TEXTS, tmp_path)
     with pytest.raises(DataError, match="no text"):
         Tokenizer.trimmed(teacher, ["", " "], tmp_path)
+
+
+def test_a_teachers_posteriors_over_trimmed_tokens_keep_their_mass():
+    torch.manual_seed(0)
+    logits_BTV, lens_B = torch.randn(2, 3, 7), torch.tensor([3, 2])
+    whole = Posteriors(logits_BTV.log_softmax(-1), lens_B)
+    found = over_tokens(whole, [None, 6, None, 0, 2, 3])  # its tokens 1, 4 and 5 are gone
+    assert found.indices_BTK[0, 0].tolist() == [1, 3, 4, 5]
+    probs_BTV = logits_BTV.softmax(-1)
+    assert torch.allclose(found.log_probs_BTK.exp(), probs_BTV[..., [6, 0, 2, 3]])
+    assert torch.allclose(found.log_tail_BT.exp(), probs_BTV[..., [1, 4, 5]].sum(-1))
+    student_BTV = torch.zeros(2, 3, 6).scatter(-1, found.indices_BTK, found.log_probs_BTK)
+    student_BTV[..., [0, 2]] = (found.log_tail_BT - math.log(2))[..., None]
+    teacher_NK, student_NK = frame_log_probs(student_BTV, lens_B, found)
+    assert torch.allclose(teacher_NK, student_NK, atol=1e-5)
+    top = keep_top(found, 2)
+    assert torch.allclose(top.log_probs_BTK.exp().sum(-1) + top.log_tail_BT.exp(), torch.ones(2, 3))
+
+
+def test_posteriors_of_another_teacher_are_refused():
+    whole = Posteriors(torch.randn(1, 2, 7).log_softmax(-1), torch.tensor([2]))
+    with pytest.raises(DataError, match="over 7 classes"):
+        over_tokens(whole, [None, 7, None, 0])
+    with pytest.raises(DataError, match="top_k afterwards"):
+        over_tokens(keep_top(whole, 2), [None, 6, None, 0])
