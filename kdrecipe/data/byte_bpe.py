@@ -97,8 +97,8 @@ class ByteBpe:
     """A list of tokens by byte-level BPE; nothing is unknown to it, since every byte is a token.
 
     Args:
-        content: of :attr:`file`: ``symbols`` from id 3, the teacher's id of each (``origin``), the ``merges``
-            that lead to them, and the teacher's id of the ``end_of_text``.
+        content: of :attr:`file`: ``symbols`` from id 3, the bytes first, the teacher's id of each
+            (``origin``), the ``merges`` that lead to them, and the teacher's id of the ``end_of_text``.
 
     Raises:
         ValueError, KeyError, TypeError: it is no such file.
@@ -113,7 +113,7 @@ class ByteBpe:
         self._symbols: list[str] = read["symbols"]
         self._ids = {symbol: i for i, symbol in enumerate(self._symbols, start=3)}
         self._merges = Merges(read["merges"])
-        if not set(byte_symbols()) <= set(self._ids) or len(read["origin"]) != len(self._symbols):
+        if self._symbols[:256] != byte_symbols() or len(read["origin"]) != len(self._symbols):
             raise ValueError("tokens are missing")
         self.origin: list[int | None] = [None, read["end_of_text"], None, *read["origin"]]
         """The teacher's id of each of these tokens; None: it has no such token. See
@@ -142,8 +142,8 @@ class ByteBpe:
                 "no text to see tokens in", where="tokens", remedy="give transcripts, or a teacher's texts"
             )
         seen = {symbol for word in distinct for symbol in merges.symbols(word)}
-        listed = {symbol for symbol in seen if _name(symbol) not in {None, *reserved}}
-        symbols = sorted({*listed, *byte_symbols()}, key=vocabulary.__getitem__)
+        listed = [s for s in seen if len(s) > 1 and _name(s) not in {None, *reserved}]
+        symbols = [*byte_symbols(), *sorted(listed, key=vocabulary.__getitem__)]
         content = {
             "symbols": symbols,
             "origin": [vocabulary[symbol] for symbol in symbols],
@@ -154,8 +154,9 @@ class ByteBpe:
 
     @cached_property
     def pieces(self) -> list[str]:
-        """Names of the tokens from id 3, as runtimes read them: ``▁`` begins a word, ``<0x0A>`` is a byte."""
-        return [_name(symbol) or f"<0x{as_bytes(symbol)[0]:02X}>" for symbol in self._symbols]
+        """Names of the tokens from id 3, as runtimes read them: the bytes ``<0x00>`` to ``<0xFF>``, which
+        sherpa-onnx knows if they stand in a row, then texts, of which ``▁`` begins a word."""
+        return [f"<0x{byte:02X}>" for byte in range(256)] + [_name(s) or s for s in self._symbols[256:]]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a clean text."""
