@@ -6,6 +6,8 @@ K kept classes, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,6 +78,34 @@ def keep_top(posteriors: Posteriors, top_k: int | None) -> Posteriors:
     if posteriors.indices_BTK is not None:
         indices_BTK = posteriors.indices_BTK.gather(-1, indices_BTK)
     return Posteriors(sorted_BTK[..., :top_k], posteriors.lens_B, indices_BTK, log_tail_BT)
+
+
+def over_tokens(posteriors: Posteriors, origin: Sequence[int | None]) -> Posteriors:
+    """A teacher's posteriors over its own tokens as those over a list that was trimmed from them.
+
+    The mass of tokens that the list lacks becomes the tail.
+
+    Args:
+        posteriors: over all of the teacher's tokens.
+        origin: the teacher's id of each token of the list; None: it has no such token, such as a blank.
+
+    Raises:
+        DataError: the posteriors are not over all tokens that the list comes from.
+    """
+    kept = [new for new, old in enumerate(origin) if old is not None]
+    old_K = torch.tensor([old for old in origin if old is not None], device=posteriors.log_probs_BTK.device)
+    num_classes = posteriors.log_probs_BTK.shape[-1]
+    if posteriors.indices_BTK is not None or int(old_K.max()) >= num_classes:
+        raise DataError(
+            f"posteriors over {num_classes} classes are not those of the teacher that the tokens come from",
+            where="tokens",
+            remedy="let the teacher that tokens names teach, and take its top_k afterwards",
+        )
+    is_other_V = torch.ones(num_classes, dtype=torch.bool, device=old_K.device).index_fill(0, old_K, False)
+    log_probs_BTK = posteriors.log_probs_BTK[..., old_K]
+    log_tail_BT = posteriors.log_probs_BTK[..., is_other_V].logsumexp(-1)
+    indices_BTK = torch.tensor(kept, device=old_K.device).expand_as(log_probs_BTK)
+    return Posteriors(log_probs_BTK, posteriors.lens_B, indices_BTK, log_tail_BT)
 
 
 def bucket_log_probs(logits_NV: Tensor, indices_NK: Tensor | None) -> Tensor:

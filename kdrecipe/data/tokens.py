@@ -1,7 +1,8 @@
-"""Tokens: a SentencePiece model and the list of its pieces, the same for every model of a recipe.
+"""Tokens: a model that makes them of text and the list of its pieces, the same for every model of a recipe.
 
-Ids 0, 1 and 2 are ``<blk>``, ``<sos/eos>`` and ``<unk>``; pieces follow. ``tokens.txt`` holds one
-``piece id`` per line, which is what sherpa-onnx reads.
+The model is SentencePiece's, learnt from the training text, or another model's byte-level BPE. Ids 0, 1 and 2
+are ``<blk>``, ``<sos/eos>`` and ``<unk>``; pieces follow. ``tokens.txt`` holds a ``piece id`` per line, which
+is what sherpa-onnx reads.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import sentencepiece as spm
 
 from kdrecipe.artifacts import sha256_bytes, write_atomic
+from kdrecipe.data.byte_bpe import ByteBpe
 from kdrecipe.errors import DataError, KdrecipeError, RecipeError
 from kdrecipe.interfaces import BLANK_ID, SOS_EOS_ID, UNK_ID
 from kdrecipe.text import WORD_START, clean, excerpt, read_lines
@@ -31,17 +33,68 @@ what CTC says. Training gives no such piece to any text."""
 _MAX_LINE_BYTES = 1 << 20
 
 
+class TokenModel(Protocol):
+    """What makes tokens of text; ids of text begin at 3."""
+
+    file: ClassVar[str]
+    """Name of its file."""
+    what: ClassVar[str]
+    """What it is, in a message."""
+    content: bytes
+
+    @property
+    def pieces(self) -> list[str]:
+        """Names of the tokens from id 3, as runtimes read them."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a clean text, :data:`UNK_ID` among them if it knows no better."""
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """Text of ids from 3 on, with the space before its first word."""
+
+
+class SentencePieceModel:
+    """SentencePiece with :data:`SPECIALS` as its first pieces; RuntimeError if ``content`` is no such."""
+
+    file: ClassVar[str] = "spm.model"
+    what: ClassVar[str] = "SentencePiece model"
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self._processor = spm.SentencePieceProcessor(model_proto=content)
+        names = [self._name(i) for i in range(len(self._processor))]
+        if tuple(names[: len(SPECIALS)]) != SPECIALS:
+            raise RuntimeError("its first pieces are others")
+        self.pieces: list[str] = names[len(SPECIALS) :]
+
+    def encode(self, text: str) -> list[int]:
+        """See :class:`TokenModel`."""
+        return [UNK_ID if i in (BLANK_ID, SOS_EOS_ID) else int(i) for i in self._processor.encode(text)]
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """See :class:`TokenModel`; SentencePiece itself drops the space before the first word."""
+        space = " " if ids and self.pieces[ids[0] - len(SPECIALS)].startswith(WORD_START) else ""
+        return space + str(self._processor.decode(list(ids)))
+
+    def _name(self, i: int) -> str:
+        piece = str(self._processor.id_to_piece(i))
+        return f"<unused:{piece}>" if piece in RESERVED and self._processor.is_unused(i) else piece
+
+
+MODELS: tuple[type[SentencePieceModel | ByteBpe], ...] = (SentencePieceModel, ByteBpe)
+"""Kinds of token models; a directory's is the one whose file is there."""
+
+
 class Tokenizer:
-    """Text to token ids and back; made by :meth:`train` or :meth:`load`.
+    """Text to token ids and back; made by :meth:`train`, :meth:`trimmed` or :meth:`load`.
 
     Args:
-        model: a serialised SentencePiece model whose first pieces are :data:`SPECIALS`.
+        model: what makes the tokens, or the content of a SentencePiece model.
     """
 
-    def __init__(self, model: bytes) -> None:
-        self._model = model
-        self._processor = spm.SentencePieceProcessor(model_proto=model)
-        self.pieces: list[str] = [self._name(i) for i in range(len(self._processor))]
+    def __init__(self, model: TokenModel | bytes) -> None:
+        self.model: TokenModel = SentencePieceModel(model) if isinstance(model, bytes) else model
+        self.pieces: list[str] = [*SPECIALS, *self.model.pieces]
         self.vocab_id: str = sha256_bytes(self.tokens_txt.encode())[:16]
         """Identifies the token list: equal ids mean equal pieces in equal order."""
 
@@ -76,6 +129,23 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
+    def trimmed(cls, tokenizer_json: Path, texts: Iterable[str], out_dir: Path) -> Tokenizer:
+        """Take the tokens that a teacher's own tokeniser makes of ``texts``, and write them to ``out_dir``.
+
+        Args:
+            tokenizer_json: of a Hugging Face model with byte-level BPE, such as Whisper.
+            texts: training transcripts.
+            out_dir: gets ``bpe.json`` and ``tokens.txt``.
+
+        Raises:
+            DataError: there is no text.
+            RecipeError: the file is not there, or has tokens of another kind.
+        """
+        tokenizer = cls(ByteBpe.trimmed(tokenizer_json, texts, RESERVED))
+        tokenizer.save(out_dir)
+        return tokenizer
+
+    @classmethod
     def load(cls, directory: Path | str) -> Tokenizer:
         """Read what :meth:`save` wrote.
 
@@ -83,22 +153,25 @@ class Tokenizer:
             KdrecipeError: a file is missing or damaged, or the two do not belong together.
         """
         directory = Path(directory)
-        path = directory / "spm.model"
+        path = model_file(directory)
+        kind = next(kind for kind in MODELS if kind.file == path.name)
         remedy = "rerun the tokens stage (or, in a bundle, the stage that wrote it) with --force"
         try:
-            tokenizer = cls(path.read_bytes())
+            tokenizer = cls(kind(path.read_bytes()))
             listed = (directory / "tokens.txt").read_text(encoding="utf-8")
         except FileNotFoundError as error:
             raise KdrecipeError("missing file", where=str(error.filename), remedy=remedy) from None
-        except (RuntimeError, UnicodeDecodeError):
-            raise KdrecipeError("not a SentencePiece model", where=str(path), remedy=remedy) from None
+        except (RuntimeError, ValueError, KeyError, TypeError):
+            raise KdrecipeError(f"not a {kind.what}", where=str(path), remedy=remedy) from None
         if listed != tokenizer.tokens_txt:
-            raise KdrecipeError("tokens.txt does not list spm.model's pieces", where=str(path), remedy=remedy)
+            raise KdrecipeError(
+                f"tokens.txt does not list {path.name}'s pieces", where=str(path), remedy=remedy
+            )
         return tokenizer
 
     def save(self, directory: Path | str) -> None:
-        """Write ``spm.model`` and ``tokens.txt``."""
-        write_atomic(Path(directory) / "spm.model", self._model)
+        """Write the model's file and ``tokens.txt``."""
+        write_atomic(Path(directory) / self.model.file, self.model.content)
         write_atomic(Path(directory) / "tokens.txt", self.tokens_txt)
 
     @property
@@ -114,8 +187,7 @@ class Tokenizer:
 
         Unknown characters become ``<unk>``, and blank never occurs.
         """
-        ids = self._processor.encode(clean(text))
-        return [UNK_ID if i in (BLANK_ID, SOS_EOS_ID) else int(i) for i in ids]
+        return self.model.encode(clean(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; blanks and sentence marks are left out.
@@ -128,19 +200,20 @@ class Tokenizer:
                 parts.append([])
             elif i not in (BLANK_ID, SOS_EOS_ID):
                 parts[-1].append(i)
-        return clean(SPECIALS[UNK_ID].join(map(self._spelled, parts)))
+        return clean(SPECIALS[UNK_ID].join(map(self.model.spell, parts)))
 
-    def _spelled(self, ids: list[int]) -> str:
-        """Text of ids with the space before the first word, which SentencePiece drops."""
-        space = " " if ids and self.pieces[ids[0]].startswith(WORD_START) else ""
-        return space + str(self._processor.decode(ids))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _loaded, (type(self.model), self.model.content)
 
-    def _name(self, i: int) -> str:
-        piece = str(self._processor.id_to_piece(i))
-        return f"<unused:{piece}>" if piece in RESERVED and self._processor.is_unused(i) else piece
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
-        return type(self), (self._model,)
+def _loaded(kind: type[SentencePieceModel | ByteBpe], content: bytes) -> Tokenizer:
+    return Tokenizer(kind(content))
+
+
+def model_file(directory: Path) -> Path:
+    """The file of a directory's token model; that of SentencePiece where there is none."""
+    paths = [directory / kind.file for kind in MODELS]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def _train_sentencepiece(lines: list[str], kind: TokenKind, vocab_size: int | None) -> bytes:

@@ -6,7 +6,7 @@
                      with their options, reports and states
     weights.pt       a state dict of plain tensors
     tokens.txt       token and id per line
-    spm.model        the SentencePiece model
+    spm.model        the SentencePiece model, or bpe.json, a byte-level BPE
     provenance.json  when, where, by what and how fast it was made; no part of what it is
     *.py             the plugin files of its recipe, listed in bundle.json with their hashes
 
@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from kdrecipe.model.asr import AsrModel
     from kdrecipe.plugin.registry import Registry
 
-DATA_FILES = ("bundle.json", "weights.pt", "tokens.txt", "spm.model")
+TOKEN_MODELS = ("spm.model", "bpe.json")
+"""A bundle has the one or the other, see :mod:`kdrecipe.data.tokens`."""
+
+DATA_FILES = ("bundle.json", "weights.pt", "tokens.txt", *TOKEN_MODELS)
 """The files of every bundle; its plugin files are beside them."""
 
 _NUMBER_FORMATS = {"float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
@@ -155,8 +158,9 @@ class Bundle:
     @property
     def files(self) -> list[Path]:
         """All files that belong to it, and no others in the directory."""
-        about = [self.path / PROVENANCE] if (self.path / PROVENANCE).exists() else []
-        return [*(self.path / name for name in DATA_FILES), *about, *self.plugin_files]
+        names = [name for name in DATA_FILES if name not in TOKEN_MODELS]
+        found = [name for name in (*TOKEN_MODELS, PROVENANCE) if (self.path / name).exists()]
+        return [*(self.path / name for name in (*names, *found)), *self.plugin_files]
 
     def head_shift_s(self, head: str) -> float:
         """Seconds from one frame of a head's output to the next."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -88,7 +89,7 @@ class Keep(Options):
 
     def judge(self, said: Said) -> list[str]:
         """Why ``said`` is not kept: :data:`EMPTY`, :data:`LOOP` and names of options; empty: it is."""
-        if not said.text:
+        if not _plain(said.text):
             return [EMPTY]
         figures = self._figures(said)
         reasons = [LOOP] if loops(said.text) else []
@@ -97,10 +98,10 @@ class Keep(Options):
             if value is None or bound is None:
                 continue
             if name == "chars_per_s":
-                outside = not bound[0] <= value <= bound[1]
-            else:
-                outside = value < bound if name.startswith("min_") else value > bound
-            reasons += [name] if outside else []
+                within = bound[0] <= value <= bound[1]
+            else:  # NaN, of a teacher that broke down, is within nothing
+                within = value >= bound if name.startswith("min_") else value <= bound
+            reasons += [] if within else [name]
         if not self.digits and digits_left(said.text):
             reasons.append("digits")
         return reasons
@@ -120,16 +121,22 @@ class Keep(Options):
     def _figures(self, said: Said) -> dict[str, float | None]:
         """Option -> what is held against it, in the order in which reasons are given; None: not known."""
         letters = len(said.text.replace(" ", ""))
-        truth = said.transcript or None
         return {
             "max_no_speech_prob": said.no_speech_prob,
             "min_avg_log_prob": said.avg_log_prob,
             "max_repetition": repetition(said.text),
             "max_compression_ratio": compression_ratio(said.text) if len(said.text) >= MIN_CHARS else None,
             "chars_per_s": letters / said.duration_s if said.duration_s > 0 else None,
-            "max_wer": jiwer.wer(truth, said.text) if truth and self.max_wer is not None else None,
-            "max_cer": jiwer.cer(truth, said.text) if truth and self.max_cer is not None else None,
+            "max_wer": None if self.max_wer is None else _error_rate(jiwer.wer, said),
+            "max_cer": None if self.max_cer is None else _error_rate(jiwer.cer, said),
         }
+
+
+def _error_rate(rate: Callable[[str, str], float], said: Said) -> float | None:
+    """Of what is said against what a person wrote; infinite where that is nothing."""
+    if said.transcript is None:
+        return None
+    return rate(said.transcript, said.text) if said.transcript else math.inf
 
 
 @dataclass

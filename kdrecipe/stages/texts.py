@@ -28,8 +28,10 @@ SHARED = "the tokens"
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """Add the job."""
+    from kdrecipe.data.tokens import model_file
+
     exporters = sorted({name for _, name in _spelled(recipe)})
-    bundles = {name: sha256_file(path / "spm.model") for name, path in _bundles(recipe).items()}
+    bundles = {name: sha256_file(model_file(path)) for name, path in _bundles(recipe).items()}
     inputs = {
         "splits": recipe.decode.splits,
         "max_rewritten": recipe.parity.max_rewritten,
@@ -76,11 +78,13 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
 
 def _bundles(recipe: Recipe) -> dict[str, Path]:
     """Pretrained system -> its bundle with tokens of its own, as far as it is there."""
+    from kdrecipe.data.tokens import model_file
+
     found = {}
     for name, system in recipe.systems.items():
         if system.kind == "pretrained" and bundle_meta(system) is not None:
             path = Path(str(system.bundle))
-            if (path / "spm.model").is_file():
+            if model_file(path).is_file():
                 found[name] = path
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from kdrecipe.data.byte_bpe import ByteBpe, byte_symbols
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import ParityError
 from kdrecipe.interfaces import Hypothesis
@@ -132,6 +134,19 @@ def test_letters_are_not_taken_for_bytes(piece, tmp_path):
     before = (tmp_path / "named" / "tokens.txt").read_bytes()
     sherpa.write_tokens(tmp_path / "named")
     assert (tmp_path / "named" / "tokens.txt").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["ctc", "transducer"])
+def test_sherpa_onnx_reads_tokens_that_are_another_models(kind, tmp_path):
+    merges = [["Ġ", "t"], ["h", "e"], ["Ġt", "he"], ["Ã", "¼"]]
+    symbols = [*byte_symbols(), "Ġthe", "Ã¼"]
+    content = {"symbols": symbols, "origin": list(range(258)), "end_of_text": 258, "merges": merges}
+    tokens = Tokenizer(ByteBpe(json.dumps(content).encode()))
+    ids = tokens.encode("the über 你 a1 the")
+    assert {tokens.pieces[i] for i in ids} > {"▁the", "ü", "<0x20>", "<0x61>"}
+    assert parrot(kind, tokens.pieces, ids, tmp_path / "export").transcribe(
+        NOISE_S, 16000
+    ).text == tokens.decode(ids)
 
 
 # ---------------------------------------------------------------- the gate

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kdrecipe.artifacts import content_digest, list_files, sha256_file, write_atomic
+from kdrecipe.data.byte_bpe import ByteBpe, byte_symbols
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import KdrecipeError, PluginError
 from kdrecipe.interfaces import CompressContext, Options, TargetSpec
@@ -111,6 +112,17 @@ def test_a_bundle_comes_back_as_it_was(saved, registry, tokens):
     assert sorted(p.name for p in saved.path.iterdir()) == [
         "bundle.json", "spm.model", "tokens.txt", "weights.pt",
     ]  # fmt: skip
+
+
+def test_a_bundle_may_have_another_models_tokens(registry, tmp_path):
+    symbols = byte_symbols()
+    content = {"symbols": symbols, "origin": list(range(256)), "end_of_text": 256, "merges": []}
+    tokens = Tokenizer(ByteBpe(json.dumps(content).encode()))
+    bundle = Bundle.save(tmp_path / "bundle", make_model(registry, tokens), tokens, META)
+    assert [path.name for path in bundle.files] == ["bundle.json", "weights.pt", "tokens.txt", "bpe.json"]
+    again = Bundle.load(bundle.path, registry)
+    assert again.tokens.decode(again.tokens.encode("né")) == "né"
+    assert again.info.vocab_id == tokens.vocab_id
 
 
 def test_it_finds_the_installed_plugins_by_itself(saved):

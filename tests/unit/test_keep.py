@@ -32,6 +32,7 @@ def said(text: str, utterance: str = "u", **known: float | str) -> Said:
     ("text", "reason"),
     [
         ("", EMPTY),
+        ("... !", EMPTY),
         ("thank you " * 6, LOOP),
         ("I went and I went and I went and I went and I went and I went and then", LOOP),
         ("so he said haaaaaaaaa", LOOP),
@@ -101,10 +102,12 @@ def test_long_texts_are_judged_in_time():
 
 BOUNDS = [
     ({"min_avg_log_prob": -0.5}, {"avg_log_prob": -0.6}, {"avg_log_prob": -0.5}),
+    ({"min_avg_log_prob": -0.5}, {"avg_log_prob": float("nan")}, {"avg_log_prob": 0.0}),
     ({"max_no_speech_prob": 0.6}, {"no_speech_prob": 0.7}, {"no_speech_prob": 0.6}),
     ({"chars_per_s": [5, 20]}, {"duration_s": 1}, {"duration_s": 4}),
     ({"chars_per_s": [5, 20]}, {"duration_s": 10}, {"duration_s": 4}),
     ({"max_wer": 0.1}, {"transcript": GOOD + " it was late"}, {"transcript": GOOD + " it"}),
+    ({"max_wer": 9}, {"transcript": ""}, {"transcript": GOOD}),
     ({"max_cer": 0.1}, {"transcript": GOOD + " it was"}, {"transcript": GOOD + " it"}),
 ]
 
