@@ -276,6 +276,7 @@ MODELS: list[type[BaseModel]] = [
     parsing.DistillSection,
     parsing.CompressSection,
     parsing.PretrainedSection,
+    parsing.UnlabelledSection,
     parsing.TermSection,
     sections.Lm,
     sections.Decode,
