@@ -143,14 +143,23 @@ def recognise_long(
         longest_s: cut audio that is longer, where it is quietest.
 
     Returns:
-        Of the whole: times count from its start, scores are summed.
+        Of the whole: times count from its start, scores are summed, log-probabilities averaged over the
+        tokens.
     """
     found = [
         (at_s, recognise(part_S, sample_rate)) for at_s, part_S in segments(blocks, sample_rate, longest_s)
     ]
     text, tokens, times_s = joined((at_s, h.text, h.tokens, h.times_s) for at_s, h in found)
     scores = [h.score for _, h in found if h.score is not None]
-    return Hypothesis(text, tokens, times_s, sum(scores) if len(scores) == len(found) else None)
+    means = [(h.avg_log_prob, len(h.tokens)) for _, h in found if h.avg_log_prob is not None and h.tokens]
+    num_tokens = sum(num for _, num in means)
+    return Hypothesis(
+        text,
+        tokens,
+        times_s,
+        sum(scores) if len(scores) == len(found) else None,
+        sum(mean * num for mean, num in means) / num_tokens if num_tokens else None,
+    )
 
 
 def padded(samples_CS: np.ndarray, sample_rate: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from kdrecipe.interfaces.common import (
     SAMPLE_RATE,
     SOS_EOS_ID,
     UNK_ID,
+    Located,
     Options,
 )
 from kdrecipe.interfaces.compression import (
@@ -93,6 +94,7 @@ __all__ = [
     "LanguageModel",
     "Lattice",
     "LatticePosteriors",
+    "Located",
     "Loss",
     "LossOutput",
     "LossSetup",
