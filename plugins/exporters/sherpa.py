@@ -114,12 +114,12 @@ def write_tokens(directory: Path) -> None:
     """
     path = directory / "tokens.txt"
     pieces = read_pieces(path)
-    if _taken_for_byte_bpe(pieces):
+    if taken_for_byte_bpe(pieces):
         pieces[SOS_EOS_ID] += "…"
         write_atomic(path, "".join(f"{piece} {i}\n" for i, piece in enumerate(pieces)))
 
 
-def _taken_for_byte_bpe(pieces: Sequence[str]) -> bool:
+def taken_for_byte_bpe(pieces: Sequence[str]) -> bool:
     """Whether no byte is above 0xC6 and some is, word-start marks aside."""
     found = {byte for piece in pieces for byte in piece.removeprefix(WORD_START).encode()}
     return max(found, default=0) == 0xC6
