@@ -112,6 +112,15 @@ def test_a_recogniser_hears_pieces_and_says_the_whole() -> None:
     assert recognise_long(recognise, [np.zeros(1)], RATE) == Hypothesis("", score=0.0)
 
 
+def test_log_probabilities_are_averaged_over_the_tokens_of_all_pieces() -> None:
+    long, short = Hypothesis("a b c", [3, 4, 5], avg_log_prob=-1.0), Hypothesis("d", [6], avg_log_prob=-3.0)
+    pieces = iter([long, short])
+    found = recognise_long(lambda samples_S, rate: next(pieces), [speech(0.7, 0.3, 0.8)], RATE, 1.0)
+    assert (found.avg_log_prob, found.score) == (-1.5, None)
+    silent = recognise_long(lambda samples_S, rate: Hypothesis("", avg_log_prob=None), [speech(0.7)], RATE)
+    assert silent.avg_log_prob is None
+
+
 # ---------------------------------------------------------------- files
 
 
