@@ -33,6 +33,9 @@ class Teacher(Protocol):
     Attributes:
         files: all files that it consists of; their content identifies it, their size is its size.
         num_params: parameters, after :meth:`load`; None where that can't be known (a runtime's model).
+
+    Two more attributes are optional: ``num_mel_bins``, of a teacher that hears features, and ``runtime``, the
+    name and version of what its hypotheses run in where that is not torch: then its speed is in the table.
     """
 
     Config: ClassVar[type[Options]]

@@ -148,11 +148,21 @@ class FitChecker:
             except RecipeError:
                 return None  # an environment variable: looked up when there is work
             try:
-                self._specs[system.name] = list(build_teacher(registry, system).provides())
+                teacher = build_teacher(registry, system)
+                self._specs[system.name] = list(teacher.provides())
             except KdrecipeError as error:
                 self.checker.parser.problems += error.problems
+            else:
+                self._check_bins(system, getattr(teacher, "num_mel_bins", None))
         specs = self._specs[system.name]
         return replace(ModelInfo.of_specs(specs), vocab_id="the recipe's") if specs else None
+
+    def _check_bins(self, system: System, bins: int | None) -> None:
+        """A teacher that hears features hears the recipe's."""
+        mine = self.features.num_mel_bins
+        if bins is not None and bins != mine:
+            what = f"hears {bins} mel bins, the recipe has {mine}"
+            self.checker._problem(system, (), what, f"set features: {{num_mel_bins: {bins}}}")
 
     def _build(self, model: Mapping[str, Any]) -> ModelInfo:
         registry = self.checker._registry
