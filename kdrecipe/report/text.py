@@ -309,6 +309,10 @@ def _making_section(results: Mapping[str, Any]) -> Section:
             steps.append(f"{system['name']}, {step['name']}: {', '.join(facts)}")
     if steps:
         section.blocks.append(steps)
+    if labelled := [_labels_row(system) for system in results["systems"] if system.get("labels")]:
+        section.blocks.append("Labels that are a teacher's hypotheses:")
+        headers = ["system", "teacher", "kept", "of", "hours", "of", "dropped, by first reason"]
+        section.blocks.append(Table(headers, labelled, frozenset(range(2, 6))))
     checked = [row for system in results["systems"] for row in _parity_rows(system["name"], system["parity"])]
     if checked:
         section.blocks.append(PARITY_IS)
@@ -319,6 +323,15 @@ def _making_section(results: Mapping[str, Any]) -> Section:
         headers = ["system", "split", "search", "runs in", "WER %", "bundle's WER %", "same text %"]
         section.blocks.append(Table(headers, shipped, frozenset(range(4, len(headers)))))
     return section
+
+
+def _labels_row(system: System) -> list[str]:
+    """How many hypotheses of its teacher a student has as labels, and why not the others."""
+    found = system["labels"]
+    why = ", ".join(f"{reason} {number}" for reason, number in found["reasons"].items()) or NONE
+    hours = [figure(found[key] / 3600) for key in ("kept_s", "all_s")]
+    numbers = [count(found["kept"]), count(found["kept"] + found["dropped"]), *hours]
+    return [system["name"], found["teacher"], *numbers, why]
 
 
 _ENDS = {

@@ -230,6 +230,7 @@ def _row(system: System, recipe: Recipe, layout: Layout, scores: Mapping[str, An
         "losses": [{"name": t.name, "weight": t.weight} for t in system.terms],
         "data": system.data,
         "unlabelled": system.unlabelled,
+        "labels": first.get("labels"),
     }
 
 

@@ -270,7 +270,7 @@ class Session:
         objective = self.objective(model_info(model, self.tokens.vocab_id))
         hook = self.recipe.plugins.pm.hook
         teachers = self.teachers(device, model)
-        return train(
+        result = train(
             model,
             self.batches(training, with_audio=any(source.hears_audio for source in teachers.values())),
             objective,
@@ -286,6 +286,11 @@ class Session:
             train_metrics=hook.train_metrics,
             device=str(device),
         )
+        for name, source in teachers.items():
+            if isinstance(source, AlignedTargets):
+                for line in source.said():
+                    print(f"  {self.system.name}/seed{self.seed}: {name}, {line}", flush=True)
+        return result
 
 
 def _listed(cuts: Any) -> list[Any]:

@@ -9,7 +9,7 @@ B utterances, T frames of the teacher, N frames of the student, M frames that on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -95,6 +95,13 @@ class AlignedTargets:
             weights = frame_weights(need.align, ratio, lens_of(items[key]), lens_B)
             items[key] = kind_of(need).weighted(items[key], weights)
         return replace(found, items=items)
+
+    def said(self) -> Iterator[str]:
+        """A line for each target that was padded or cut at the end of utterances."""
+        for key, counts in self.counts.items():
+            if counts.padded or counts.dropped:
+                ends = f"{counts.padded} frames padded, {counts.dropped} dropped"
+                yield f"{key}: {ends} at the ends of utterances, of {counts.frames}"
 
     def _count(self, key: str, batch: Batch, has_B: Tensor, wants_B: Tensor) -> None:
         more_B = has_B - wants_B

@@ -152,6 +152,9 @@ def test_hypotheses_are_labels(site):
     facts = read_json(site / "work" / "systems" / "unheard" / "seed1" / "bundle.json")["labels"]
     assert (facts["kept"], facts["dropped"]) == (len(kept), num - len(kept))
     assert set(facts["reasons"]) == {"empty", "loop"}
+    report = (site / "work" / "report" / "RESULTS.md").read_text()
+    assert "Labels that are a teacher's hypotheses:" in report
+    assert f"empty {facts['reasons']['empty']}" in report
     pseudo = read_json(site / "work" / "systems" / "pseudo" / "seed2" / "bundle.json")["labels"]
     assert pseudo["kept"] + pseudo["dropped"] == num - 2
 

@@ -121,6 +121,9 @@ def test_a_frame_at_the_end_is_padded_or_dropped_and_counted():
     assert found.targets(batch).hidden("encoder.1").lens_B.tolist() == [10, 11, 9]
     counts = found.counts[HIDDEN.key]
     assert (counts.frames, counts.padded, counts.dropped) == (30, 1, 1)
+    assert list(found.said()) == [
+        "hidden:encoder.1: 1 frames padded, 1 dropped at the ends of utterances, of 30"
+    ]
 
 
 @pytest.mark.parametrize("num", [8, 12])
