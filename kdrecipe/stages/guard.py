@@ -93,6 +93,7 @@ def baselines(recipe: Recipe, teacher: str) -> list[System]:
             unlabelled=None,
             teachers=(),
             init_from=None,
+            init_layers={},
             terms=(Term("ctc"),),
             training=_quick(student.training),
         )
