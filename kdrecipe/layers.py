@@ -63,9 +63,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class FeedForward(nn.Sequential):
-    """Norm, linear, SiLU, linear: (B, T, D) to (B, T, D)."""
+    """Norm, linear, activation (by default SiLU), linear: (B, T, D) to (B, T, D)."""
 
-    def __init__(self, dim: int, ff_dim: int, dropout: float) -> None:
+    def __init__(self, dim: int, ff_dim: int, dropout: float, activation: nn.Module | None = None) -> None:
         super().__init__(
-            nn.LayerNorm(dim), nn.Linear(dim, ff_dim), nn.SiLU(), Dropout(dropout), nn.Linear(ff_dim, dim)
+            nn.LayerNorm(dim),
+            nn.Linear(dim, ff_dim),
+            activation or nn.SiLU(),
+            Dropout(dropout),
+            nn.Linear(ff_dim, dim),
         )

@@ -21,6 +21,12 @@ class Architecture(Protocol):
     depend on padding. ``output_len`` gives the output length for a number of feature frames.
     A method ``tap_subsampling() -> dict[str, int]``, optional, names the taps whose frames are not those
     of the output, with their number of feature frames per frame.
+
+    For starting from another model (``init_from``), optional: class attributes ``layer_list``, the name of
+    the ``nn.ModuleList`` of its ``num_layers`` equal layers, of which some may be chosen, and
+    ``free_options``, options on which no weight depends; a method ``fit_input(utterances) -> float``, which
+    fits the weights ``input_map.*`` to what an imported model hears, from normalised features (T, F) and
+    audio (S,) of each utterance, and gives the error as a share.
     """
 
     Config: ClassVar[type[Options]]
@@ -40,7 +46,8 @@ class Head(Protocol):
     ``forward(hidden_BTD, lens_B, batch) -> logits``, a :class:`Lattice`, or None; ``batch`` is None
     where no text is known, and then heads that need one give None. The attribute ``vocab_size``
     is V. A class attribute ``subsampling``, optional, is the number of the encoder's frames per frame of
-    the head's output (1 without it).
+    the head's output (1 without it). ``layer_list`` and ``free_options`` are as in :class:`Architecture`;
+    ``token_rows``, optional, names the weights that have a row per token.
     """
 
     Config: ClassVar[type[Options]]

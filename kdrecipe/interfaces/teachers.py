@@ -30,6 +30,11 @@ class Teacher(Protocol):
     (:attr:`Batch.samples_BS`, 16 kHz in [-1, 1], padded with zeros). What it says of an utterance must not
     depend on the padding, nor on the other utterances of the batch.
 
+    One that a model of kdrecipe's can be like has ``as_model() -> (description, state dict)``: what a recipe
+    would write as ``model:``, with heads, and its weights in that model's names. Students then start with
+    them (``init_from``). Weights ``encoder.input_map.*`` are left out where they depend on the recipe's
+    features; ``pieces()``, optional, lists the tokens that its heads' rows go by, named as kdrecipe's.
+
     Attributes:
         files: all files that it consists of; their content identifies it, their size is its size.
         num_params: parameters, after :meth:`load`; None where that can't be known (a runtime's model).

@@ -28,6 +28,7 @@ from kdrecipe.recipe.sections import (
     shared_labels,
     uses_lm,
 )
+from kdrecipe.recipe.starting import misfits
 from kdrecipe.recipe.suitable import bundle_model, head_of, heads_of, measured_exporter, origin_of, searches
 from kdrecipe.recipe.yaml import KeyPath
 
@@ -135,20 +136,18 @@ class Checker:
                 self._problem(system, ("from",), what, "distil a student from it and compress that")
         if system.init_from is not None and self._known(system.init_from, self._path(system, "init_from")):
             self._buildable_before(system, system.init_from, ("init_from",), "lend its weights")
-            self._same_encoder(system, system.init_from)
+            self._start(system, system.init_from)
 
-    def _same_encoder(self, system: System, other: str) -> None:
+    def _start(self, system: System, other: str) -> None:
+        """Whether the weights of ``other`` fit."""
         parent = self.systems.get(other)
         model = parent.model if parent is not None else None  # a bundle's is seen in its stage
         if parent is not None and parent.kind == "pretrained":
             model = bundle_model(parent)
         if model is None or system.model is None:
             return
-        mine, its = ({k: v for k, v in m.items() if k != "heads"} for m in (system.model, model))
-        if mine != its:
-            differ = ", ".join(sorted(k for k in {**mine, **its} if mine.get(k) != its.get(k)))
-            what = f"{other!r} has another encoder ({differ}): its weights do not fit"
-            self._problem(system, ("init_from",), what, "give both the same encoder; heads may differ")
+        for misfit in misfits(self._registry, system.model, model, system.init_layers):
+            self._problem(system, ("init_from",), f"{other!r} {misfit.what}", misfit.remedy)
 
     def _buildable_before(self, system: System, other: str, path: KeyPath, verb: str) -> None:
         if other in self.systems and self.systems[other].kind == "compressed":

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from kdrecipe.errors import did_you_mean
 from kdrecipe.interfaces import Options
@@ -68,6 +68,27 @@ EXAMPLES: Mapping[str, str] = {
 """What a recipe can't do without."""
 
 
+class InitFrom(Options):
+    """``init_from``: whose weights a system starts with.
+
+    A system's name alone stands for ``{system: <name>}``.
+    """
+
+    system: str
+    layers: dict[str, Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]] = {}
+
+
+def _by_name(data: Any) -> Any:
+    if isinstance(data, dict | InitFrom | None):
+        return data
+    if isinstance(data, str):
+        return {"system": data}
+    raise ValueError(f"is {short(data)}, it must be a system's name, or {{system: <name>, layers: {{...}}}}")
+
+
+Start = Annotated[InitFrom | None, BeforeValidator(_by_name)]
+
+
 class TrainSection(Options):
     """``train``: a system trained from labels."""
 
@@ -76,7 +97,7 @@ class TrainSection(Options):
     losses: Mappings = [{"name": "ctc"}]
     training: dict[str, Any] = {}
     seeds: Seeds | None = None
-    init_from: str | None = None
+    init_from: Start = None
 
 
 class UnlabelledSection(Options):
@@ -111,7 +132,7 @@ class DistillSection(Options):
     losses: Mappings
     training: dict[str, Any] = {}
     seeds: Seeds | None = None
-    init_from: str | None = None
+    init_from: Start = None
 
 
 class CompressSection(Options):
@@ -336,7 +357,8 @@ class Parser(Validator):
             data=section.data,
             unlabelled=unlabelled,
             teachers=getattr(section, "teachers", ()),
-            init_from=section.init_from,
+            init_from=section.init_from.system if section.init_from else None,
+            init_layers=section.init_from.layers if section.init_from else {},
             terms=tuple(t for t in terms if t is not None),
         )
 

@@ -502,6 +502,8 @@ class System:
         parent: system it is compressed from.
         init_from: system with the same encoder, whose weights it starts with: those of the encoder and
             of the heads that both have; other heads start from random weights.
+        init_layers: ``encoder`` or a head's name -> the layers of ``init_from`` that it starts with, in
+            order; parts not named have as many as there.
         terms: its objective.
         steps: compressors, in order.
         location: of a pretrained bundle; of what a plugin imports, where its options' paths count from.
@@ -521,6 +523,7 @@ class System:
     teachers: tuple[str, ...] = ()
     parent: str | None = None
     init_from: str | None = None
+    init_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     terms: tuple[Term, ...] = ()
     steps: tuple[Named, ...] = ()
     location: Location | None = None

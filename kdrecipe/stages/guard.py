@@ -98,6 +98,7 @@ def baselines(recipe: Recipe, teacher: str) -> list[System]:
             keep=None,
             teachers=(),
             init_from=None,
+            init_layers={},
             terms=(Term("ctc"),),
             training=_quick(student.training),
         )

@@ -108,6 +108,7 @@ def system_inputs(recipe: Recipe, system: System) -> Mapping[str, Any]:
         "keep": system.keep.model_dump(mode="json") if system.keep else None,
         "teachers": list(system.teachers),
         "init_from": system.init_from,
+        **({"init_layers": dict(system.init_layers)} if system.init_layers else {}),
         "losses": [
             {
                 "name": t.name,

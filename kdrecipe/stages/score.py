@@ -188,7 +188,8 @@ def baselines(recipe: Recipe) -> dict[str, str]:
 
 def _is_baseline(candidate: System, student: System) -> bool:
     same_model = candidate.model == student.model and candidate.data == student.data
-    return candidate.kind == "trained" and same_model and candidate.init_from == student.init_from
+    starts = [(s.init_from, s.init_layers) for s in (candidate, student)]
+    return candidate.kind == "trained" and same_model and starts[0] == starts[1]
 
 
 def comparisons(recipe: Recipe) -> list[tuple[str, str]]:

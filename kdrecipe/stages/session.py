@@ -122,6 +122,14 @@ class Session:
         )
         return model
 
+    def heard_audio(self, seconds: float, norm: FeatureNorm) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Normalised features (T, F) and audio (S,) of training utterances, drawn over all speakers."""
+        cuts = _first(drawn_over_speakers(self._data[0]), seconds)
+        pairs = [
+            (torch.from_numpy(cut.load_features()), torch.from_numpy(cut.load_audio()[0])) for cut in cuts
+        ]
+        return [(norm(features_TF[None])[0], samples_S) for features_TF, samples_S in pairs]
+
     def batches(self, training: Training, *, with_audio: bool = False) -> CutBatches:
         """The training data; where only a part is labelled, both parts, the labels withheld."""
         cuts, labelled = self._data

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import sha256_file, write_json
-from kdrecipe.errors import PluginError, RecipeError
+from kdrecipe.errors import PluginError, Problem, RecipeError
 from kdrecipe.interfaces import VOCABULARY_KINDS
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
@@ -17,12 +17,18 @@ from kdrecipe.model.bundle import DATA_FILES
 from kdrecipe.plugin.carried import carry, refusal
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.recipe.sections import uses_lm
+from kdrecipe.recipe.starting import misfits, shared_parts
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.teachers import import_job
 
 if TYPE_CHECKING:
     from kdrecipe.model.asr import AsrModel
     from kdrecipe.model.bundle import Bundle
+    from kdrecipe.model.start import Lender
+    from kdrecipe.stages.session import Session
+
+FIT_S = 600.0
+"""Seconds of training audio on which an encoder's input is fitted to an imported model's."""
 
 
 def add_teachers(plan: Plan, recipe: Recipe, layout: Layout) -> None:
@@ -94,12 +100,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     session = Session(recipe, layout, system, seed)
     model = session.new_model()
     if system.init_from:
-        place = layout.system(system.init_from, recipe.seed_of(system.init_from, seed))
-        parent = Bundle.load(place, recipe.plugins.registry)
-        parts = shared_parts(system.model, parent.meta["model"])
-        if parent.meta["vocab_id"] != session.tokens.vocab_id:
-            parts = [part for part in parts if not part.startswith("heads.")]  # they speak other tokens
-        start_from(model, parent.model, parts)
+        _start(session, model, lender(recipe, layout, system.init_from, seed))
     options = system.training.model_copy(update={"flat_start": 0}) if system.init_from else system.training
     training = session.run(model, out / "train", options).summary()
     made = provenance(recipe.command, recipe=recipe.name, seconds=training.pop("seconds"))
@@ -119,23 +120,38 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     shutil.rmtree(out / "train" / "checkpoints", ignore_errors=True)
 
 
-def shared_parts(model: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The parts of ``model`` that ``other`` has, too: the encoder and equal heads.
+def lender(recipe: Recipe, layout: Layout, name: str, seed: int) -> Lender:
+    """What system ``name`` lends of its weights to a system of this seed."""
+    from kdrecipe.model.bundle import Bundle
+    from kdrecipe.model.start import Lender
 
-    Raises:
-        RecipeError: the encoders differ.
-    """
-    mine, its = ({k: v for k, v in m.items() if k != "heads"} for m in (model, other))
-    if mine != its:
-        raise RecipeError(f"init_from: the weights are those of {its}, the model is {mine}")
-    heads = [n for n, options in model["heads"].items() if other["heads"].get(n, ...) == options]
-    return ["norm", "encoder", *(f"heads.{name}" for name in heads)]
+    place = layout.system(name, recipe.seed_of(name, seed))
+    return Lender.of_bundle(Bundle.load(place, recipe.plugins.registry))
 
 
-def start_from(model: AsrModel, parent: AsrModel, parts: Sequence[str]) -> None:
-    """Take over the weights of these parts."""
-    for part in parts:
-        model.get_submodule(part).load_state_dict(parent.get_submodule(part).state_dict())
+def _start(session: Session, model: AsrModel, lender: Lender) -> None:
+    """Let a new model begin with the weights that its system takes over."""
+    from kdrecipe.model.start import start_from
+
+    recipe, system = session.recipe, session.system
+    assert system.model is not None
+    registry, where = recipe.plugins.registry, recipe.document.where(("systems", system.name))
+    if found := list(misfits(registry, system.model, lender.model, system.init_layers)):
+        # of a bundle or an imported model, which the check of the recipe may not have seen
+        problems = [Problem(f"init_from: {system.init_from!r} {p.what}", where, p.remedy) for p in found]
+        raise RecipeError(problems)
+    parts = shared_parts(registry, system.model, lender.model, system.init_layers)
+    try:
+        to_fit = start_from(model, lender, parts, session.tokens.pieces)
+    except RecipeError as error:
+        raise RecipeError([replace(problem, where=where) for problem in error.problems]) from error
+    if to_fit:
+        encoder: Any = model.encoder
+        error_share = encoder.fit_input(session.heard_audio(FIT_S, model.norm))
+        print(
+            f"  {system.name}: features mapped to those of {system.init_from}, {error_share:.0%} off",
+            flush=True,
+        )
 
 
 def _content(system: System) -> dict[str, str] | None:

@@ -96,6 +96,8 @@ class Conformer(nn.Module):
         "front_channels": 4,
     }
     subsampling = 4
+    layer_list: ClassVar[str] = "layers"
+    free_options: ClassVar[tuple[str, ...]] = ("dropout",)
 
     def __init__(self, config: ConformerOptions, input_dim: int) -> None:
         super().__init__()

@@ -84,6 +84,8 @@ class Transformer(nn.Module):
         "front_channels": 4,
     }
     subsampling = 4
+    layer_list: ClassVar[str] = "layers"
+    free_options: ClassVar[tuple[str, ...]] = ("dropout",)
 
     def __init__(self, config: TransformerOptions, input_dim: int) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ from kdrecipe.testing.contracts import (
 from kdrecipe.testing.models import model_info
 from kdrecipe_plugins.architectures.conformer import Conformer
 from kdrecipe_plugins.architectures.transformer import Transformer
+from kdrecipe_plugins.architectures.whisper_encoder import WhisperEncoder
 from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic
 from kdrecipe_plugins.compressors.magnitude_prune import MagnitudePrune
 from kdrecipe_plugins.losses.cr_ctc import CrCtc
@@ -96,7 +97,7 @@ def real_model(architecture):
     return make
 
 
-@pytest.mark.parametrize("architecture", [Conformer, Transformer])
+@pytest.mark.parametrize("architecture", [Conformer, Transformer, WhisperEncoder])
 @pytest.mark.parametrize(
     ("compressor", "options"),
     [(Int8Dynamic, {}), (MagnitudePrune, {"sparsity": 0.6}), (MagnitudePrune, {"epochs": 0})],

@@ -273,6 +273,7 @@ def tables() -> dict[str, dict[str, str]]:
 MODELS: list[type[BaseModel]] = [
     sections.Corpus,
     parsing.TrainSection,
+    parsing.InitFrom,
     parsing.DistillSection,
     parsing.CompressSection,
     parsing.PretrainedSection,

@@ -39,9 +39,13 @@ def hidden(seed=1):
     return torch.randn(3, 12, D, generator=torch.Generator().manual_seed(seed))
 
 
+WHISPER = {"positions": "learned", "max_positions": 8, "activation": "gelu", "tied": True}
+
+
+@pytest.mark.parametrize("options", [{}, WHISPER], ids=["plain", "whisper"])
 @torch.no_grad()
-def test_steps_say_what_the_forced_pass_says():
-    model, text = head(), batch()
+def test_steps_say_what_the_forced_pass_says(options):
+    model, text = head(**options), batch()
     forced = model(hidden(), LENS, text).log_softmax(-1)
     memory, state = model.memory(hidden(), LENS), model.start(3)
     last = torch.full((3,), SOS_EOS_ID)
@@ -80,9 +84,32 @@ def test_without_a_text_there_is_nothing_to_say():
     assert head()(hidden(), LENS, None) is None
 
 
+@torch.no_grad()
+def test_tokens_beyond_the_learned_positions_share_the_last():
+    model = head(**{**WHISPER, "max_positions": 3})
+    embedded = model.embed(torch.full((1, 5), 4), 0)
+    assert not torch.equal(embedded[0, 1], embedded[0, 2])
+    assert torch.equal(embedded[0, 2], embedded[0, 4])
+    assert model.greedy(hidden(), LENS) is not None
+
+
+@torch.no_grad()
+def test_a_tied_output_has_the_embedding_and_an_end_of_its_own():
+    model, x = head(**WHISPER), torch.randn(1, 1, 8)
+    want = model.norm(x) @ model.embedding.weight.t()
+    found = model.output(x)
+    assert not torch.allclose(found[..., SOS_EOS_ID], want[..., SOS_EOS_ID])
+    want[..., SOS_EOS_ID] = model.norm(x) @ model.end_D
+    torch.testing.assert_close(found, want)
+    untied = head(**{**WHISPER, "tied": False})
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, untied)]
+    assert sizes[1] - sizes[0] == V * 8 + V - 8
+
+
+@pytest.mark.parametrize("options", [{}, WHISPER], ids=["plain", "whisper"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_it_learns_and_greedy_search_finds_what_it_learnt(precision):
-    model, text = head(dropout=0.0).train(), batch()
+def test_it_learns_and_greedy_search_finds_what_it_learnt(precision, options):
+    model, text = head(dropout=0.0, **options).train(), batch()
     loss, optimizer = AttentionLoss(AttentionLossOptions()), torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(80):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

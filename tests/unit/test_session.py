@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from kdrecipe.errors import DataError, RecipeError
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.model.asr import build_model
 from kdrecipe.model.bundle import Bundle
+from kdrecipe.model.start import Lender
 from kdrecipe.plugin.loader import load_plugins
 from kdrecipe.recipe.load import load_recipe
 from kdrecipe.stages import session as session_module
@@ -33,6 +35,7 @@ from kdrecipe.testing.corpus import make_corpus
 from kdrecipe.train.distribution import Workers, local_device
 from kdrecipe_local.manifests import Manifests
 from kdrecipe_plugins.architectures.conformer import Conformer
+from kdrecipe_plugins.architectures.whisper_features import log_mel
 
 MODEL = {"name": "conformer", "num_layers": 1, "dim": 8, "num_heads": 2, "heads": {"ctc": {}}}
 SUBSETS = {"few": {"utterances": 2}, "more": {"utterances": 4}, "rest": {"except": "few"}}
@@ -287,7 +290,24 @@ def test_a_bundle_that_is_searched_with_the_language_model_needs_the_recipes_tok
         job.run(tmp_path / "refused")
 
 
-def test_heads_over_other_tokens_start_anew(made, tmp_path, monkeypatch):
+class Stop(Exception):
+    """Training would begin now."""
+
+
+@pytest.fixture
+def at_start(monkeypatch):
+    """Models as they are when their training would begin."""
+    seen = []
+
+    def stop(self, model, *_):
+        seen.append(model)
+        raise Stop
+
+    monkeypatch.setattr(Session, "run", stop)
+    return seen
+
+
+def test_heads_over_other_tokens_start_anew(made, tmp_path, at_start):
     recipe = recipe_with(tmp_path)
     student = recipe.systems["teacher"]
     layout = Layout(tmp_path / "made")
@@ -296,17 +316,45 @@ def test_heads_over_other_tokens_start_anew(made, tmp_path, monkeypatch):
         (layout.root / name).symlink_to(made.layout.root / name)
     other = Tokenizer.train(["XYZ"], "char", None, layout.tokens)
     write_json(layout.tokens / "left_out.json", [])
-    seen = []
-
-    def stop(self, model, *_):
-        seen.append(model)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Session, "run", stop)
-    starting = SimpleNamespace(**{**vars(student), "init_from": "teacher"})
-    with pytest.raises(KeyboardInterrupt):
-        stages_3_5.run(recipe, layout, starting, 1, tmp_path / "out")
+    with pytest.raises(Stop):
+        stages_3_5.run(recipe, layout, replace(student, init_from="teacher"), 1, tmp_path / "out")
     parent = Bundle.load(made.layout.system("teacher", 1)).model
-    assert seen[0].heads["ctc"].vocab_size == len(other) != parent.heads["ctc"].vocab_size
-    for mine, its in zip(seen[0].encoder.parameters(), parent.encoder.parameters(), strict=True):
+    assert at_start[0].heads["ctc"].vocab_size == len(other) != parent.heads["ctc"].vocab_size
+    for mine, its in zip(at_start[0].encoder.parameters(), parent.encoder.parameters(), strict=True):
         assert torch.equal(mine, its)
+
+
+def test_a_student_starts_from_chosen_layers(made, tmp_path, at_start):
+    recipe = recipe_with(tmp_path)
+    student = replace(recipe.systems["teacher"], init_from="teacher", init_layers={"encoder": (0, 0)})
+    student = replace(student, model={**student.model, "num_layers": 2})
+    with pytest.raises(Stop):
+        stages_3_5.run(recipe, made.layout, student, 1, tmp_path / "out")
+    parent = Bundle.load(made.layout.system("teacher", 1)).model
+    for layer in at_start[0].encoder.layers:
+        assert torch.equal(layer.ff1[1].weight, parent.encoder.layers[0].ff1[1].weight)
+    wrong = replace(student, init_layers={"encoder": (0, 1)})
+    with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: init_from: 'teacher' has 1 layers in encoder"):
+        stages_3_5.run(recipe, made.layout, wrong, 1, tmp_path / "out")
+
+
+def test_a_student_of_an_imported_model_has_its_input_fitted(made, tmp_path, at_start, monkeypatch, capsys):
+    recipe, registry = recipe_with(tmp_path), load_plugins().registry
+    described = {"name": "whisper_encoder", "num_layers": 2, "dim": 8, "num_heads": 2, "heads": {"ctc": {}}}
+    other = build_model(described, input_dim=16, vocab_size=5, registry=registry)
+    own = ("norm.", "encoder.input_map.")
+    state = {k: v for k, v in other.state_dict().items() if not k.startswith(own)}
+    teacher = SimpleNamespace(as_model=lambda: (described, state))
+    monkeypatch.setattr(stages_3_5, "lender", lambda *_: Lender.of_teacher(teacher))
+    student = replace(recipe.systems["teacher"], init_from="x", init_layers={"encoder": (1,)})
+    student = replace(student, model={**described, "num_layers": 1, "pooling": 2})
+    with pytest.raises(Stop):
+        stages_3_5.run(recipe, made.layout, student, 1, tmp_path / "out")
+    model = at_start[0]
+    assert torch.equal(model.encoder.layers[0].qkv.weight, other.encoder.layers[1].qkv.weight)
+    features_TF, samples_S = Session(recipe, made.layout, student, 1).heard_audio(1.0, model.norm)[0]
+    with torch.no_grad():
+        heard_TM = model.encoder._log_mel(features_TF[None], torch.tensor([len(features_TF)]))[0].t()
+    want_TM = log_mel(samples_S, 80)
+    assert float((heard_TM - want_TM).square().mean()) < 0.5 * float(want_TM.var())
+    assert "teacher: features mapped to those of x" in capsys.readouterr().out

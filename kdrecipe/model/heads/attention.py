@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,11 @@ class AttentionHeadOptions(Options):
         dim: width D, a multiple of ``num_heads``; by default the encoder's.
         num_heads: attention heads.
         ff_dim: width within the feed-forward modules; by default 4 * ``dim``.
+        activation: within the feed-forward modules.
+        positions: sines, which have no end, on embeddings scaled by the root of ``dim``; or a learned vector
+            for each, on embeddings as they are.
+        max_positions: that are learned; tokens beyond share the last.
+        tied: the output has the embedding's weights, and no bias.
         dropout: share dropped after the embedding and in every module.
     """
 
@@ -51,6 +56,10 @@ class AttentionHeadOptions(Options):
     dim: int | None = Field(default=None, ge=2)
     num_heads: int = Field(default=4, ge=1)
     ff_dim: int | None = Field(default=None, ge=1)
+    activation: Literal["silu", "gelu"] = "silu"
+    positions: Literal["sinusoidal", "learned"] = "sinusoidal"
+    max_positions: int = Field(default=448, ge=1)
+    tied: bool = False
     dropout: float = Field(default=0.1, ge=0.0, lt=0.99)
 
 
@@ -100,16 +109,14 @@ class DecoderLayer(nn.Module):
     Each has its norm before it and a residual around it.
 
     Args:
+        config: the head's options.
         dim: D.
         input_dim: width of the encoder's output.
-        num_heads: H.
-        ff_dim: width within the feed-forward module.
-        dropout: share dropped.
     """
 
-    def __init__(self, dim: int, input_dim: int, num_heads: int, ff_dim: int, dropout: float) -> None:
+    def __init__(self, config: AttentionHeadOptions, dim: int, input_dim: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads = config.num_heads
         self.norm_self = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out_self = nn.Linear(dim, dim)
@@ -117,8 +124,9 @@ class DecoderLayer(nn.Module):
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(input_dim, 2 * dim)
         self.out_cross = nn.Linear(dim, dim)
-        self.ff = FeedForward(dim, ff_dim, dropout)
-        self.dropout = Dropout(dropout)
+        activation = nn.GELU() if config.activation == "gelu" else nn.SiLU()
+        self.ff = FeedForward(dim, config.ff_dim or 4 * dim, config.dropout, activation)
+        self.dropout = Dropout(config.dropout)
 
     def split(self, x: Tensor) -> Tensor:
         """(N, P, D) to (N, H, P, d)."""
@@ -158,7 +166,10 @@ class DecoderLayer(nn.Module):
 
 
 class AttentionHead(nn.Module):
-    """A Transformer decoder.
+    """A Transformer decoder; with learned positions, GELU and a tied output it is Whisper's.
+
+    Where the output is tied, the end of a sentence has a weight of its own (``end_D``): ``<sos/eos>`` is read
+    as the start and written as the end, and both in one vector would be neither.
 
     Args:
         config: its options.
@@ -177,23 +188,31 @@ class AttentionHead(nn.Module):
         "ff_dim": None,
     }
     target_kinds: ClassVar[tuple[TargetKind, ...]] = ("token_logits",)
+    layer_list: ClassVar[str] = "layers"
+    free_options: ClassVar[tuple[str, ...]] = ("dropout",)
+    token_rows: ClassVar[tuple[str, ...]] = ("embedding.weight", "proj.weight", "proj.bias")
 
     def __init__(self, config: AttentionHeadOptions, input_dim: int, vocab_size: int) -> None:
         super().__init__()
         dim = config.dim or input_dim
         if dim % config.num_heads:
             raise ValueError(f"attention: dim {dim} is not a multiple of num_heads {config.num_heads}")
+        self.config = config
         self.vocab_size = vocab_size
         self.dim = dim
         self.embedding = nn.Embedding(vocab_size, dim)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)  # scaled up below, as in the paper
+        self.positions = nn.Embedding(config.max_positions, dim) if config.positions == "learned" else None
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=dim**-0.5)
         self.dropout = Dropout(config.dropout)
-        self.layers = nn.ModuleList(
-            DecoderLayer(dim, input_dim, config.num_heads, config.ff_dim or 4 * dim, config.dropout)
-            for _ in range(config.num_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config, dim, input_dim) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(dim)
-        self.proj = nn.Linear(dim, vocab_size)
+        if config.tied:
+            self.end_D = nn.Parameter(torch.empty(dim))
+            nn.init.normal_(self.end_D, std=dim**-0.5)
+        else:
+            self.proj = nn.Linear(dim, vocab_size)
 
     def forward(self, hidden_BTD: Tensor, lens_B: Tensor, batch: Batch | None = None) -> Tensor | None:
         """(B, U + 1, V) logits of the batch's tokens and the sentence's end; None without a batch."""
@@ -207,14 +226,27 @@ class AttentionHead(nn.Module):
         bias = attention_bias(causal, memory.keys[0].dtype)[None, None]
         for number, layer in enumerate(self.layers):
             x, _ = layer(x, None, bias, (memory.keys[number], memory.values[number]), memory.bias_N11T)
-        logits: Tensor = self.proj(self.norm(x))
-        return logits
+        return self.output(x)
 
     def embed(self, tokens_NP: Tensor, position: int | Tensor) -> Tensor:
         """(N, P, D) of tokens whose first stands at ``position``."""
-        x = self.embedding(tokens_NP) * math.sqrt(self.dim)
-        positions_P = torch.arange(tokens_NP.shape[1], device=x.device) + position
-        return self.dropout(x + sinusoids(positions_P, self.dim).to(x.dtype))  # type: ignore[no-any-return]
+        x_NPD = self.embedding(tokens_NP)
+        positions_P = torch.arange(tokens_NP.shape[1], device=x_NPD.device) + position
+        if self.positions is None:
+            x_NPD = x_NPD * math.sqrt(self.dim) + sinusoids(positions_P, self.dim).to(x_NPD.dtype)
+        else:
+            x_NPD = x_NPD + self.positions(positions_P.clamp(max=self.positions.num_embeddings - 1))
+        return self.dropout(x_NPD)  # type: ignore[no-any-return]
+
+    def output(self, x_NPD: Tensor) -> Tensor:
+        """(N, P, V) logits of what the layers gave."""
+        x_NPD = self.norm(x_NPD)
+        if not self.config.tied:
+            return self.proj(x_NPD)  # type: ignore[no-any-return]
+        logits_NPV = F.linear(x_NPD, self.embedding.weight)
+        end_NP1 = F.linear(x_NPD, self.end_D[None])
+        before_end, after_end = logits_NPV[..., :SOS_EOS_ID], logits_NPV[..., SOS_EOS_ID + 1 :]
+        return torch.cat([before_end, end_NP1, after_end], dim=-1)
 
     # ------------------------------------------------------------ search
 
@@ -246,7 +278,7 @@ class AttentionHead(nn.Module):
             x, (k, v) = layer(x, past, None, cross, memory.bias_N11T)
             keys.append(k)
             values.append(v)
-        log_probs_NV = self.proj(self.norm(x))[:, 0].float().log_softmax(-1)
+        log_probs_NV = self.output(x)[:, 0].float().log_softmax(-1)
         return log_probs_NV, State(keys, values)
 
     def greedy(self, hidden_BTD: Tensor, lens_B: Tensor) -> list[list[int]]:

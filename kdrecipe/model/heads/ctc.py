@@ -49,6 +49,7 @@ class CtcHead(nn.Module):
 
     Config: ClassVar[type[Options]] = CtcHeadOptions
     target_kinds: ClassVar[tuple[TargetKind, ...]] = ("frame_logits",)
+    free_options: ClassVar[tuple[str, ...]] = ("dropout",)
 
     def __init__(self, config: CtcHeadOptions, input_dim: int, vocab_size: int) -> None:
         super().__init__()
