@@ -19,7 +19,7 @@ from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.recipe.sections import uses_lm
 from kdrecipe.recipe.starting import misfits, shared_parts
 from kdrecipe.stages.layout import Layout
-from kdrecipe.stages.teachers import import_job
+from kdrecipe.stages.teachers import import_job, open_teacher
 
 if TYPE_CHECKING:
     from kdrecipe.model.asr import AsrModel
@@ -125,7 +125,10 @@ def lender(recipe: Recipe, layout: Layout, name: str, seed: int) -> Lender:
     from kdrecipe.model.bundle import Bundle
     from kdrecipe.model.start import Lender
 
-    place = layout.system(name, recipe.seed_of(name, seed))
+    its_seed = recipe.seed_of(name, seed)
+    if recipe.systems[name].is_imported:
+        return Lender.of_teacher(open_teacher(recipe, layout, name, its_seed).teacher)
+    place = layout.system(name, its_seed)
     return Lender.of_bundle(Bundle.load(place, recipe.plugins.registry))
 
 
