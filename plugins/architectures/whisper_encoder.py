@@ -90,9 +90,9 @@ class WhisperEncoder(nn.Module):
 
     Whisper hears 30 s whatever an utterance's length. This encoder hears the utterance, of any length
     (positions are sines, which have no end), and a little silence, without which Whisper's decoder does not
-    find the end. A linear map (:meth:`fit_input`) makes Whisper's log-mel values of two frames of the recipe's
-    features, the one before and the one at hand: Whisper's are centred between them. As Whisper does, values
-    are then raised to 80 dB below the utterance's largest.
+    find the end. A linear map (:meth:`fit_input`) makes Whisper's log-mel values of two frames of the
+    recipe's features, the one before and the one at hand: Whisper's are centred between them. As Whisper
+    does, values are then raised to 80 dB below the utterance's largest.
 
     Taps: ``encoder.0`` ... ``encoder.<num_layers - 1>``, before the final norm and the pooling, a frame per
     0.02 s as Whisper's own.
