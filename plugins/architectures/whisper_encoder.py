@@ -23,6 +23,8 @@ from .whisper_features import RANGE, log_mel
 
 FIT_ROUNDS = 6
 """After which the fit of the input changes by less than a thousandth."""
+SILENT = -100.0
+"""Below every log-mel value that there is."""
 SPREAD = 0.4
 """About the deviation of Whisper's log-mel values."""
 
@@ -37,6 +39,7 @@ class WhisperEncoderOptions(Options):
         ff_dim: width within the feed-forward modules; by default 4 * ``dim``.
         num_mels: Whisper's mel bins, to which the features are mapped.
         pooling: 2: the mean over each pair of frames, 25 per second; 1: Whisper's own 50 per second.
+        silence_s: seconds of silence that follow each utterance within the encoder; its frames are not given.
         dropout: share dropped after the positions and in every module.
     """
 
@@ -46,6 +49,7 @@ class WhisperEncoderOptions(Options):
     ff_dim: int | None = Field(default=None, ge=1)
     num_mels: int = Field(default=80, ge=8, le=256)
     pooling: Literal[1, 2] = 2
+    silence_s: float = Field(default=1.0, ge=0.0, le=30.0)
     dropout: float = Field(default=0.1, ge=0.0, lt=0.99)
 
     @model_validator(mode="after")
@@ -84,10 +88,11 @@ class WhisperLayer(nn.Module):
 class WhisperEncoder(nn.Module):
     """Whisper's encoder; subsamples by 4, or by 2 without pooling.
 
-    Whisper hears 30 s whatever an utterance's length, this encoder the utterance alone, of any length: its
-    positions are sines, which have no end. A linear map (:meth:`fit_input`) makes Whisper's log-mel values of
-    two frames of the recipe's features, the one before and the one at hand: Whisper's are centred between
-    them. As Whisper does, values are then raised to 80 dB below the utterance's largest.
+    Whisper hears 30 s whatever an utterance's length. This encoder hears the utterance, of any length
+    (positions are sines, which have no end), and a little silence, without which Whisper's decoder does not
+    find the end. A linear map (:meth:`fit_input`) makes Whisper's log-mel values of two frames of the
+    recipe's features, the one before and the one at hand: Whisper's are centred between them. As Whisper
+    does, values are then raised to 80 dB below the utterance's largest.
 
     Taps: ``encoder.0`` ... ``encoder.<num_layers - 1>``, before the final norm and the pooling, a frame per
     0.02 s as Whisper's own.
@@ -106,7 +111,7 @@ class WhisperEncoder(nn.Module):
     }
     contract_options: ClassVar[dict[str, int]] = {"num_layers": 2, "dim": 16, "num_heads": 2}
     layer_list: ClassVar[str] = "layers"
-    free_options: ClassVar[tuple[str, ...]] = ("dropout", "pooling")
+    free_options: ClassVar[tuple[str, ...]] = ("dropout", "pooling", "silence_s")
 
     def __init__(self, config: WhisperEncoderOptions, input_dim: int) -> None:
         super().__init__()
@@ -115,6 +120,7 @@ class WhisperEncoder(nn.Module):
         self.pooling = config.pooling
         self.subsampling = 2 * config.pooling
         self.num_mels = config.num_mels
+        self.num_silent = round(config.silence_s * 100)
         self.input_map = nn.Linear(2 * input_dim, config.num_mels)
         with torch.no_grad():
             both = torch.eye(config.num_mels, input_dim) * (SPREAD / 2)
@@ -124,18 +130,22 @@ class WhisperEncoder(nn.Module):
         self.conv2 = nn.Conv1d(dim, dim, 3, stride=2, padding=1)
         self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(WhisperLayer(config) for _ in range(config.num_layers))
+        self.without_silence = nn.ModuleList(nn.Identity() for _ in self.layers)  # see taps()
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, F) normalised features to (B, T', D) and its lengths; padding is arbitrary."""
-        x, lens_B = self._convolved(self._log_mel(features_BTF, lens_B), lens_B)
-        mask_BT = frame_mask(lens_B, x.shape[1])
+        x = self._convolved(self._log_mel(features_BTF, lens_B), lens_B + self.num_silent)
         x = self.dropout(x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype))
-        for layer in self.layers:
+        mask_BT = frame_mask(_halved(lens_B + self.num_silent), x.shape[1])
+        num_frames, lens_B = (features_BTF.shape[1] + 1) // 2, _halved(lens_B)
+        for layer, given in zip(self.layers, self.without_silence, strict=True):
             x = layer(x, mask_BT)
-        x = self.norm(x)
+            given(x[:, :num_frames])
+        x = self.norm(x[:, :num_frames])
         if self.pooling == 1:
             return x, lens_B
+        mask_BT = frame_mask(lens_B, num_frames)
         # one frame more, so that an odd last one has a partner; padding counts as nothing
         x = F.pad(x * mask_BT[:, :, None], (0, 0, 0, 1))
         count = F.pad(mask_BT.to(x.dtype), (0, 1))[:, :, None]
@@ -143,17 +153,20 @@ class WhisperEncoder(nn.Module):
         return x / count.clamp(min=0.5), _halved(lens_B)
 
     def _log_mel(self, features_BTF: Tensor, lens_B: Tensor) -> Tensor:
-        """(B, M, T) as Whisper hears it, 0 where there is no frame."""
-        mask_BT1 = frame_mask(lens_B, features_BTF.shape[1])[:, :, None]
-        y = self.input_map(_with_previous(features_BTF))
-        loudest_B11 = y.masked_fill(~mask_BT1, -math.inf).amax((1, 2), keepdim=True)
-        return torch.maximum(y, loudest_B11 - RANGE).masked_fill(~mask_BT1, 0.0).transpose(1, 2)
+        """(B, M, T + silence) as Whisper hears it, 0 where there is nothing."""
+        y = F.pad(self.input_map(_with_previous(features_BTF)), (0, 0, 0, self.num_silent))
+        spoken, heard = (
+            frame_mask(lens, y.shape[1])[:, :, None] for lens in (lens_B, lens_B + self.num_silent)
+        )
+        y = y.masked_fill(~spoken, SILENT)
+        lowest_B11 = y.amax((1, 2), keepdim=True) - RANGE
+        return torch.maximum(y, lowest_B11).masked_fill(~heard, 0.0).transpose(1, 2)
 
-    def _convolved(self, x_BMT: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T / 2, D), and the lengths that go with it."""
+    def _convolved(self, x_BMT: Tensor, lens_B: Tensor) -> Tensor:
+        """(B, T / 2, D)."""
         mask_BT = frame_mask(lens_B, x_BMT.shape[2])
         x = F.gelu(self.conv1(x_BMT)).masked_fill(~mask_BT[:, None], 0.0)
-        return F.gelu(self.conv2(x)).transpose(1, 2), _halved(lens_B)
+        return F.gelu(self.conv2(x)).transpose(1, 2)
 
     @torch.no_grad()
     def fit_input(self, utterances: Sequence[tuple[Tensor, Tensor]]) -> float:
@@ -194,7 +207,7 @@ class WhisperEncoder(nn.Module):
 
     def taps(self) -> dict[str, tuple[nn.Module, int]]:
         """Declared intermediate tensors: name -> (module whose output it is, D)."""
-        return {f"encoder.{i}": (layer, self.output_dim) for i, layer in enumerate(self.layers)}
+        return {f"encoder.{i}": (given, self.output_dim) for i, given in enumerate(self.without_silence)}
 
     def tap_subsampling(self) -> dict[str, int]:
         """Feature frames per frame at each tap."""

@@ -6,7 +6,7 @@ V tokens, D width.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +75,15 @@ def _unless_default(ff_dim: int, dim: int) -> int | None:
     return None if ff_dim == 4 * dim else ff_dim
 
 
-def state_dict(directory: Path, prompt: Sequence[int]) -> dict[str, Tensor]:
+def state_dict(directory: Path) -> dict[str, Tensor]:
     """The weights in the names of the model that :func:`description` gives, float32.
 
     Without the input's map, which depends on the features. Token ``i`` of Whisper is ``i + 3`` here, after
-    the three that every list of kdrecipe's begins with. The start of a sentence is the prompt's last token,
-    at its place in Whisper: position 0 here is ``len(prompt) - 1`` there.
+    the three that every list of kdrecipe's begins with. A sentence starts with ``<|startoftranscript|>``
+    alone: what else Whisper is told before a text (language, task, no times), training makes up for.
 
     Args:
         directory: with ``config.json`` and ``model.safetensors``.
-        prompt: Whisper's ids of what stands before a text, such as those of ``<|startoftranscript|>`` and
-            ``<|notimestamps|>``.
 
     Raises:
         RecipeError: the weights are missing, damaged or not of this model.
@@ -96,14 +94,18 @@ def state_dict(directory: Path, prompt: Sequence[int]) -> dict[str, Tensor]:
 
         found = load_file(path)
         prefix = "" if "encoder.conv1.weight" in found else "model."
-        return _renamed(lambda name: found[prefix + name].float(), model, directory, prompt)
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        special = {"start": config["decoder_start_token_id"], "end": config["eos_token_id"]}
+        return _renamed(lambda name: found[prefix + name].float(), model, **special)
     except ImportError as error:
         raise RecipeError(
             "reading Whisper's weights needs safetensors", where=str(path), remedy="pip install safetensors"
         ) from error
     except KeyError as error:
         raise RecipeError(
-            f"there are no weights {error} in it", where=str(path), remedy="give the file beside config.json"
+            f"{error} is not in it, nor in config.json",
+            where=str(path),
+            remedy="give both as they were saved",
         ) from error
     except Exception as error:  # safetensors has types of its own
         raise RecipeError(
@@ -113,9 +115,8 @@ def state_dict(directory: Path, prompt: Sequence[int]) -> dict[str, Tensor]:
         ) from error
 
 
-def _renamed(
-    get: Callable[[str], Tensor], model: dict[str, Any], directory: Path, prompt: Sequence[int]
-) -> dict[str, Tensor]:
+def _renamed(get: Callable[[str], Tensor], model: dict[str, Any], start: int, end: int) -> dict[str, Tensor]:
+    """All weights, by their new names; tokens ``start`` and ``end`` of Whisper become ``<sos/eos>``."""
     import torch
 
     state: dict[str, Tensor] = {}
@@ -152,16 +153,10 @@ def _renamed(
             take(f"{here}.{mine}", f"{there}.{its}")
     embedding_VD = get("decoder.embed_tokens.weight")
     special = embedding_VD.mean(0).repeat(NUM_SPECIAL, 1)
-    special[SOS_EOS_ID] = embedding_VD[prompt[-1]]
+    special[SOS_EOS_ID] = embedding_VD[start]
     state[f"{head}.embedding.weight"] = torch.cat([special, embedding_VD])
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    state[f"{head}.end_D"] = embedding_VD[config["eos_token_id"]].clone()
-    # what is left of the positions before the start keeps their number: the last stands for those beyond
-    positions_PD = get("decoder.embed_positions.weight")
-    skipped = len(prompt) - 1
-    state[f"{head}.positions.weight"] = torch.cat(
-        [positions_PD[skipped:], positions_PD[-1:].repeat(skipped, 1)]
-    )
+    state[f"{head}.end_D"] = embedding_VD[end].clone()
+    state[f"{head}.positions.weight"] = get("decoder.embed_positions.weight")
     return state
 
 
@@ -176,7 +171,9 @@ def pieces(directory: Path) -> list[str]:
         content = json.loads(path.read_text(encoding="utf-8"))
         by_id = {number: piece for piece, number in content["model"]["vocab"].items()}
         by_id |= {token["id"]: token["content"] for token in content.get("added_tokens", ())}
-        names = [by_id.get(number, f"<{number}>") for number in range(max(by_id) + 1)]
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        # the model has more than the tokeniser: timestamps are not always listed
+        names = [by_id.get(number, f"<{number}>") for number in range(config["vocab_size"])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
             f"it does not hold a tokeniser ({type(error).__name__}: {error})", where=str(path)

@@ -66,11 +66,11 @@ def whisper(transformers, tmp_path_factory):
     return model, directory
 
 
-def taken_over(directory, prompt):
+def taken_over(directory):
     """The model that the directory describes with its weights; features are Whisper's own log-mel values."""
-    description = whisper_weights.description(directory)
+    description = {**whisper_weights.description(directory), "silence_s": 0.0}
     model = build_model(description, input_dim=80, vocab_size=26, registry=load_plugins().registry)
-    state = whisper_weights.state_dict(directory, prompt)
+    state = whisper_weights.state_dict(directory)
     own = {k for k in model.state_dict() if k.startswith(("norm.", "encoder.input_map."))}
     assert set(state) == set(model.state_dict()) - own
     model.load_state_dict(state, strict=False)
@@ -108,7 +108,7 @@ def test_encoder_gives_what_transformers_give(whisper):
     theirs, directory = whisper
     features_BMT = torch.randn(2, 80, 3000, generator=torch.Generator().manual_seed(1)).clamp(-0.9, 0.9)
     want = theirs.model.encoder(features_BMT, output_hidden_states=True)
-    model = taken_over(directory, [START])
+    model = taken_over(directory)
     out = model.encode(features_BMT.mT, torch.tensor([3000, 3000]), taps=["encoder.0", "encoder.1"])
     assert out.lens_B.tolist() == [1500, 1500]
     torch.testing.assert_close(out.hidden_BTD, want.last_hidden_state, atol=1e-4, rtol=1e-4)
@@ -124,7 +124,7 @@ def test_decoder_gives_what_transformers_give(whisper):
     text_BU = torch.tensor([[5, 7, 9, 20], [11, 22, 6, 4]])
     start_B1 = torch.full((2, 1), START)
     output = transformers_output(theirs, hidden_BTD, torch.cat([start_B1, text_BU], dim=1))
-    head = taken_over(directory, [START]).heads["attention"]
+    head = taken_over(directory).heads["attention"]
     batch = type("Batch", (), {"tokens_BU": text_BU + whisper_weights.NUM_SPECIAL})()
     logits_BPV = head(hidden_BTD, torch.tensor([1500, 1500]), batch)
     torch.testing.assert_close(logits_BPV[..., 3:], output, atol=1e-4, rtol=1e-4)
@@ -136,13 +136,15 @@ def transformers_output(theirs, hidden_BTD, tokens_BP):
     return theirs.proj_out(decoded.last_hidden_state)
 
 
-def test_a_text_starts_where_it_does_after_the_prompt(whisper):
-    theirs, directory = whisper
-    state = whisper_weights.state_dict(directory, [7, START])
-    positions = theirs.model.decoder.embed_positions.weight
-    torch.testing.assert_close(state["heads.attention.positions.weight"][:11], positions[1:])
-    embedded = theirs.model.decoder.embed_tokens.weight
-    torch.testing.assert_close(state["heads.attention.embedding.weight"][SOS_EOS_ID], embedded[START])
+def test_pieces_are_as_many_as_the_model_has_and_begin_words_as_ours_do(whisper, tmp_path):
+    (tmp_path / "config.json").write_bytes((whisper[1] / "config.json").read_bytes())
+    with pytest.raises(RecipeError, match=r"tokenizer.json: it does not hold a tokeniser"):
+        whisper_weights.pieces(tmp_path)
+    content = {"model": {"vocab": {"a": 0, "Ġgo": 1}}, "added_tokens": [{"id": 2, "content": "<|end|>"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    found = whisper_weights.pieces(tmp_path)
+    assert found[:7] == ["<blk>", "<sos/eos>", "<unk>", "a", "▁go", "<|end|>", "<3>"]
+    assert len(found) == whisper[0].config.vocab_size + whisper_weights.NUM_SPECIAL
 
 
 @pytest.mark.parametrize(
@@ -162,10 +164,10 @@ def test_what_is_no_whisper_is_told(tmp_path, content, said):
 def test_weights_cut_short_are_told(whisper, tmp_path):
     (tmp_path / "config.json").write_bytes((whisper[1] / "config.json").read_bytes())
     with pytest.raises(RecipeError, match=r"model.safetensors: the weights can't be read"):
-        whisper_weights.state_dict(tmp_path, [START])
+        whisper_weights.state_dict(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((whisper[1] / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(RecipeError, match=r"model.safetensors: the weights can't be read"):
-        whisper_weights.state_dict(tmp_path, [START])
+        whisper_weights.state_dict(tmp_path)
 
 
 # ---------------------------------------------------------------- the fit of the input
@@ -180,7 +182,7 @@ def test_the_fitted_input_is_close_to_what_whisper_hears():
     model = encoder(num_mels=80)
     assert 0 < model.fit_input(pairs[:-1]) < 0.35
     features_TF, samples_S = pairs[-1]
-    found_TM = model._log_mel(features_TF[None], torch.tensor([len(features_TF)]))[0].t()
+    found_TM = model._log_mel(features_TF[None], torch.tensor([len(features_TF)]))[0].t()[: len(features_TF)]
     want_TM = log_mel(samples_S, 80)
     assert (found_TM - want_TM).square().mean().sqrt() < 0.4 * want_TM.std(0).square().mean().sqrt()
     assert found_TM.max() - found_TM.min() <= RANGE + 1e-4
@@ -200,6 +202,22 @@ def test_pooling_takes_the_mean_of_pairs_and_a_last_one_alone():
     torch.testing.assert_close(hidden_BTD[0, :5], want_BTD[0, :10].unflatten(0, (5, 2)).mean(1))
     torch.testing.assert_close(hidden_BTD[0, 5], want_BTD[0, 10])
     torch.testing.assert_close(hidden_BTD[1, 4], want_BTD[1, 8])
+
+
+@torch.no_grad()
+def test_silence_follows_every_utterance_and_is_not_given():
+    """As if it were in the audio: Whisper's lowest values; frames beyond the utterance's end are cut off."""
+    features_BTF, lens_B = torch.randn(2, 40, 80), torch.tensor([40, 29])
+    hearing, deaf = encoder(silence_s=0.2, pooling=1), encoder(silence_s=0.0, pooling=1)
+    hidden_BTD, out_lens_B = hearing(features_BTF, lens_B)
+    assert (out_lens_B.tolist(), hidden_BTD.shape[1]) == ([20, 15], 20)
+    for row, length in enumerate(lens_B.tolist()):
+        heard = deaf._log_mel(features_BTF[row : row + 1, :length], lens_B[row : row + 1])
+        silent = torch.nn.functional.pad(heard, (0, 20), value=float(heard.max()) - RANGE)
+        deaf._log_mel = lambda *_, silent=silent: silent
+        want_BTD, _ = deaf(torch.zeros(1, length + 20, 80), torch.tensor([length + 20]))
+        del deaf._log_mel
+        torch.testing.assert_close(hidden_BTD[row, : (length + 1) // 2], want_BTD[0, : (length + 1) // 2])
 
 
 @torch.no_grad()
