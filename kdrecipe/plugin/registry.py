@@ -18,7 +18,7 @@ KINDS: Mapping[str, str] = {
     "architectures": "architecture",
     "heads": "head",
     "losses": "loss",
-    "teachers": "teacher importer",
+    "teachers": "teacher",
     "compressors": "compressor",
     "exporters": "exporter",
     "decoders": "decoder",
@@ -31,6 +31,7 @@ KINDS: Mapping[str, str] = {
 RESERVED: Mapping[str, frozenset[str]] = {
     "architectures": frozenset({"name", "heads"}),
     "losses": frozenset({"name", "weight", "teacher"}),
+    "teachers": frozenset({"name", "bundle", "text"}),
     "corpora": frozenset({"name", "root", "on_error", "max_utterances", "subsets"}),
 }
 """Keys that stand beside a plugin's options in the recipe, so that no option may bear them."""
