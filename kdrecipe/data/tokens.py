@@ -42,7 +42,7 @@ class Tokenizer:
         self._model = model
         self._processor = spm.SentencePieceProcessor(model_proto=model)
         self.pieces: list[str] = [self._name(i) for i in range(len(self._processor))]
-        self.vocab_id: str = sha256_bytes(self.tokens_txt.encode())[:16]
+        self.vocab_id: str = vocab_id(self.pieces)
         """Identifies the token list: equal ids mean equal pieces in equal order."""
 
     @classmethod
@@ -104,7 +104,7 @@ class Tokenizer:
     @property
     def tokens_txt(self) -> str:
         """Content of ``tokens.txt``."""
-        return "".join(f"{piece} {index}\n" for index, piece in enumerate(self.pieces))
+        return tokens_txt(self.pieces)
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -217,6 +217,16 @@ def _vocab_error(message: str, kind: str, vocab_size: int | None, lines: list[st
             remedy=f"set vocab_size to more than {found[1]}, or clean the text of rare characters",
         )
     return KdrecipeError(f"SentencePiece can't learn {vocab_size} {kind} tokens: {message}", where=where)
+
+
+def tokens_txt(pieces: Sequence[str]) -> str:
+    """Content of a ``tokens.txt``."""
+    return "".join(f"{piece} {index}\n" for index, piece in enumerate(pieces))
+
+
+def vocab_id(pieces: Sequence[str]) -> str:
+    """Identifies a list of tokens: equal ids mean equal pieces in equal order."""
+    return sha256_bytes(tokens_txt(pieces).encode())[:16]
 
 
 def read_pieces(path: Path) -> list[str]:
