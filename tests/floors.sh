@@ -25,8 +25,8 @@ config.read("setup.cfg")
 pins = dict(line.split(";")[0].strip().split("==") for line in open("constraints.txt") if "==" in line)
 sections = [config["options"]["install_requires"], *config["options.extras_require"].values()]
 for line in "\n".join(sections).split():
-    name, floor = re.fullmatch(r"([\w.-]+)>=([\w.]+)(?:,.*)?", line).groups()
-    print(f"{name}=={pins[name] if name in sys.argv[1].split() else floor}")
+    name, floor, marker = re.fullmatch(r"([\w.-]+)>=([\w.]+)(?:,[^;]*)?(;.*)?", line).groups()
+    print(f"{name}=={pins[name] if name in sys.argv[1].split() else floor}{marker or ''}")
 PYTHON
 )
 echo "$floors"

@@ -13,6 +13,7 @@ import click
 from kdrecipe.cli.scaffold import TEMPLATES, write_plugin
 from kdrecipe.errors import PluginError, did_you_mean
 from kdrecipe.plugin.registry import KINDS
+from kdrecipe.recipe.yaml import parse_value
 
 if TYPE_CHECKING:
     from kdrecipe.plugin.loader import Plugins
@@ -104,8 +105,17 @@ def doctor(files: tuple[Path, ...]) -> None:
 @click.argument("name")
 @_KIND
 @_FILES
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option to test it with, as a recipe has it, in place of its contract_options.",
+)
 @click.option("--verbose", is_flag=True, help="Say what each check demands.")
-def test_plugin(name: str, kind: str | None, files: tuple[Path, ...], verbose: bool) -> None:
+def test_plugin(
+    name: str, kind: str | None, files: tuple[Path, ...], options: tuple[str, ...], verbose: bool
+) -> None:
     """Run the contract checks on a plugin; exit status 1 if one fails."""
     loaded = _load(files)
     kinds = _kinds_of(loaded, name, kind)
@@ -114,7 +124,7 @@ def test_plugin(name: str, kind: str | None, files: tuple[Path, ...], verbose: b
     num_failed = 0
     for plural in kinds:
         click.echo(f"{KINDS[plural]} {name}:")
-        results = run_contract(loaded.registry, plural, name)
+        results = run_contract(loaded.registry, plural, name, _options(options))
         for result in results:
             reason = f": {result.reason}" if result.reason else ""
             click.echo(f"  {result.status:8s} {result.check_id}{reason}")
@@ -144,6 +154,17 @@ def _kinds_of(loaded: Plugins, name: str, kind: str | None) -> list[str]:
         known = [n for k in kinds for n in registry.names(k) if k != "commands"]
         raise PluginError(f"no plugin is called {name!r}", remedy=did_you_mean(name, known))
     return found
+
+
+def _options(given: tuple[str, ...]) -> dict[str, Any] | None:
+    """``KEY=VALUE``, the value as YAML reads it; None if there are none."""
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise PluginError(f"--option {text}: no value", remedy="write --option KEY=VALUE")
+        found[key] = parse_value(value, f"--option {key}")
+    return found or None
 
 
 @click.group()

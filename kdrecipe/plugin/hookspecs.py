@@ -87,7 +87,7 @@ def register_losses(register: Register) -> None:
 
 @hookspec(historic=True)
 def register_teachers(register: Register) -> None:
-    """Register importers of foreign models; built as ``cls(config)``, with ``load() -> nn.Module``."""
+    """Register imported models that teach; see ``interfaces.Teacher``."""
 
 
 @hookspec(historic=True)

@@ -40,6 +40,8 @@ from kdrecipe.testing.compressor_checks import COMPRESSOR_CHECKS, CompressorCase
 from kdrecipe.testing.corpus_checks import CORPUS_CHECKS, CorpusCase, scratch_dir, tiny_raw_corpus
 from kdrecipe.testing.decode_checks import DECODER_CHECKS, METRIC_CHECKS, DecoderCase, MetricCase
 from kdrecipe.testing.loss_checks import LOSS_CHECKS, LossCase
+from kdrecipe.testing.teacher_checks import INPUT_DIM as TEACHER_INPUT_DIM
+from kdrecipe.testing.teacher_checks import TEACHER_CHECKS, TeacherCase
 
 if TYPE_CHECKING:
     from kdrecipe.plugin.registry import Registry
@@ -51,6 +53,7 @@ __all__ = [
     "DECODER_CHECKS",
     "LOSS_CHECKS",
     "METRIC_CHECKS",
+    "TEACHER_CHECKS",
     "ArchitectureContract",
     "CheckFailed",
     "CheckResult",
@@ -58,6 +61,7 @@ __all__ = [
     "CompressorContract",
     "Contract",
     "LossContract",
+    "TeacherContract",
     "architecture_contract",
     "compressor_contract",
     "corpus_contract",
@@ -65,6 +69,7 @@ __all__ = [
     "loss_contract",
     "metric_contract",
     "run_checks",
+    "teacher_contract",
     "test_plugin",
 ]
 
@@ -226,12 +231,32 @@ def metric_contract(
     return Contract(METRIC_CHECKS, case, expected_failures(cls, expected_failed_checks, METRIC_CHECKS))
 
 
+def teacher_contract(
+    cls: Any,
+    options: Options = None,
+    *,
+    input_dim: int = TEACHER_INPUT_DIM,
+    expected_failed_checks: Expected = None,
+) -> Contract:
+    """Contract of a teacher; see :func:`loss_contract`. Choose a small model: its weights are read once.
+
+    Args:
+        cls: the teacher class.
+        options: its options, with the path of a model.
+        input_dim: feature bins, for a teacher that hears features.
+        expected_failed_checks: check id -> reason.
+    """
+    case = TeacherCase(cls, contract_config(cls, options), input_dim)
+    return Contract(TEACHER_CHECKS, case, expected_failures(cls, expected_failed_checks, TEACHER_CHECKS))
+
+
 _CONTRACTS: Mapping[str, Callable[..., Contract]] = {
     "losses": loss_contract,
     "architectures": architecture_contract,
     "compressors": compressor_contract,
     "decoders": decoder_contract,
     "metrics": metric_contract,
+    "teachers": teacher_contract,
 }
 
 
@@ -241,7 +266,7 @@ def run_checks(
     """Hold a class to the contract of its kind.
 
     Args:
-        kind: ``losses``, ``architectures``, ``compressors``, ``decoders`` or ``metrics``; other
+        kind: ``losses``, ``architectures``, ``compressors``, ``decoders``, ``metrics`` or ``teachers``; other
             kinds have no contract that a class can be held to by itself, which one skipped result says.
         cls: the plugin class.
         options: None: its ``contract_options``, or its defaults.
@@ -256,26 +281,36 @@ def run_checks(
     return make(cls, options, expected_failed_checks=expected_failed_checks).results()
 
 
-def test_plugin(registry: Registry, kind: str, name: str) -> list[CheckResult]:
-    """Hold a registered plugin to its contract, under its ``contract_options`` or defaults.
+def test_plugin(
+    registry: Registry,
+    kind: str,
+    name: str,
+    options: Options = None,  # noqa: PT028
+) -> list[CheckResult]:
+    """Hold a registered plugin to its contract.
 
     Args:
         registry: where it is registered.
         kind: plural, as in ``losses``.
         name: its name.
+        options: None: its ``contract_options``, or its defaults.
 
     Raises:
         PluginError: no such plugin, or it can't be configured.
     """
     cls = registry.get(kind, name)
     if kind != "corpora":
-        return run_checks(kind, cls)
+        required = [field for field, info in cls.Config.model_fields.items() if info.is_required()]
+        if kind == "teachers" and options is None and required and not hasattr(cls, "contract_options"):
+            reason = f"a model of your own is needed: kdrecipe plugins test {name} --option {required[0]}=..."
+            return [CheckResult("contract", "skipped", reason, "")]
+        return run_checks(kind, cls, options)
     with scratch_dir() as scratch:
         corpus_dir = tiny_raw_corpus(name, Path(scratch, "raw"))
         if corpus_dir is None and not getattr(cls, "synthesised", False):
             reason = "no tiny raw corpus in its layout; use corpus_contract(...) with one of your own"
             return [CheckResult("contract", "skipped", reason, "")]
-        return corpus_contract(cls, corpus_dir=corpus_dir, work_dir=Path(scratch, "work")).results()
+        return corpus_contract(cls, options, corpus_dir=corpus_dir, work_dir=Path(scratch, "work")).results()
 
 
 test_plugin.__test__ = False  # type: ignore[attr-defined]  # pytest: not a test, wherever it is imported
@@ -338,6 +373,22 @@ class CompressorContract(_Suite):
         )
 
 
+class TeacherContract(_Suite):
+    """Derive from it and set ``plugin`` and ``options``; maybe ``input_dim``, ``expected_failed_checks``."""
+
+    input_dim: ClassVar[int] = TEACHER_INPUT_DIM
+
+    def contract(self) -> Contract:
+        """See :func:`teacher_contract`."""
+        return teacher_contract(
+            self.plugin,
+            self.options,
+            input_dim=self.input_dim,
+            expected_failed_checks=self.expected_failed_checks,
+        )
+
+
 _with_tests(LossContract, LOSS_CHECKS)
 _with_tests(ArchitectureContract, ARCHITECTURE_CHECKS)
 _with_tests(CompressorContract, COMPRESSOR_CHECKS)
+_with_tests(TeacherContract, TEACHER_CHECKS)

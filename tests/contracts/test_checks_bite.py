@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,17 @@ from lhotse.supervision import SupervisionSet
 from pydantic import ConfigDict
 from torch import nn
 
-from kdrecipe.frames import bucket_log_probs, full_precision, valid_frames
+from kdrecipe.errors import DataError
+from kdrecipe.frames import bucket_log_probs, full_precision, keep_top, valid_frames
 from kdrecipe.interfaces import (
+    Hidden,
     Hypothesis,
     LossOutput,
     ModelOutput,
     Options,
+    Posteriors,
     Prepared,
+    Targets,
     TargetSpec,
 )
 from kdrecipe.testing.contracts import (
@@ -28,12 +33,15 @@ from kdrecipe.testing.contracts import (
     DECODER_CHECKS,
     LOSS_CHECKS,
     METRIC_CHECKS,
+    TEACHER_CHECKS,
+    TeacherContract,
     architecture_contract,
     compressor_contract,
     corpus_contract,
     decoder_contract,
     loss_contract,
     metric_contract,
+    teacher_contract,
 )
 from kdrecipe.testing.corpus import make_corpus
 from kdrecipe.testing.models import TinyEncoder
@@ -697,3 +705,181 @@ def test_every_check_has_a_line_of_documentation():
     for checks in kinds:
         for check_id, check in checks.items():
             assert (check.__doc__ or "").strip().split("\n")[0].endswith("."), check_id
+
+
+# ---------------------------------------------------------------- teachers
+
+
+class SoundTeacher:
+    """Loudness of every 0.02 s as hidden states and posteriors, and of a whole utterance along its text."""
+
+    class Config(Options):
+        """No options."""
+
+    input = "audio"
+    files = [Path(__file__)]
+    num_params = None
+    vocab_id = "numbers"
+    frame_shift_s = 0.02
+
+    def __init__(self, config):
+        self.config = config
+
+    def provides(self):
+        return [
+            TargetSpec("hidden", "loudness", 2, self.frame_shift_s),
+            TargetSpec("frame_logits", "ctc", 3, self.frame_shift_s, self.vocab_id),
+            TargetSpec("token_logits", "attention", 3, vocab_id=self.vocab_id),
+        ]
+
+    def load(self, device):
+        self.weight = torch.tensor([[3.0, -2.0, 5.0], [1.0, 8.0, -4.0]])
+
+    def loudness(self, batch):
+        samples = F.pad(batch.samples_BS, (0, -batch.samples_BS.shape[1] % 320))
+        frames = samples.unflatten(1, (-1, 320))
+        return torch.stack([frames.abs().mean(-1), frames.square().mean(-1).sqrt()], -1)
+
+    def posteriors(self, values):
+        return (values @ self.weight).log_softmax(-1)
+
+    def texts(self, batch):
+        said = (hypothesis.tokens for hypothesis in self.hypotheses(batch))
+        return [
+            [len(w) % 3 for w in text.split()] or own for text, own in zip(batch.texts, said, strict=True)
+        ]
+
+    def targets(self, batch, needs):
+        values, lens = self.loudness(batch), batch.sample_lens_B // 320
+        texts = self.texts(batch)
+        token_lens = torch.tensor([len(text) for text in texts])
+        tokens = torch.zeros(len(batch), int(token_lens.max()), dtype=torch.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            row[: len(text)] = torch.tensor(text)
+        total = batch.samples_BS.abs().sum(-1) / batch.sample_lens_B.clamp(min=1)
+        along = total[:, None, None] * torch.ones(1, tokens.shape[1] + 1, 2)
+        items = {
+            "loudness": Hidden(values, lens),
+            "ctc": Posteriors(self.posteriors(values), lens),
+            "attention": Posteriors(self.posteriors(along), token_lens + 1),
+        }
+        found = {
+            n.key: items[n.tap] if n.kind == "hidden" else keep_top(items[n.tap], n.top_k) for n in needs
+        }
+        return Targets(found, tokens, token_lens)
+
+    def hypotheses(self, batch):
+        return [Hypothesis("one" if n > 2000 else "", [2] if n > 2000 else []) for n in batch.sample_lens_B]
+
+
+class ForgetsItsTokens(SoundTeacher):
+    vocab_id = None
+
+
+class HasNoFiles(SoundTeacher):
+    files = ()
+
+
+class HearsPaddingOfAll(SoundTeacher):
+    def loudness(self, batch):
+        padding = batch.samples_BS.shape[1] - int(batch.sample_lens_B.max())
+        return super().loudness(batch) + padding / 1e4
+
+
+class HearsTheLongest(SoundTeacher):
+    def loudness(self, batch):
+        return super().loudness(batch) + int(batch.sample_lens_B.max()) / 1e4
+
+
+class SpeaksInDoubles(SoundTeacher):
+    def targets(self, batch, needs):
+        found = super().targets(batch, needs)
+        for item in found.items.values():
+            if isinstance(item, Hidden):
+                item.values_BTD = item.values_BTD.double()
+        return found
+
+
+class CountsTwice(SoundTeacher):
+    frame_shift_s = 0.01
+
+
+class LearnsItself(SoundTeacher):
+    def load(self, device):
+        super().load(device)
+        self.weight.requires_grad_()
+
+
+class SpeaksInLogits(SoundTeacher):
+    def posteriors(self, values):
+        return values @ self.weight
+
+
+class TiresOfABatch(SoundTeacher):
+    heard = None
+
+    def targets(self, batch, needs):
+        again, self.heard = batch.samples_BS is self.heard, batch.samples_BS
+        return super().targets(batch if not again else batch.map(lambda x: x * 0), needs)
+
+
+class TooSure(SoundTeacher):
+    def hypotheses(self, batch):
+        return [Hypothesis(h.text, h.tokens, avg_log_prob=0.5) for h in super().hypotheses(batch)]
+
+
+class FailsOnNothing(SoundTeacher):
+    def loudness(self, batch):
+        if not batch.sample_lens_B.all():
+            raise ValueError("no audio")
+        return super().loudness(batch)
+
+
+class LooseTeacher(SoundTeacher):
+    Config = Loose
+
+
+@cases(
+    {
+        None: SoundTeacher,
+        "provides_valid": ForgetsItsTokens,
+        "describes_itself": HasNoFiles,
+        "padding_invariance": HearsPaddingOfAll,
+        "batch_invariance": HearsTheLongest,
+        "declared_shapes": SpeaksInDoubles,
+        "rates": CountsTwice,
+        "no_gradient": LearnsItself,
+        "normalised": SpeaksInLogits,
+        "same_twice": TiresOfABatch,
+        "hypotheses": TooSure,
+        "next_to_no_audio": FailsOnNothing,
+        "config_strict": LooseTeacher,
+    },
+    TEACHER_CHECKS,
+)
+def test_teachers(check_id, cls):
+    assert failed(teacher_contract(cls)) == ([check_id] if check_id else [])
+
+
+class Mute(SoundTeacher):
+    """Has the hidden states only, and says so."""
+
+    def provides(self):
+        return super().provides()[:1]
+
+    def targets(self, batch, needs):
+        return Targets({"hidden:loudness": Hidden(self.loudness(batch), batch.sample_lens_B // 320)})
+
+    def hypotheses(self, batch):
+        raise DataError("a microphone recognises nothing")
+
+
+def test_a_teacher_need_not_recognise_anything():
+    skipped = {r.check_id: r.reason for r in teacher_contract(Mute).results() if r.status == "skipped"}
+    assert failed(teacher_contract(Mute)) == []
+    assert sorted(skipped) == ["hypotheses", "normalised"]
+    assert "a microphone recognises nothing" in skipped["hypotheses"]
+
+
+class TestSoundTeacherAsAClass(TeacherContract):
+    plugin = SoundTeacher

@@ -11,6 +11,7 @@ from kdrecipe.interfaces import Options
 from kdrecipe.plugin.registry import Registry
 from kdrecipe.testing.contracts import (
     LOSS_CHECKS,
+    TEACHER_CHECKS,
     CheckFailed,
     CheckSkipped,
     LossContract,
@@ -132,3 +133,18 @@ def test_kinds_without_a_contract_say_so():
         (result,) = test_plugin(registry, kind, "anything")
         assert (result.status, result.ok) == ("skipped", True)
         assert text in result.reason
+
+
+def test_a_teacher_is_checked_on_a_model_of_the_user_s():
+    class Imported:
+        class Config(Options):
+            path: str
+
+    registry = Registry()
+    registry.add("teachers", "imported", Imported, "test")
+    (result,) = test_plugin(registry, "teachers", "imported")
+    assert (result.status, result.ok) == ("skipped", True)
+    assert "kdrecipe plugins test imported --option path=..." in result.reason
+    results = test_plugin(registry, "teachers", "imported", {"path": "here"})
+    assert len(results) == len(TEACHER_CHECKS)
+    assert not any(r.ok for r in results if r.check_id != "config_strict")

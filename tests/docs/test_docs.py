@@ -226,6 +226,35 @@ def test_the_readme_s_loss_keeps_the_contract(tmp_path):
     assert all(result.ok for result in results), [r for r in results if not r.ok]
 
 
+def test_the_teacher_of_the_hooks_keeps_the_contract(tmp_path):
+    import torch
+
+    from kdrecipe.testing.contracts import test_plugin as run_contract
+
+    blocks = BLOCK.finditer(text_of(ROOT / "docs" / "hooks.md"))
+    code = next(block["code"] for block in blocks if block["mark"] == "test: teacher")
+    assert len([line for line in code.splitlines() if line]) <= 40, "a teacher of a stranger's is 40 lines"
+    (tmp_path / "plugin.py").write_text(code + "\n", encoding="utf-8")
+    torch.manual_seed(0)
+    strided = torch.nn.Conv1d(1, 4, 320, stride=320)
+
+    class House(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.strided = strided
+
+        def forward(self, samples_BS: torch.Tensor) -> torch.Tensor:
+            missing = max(0, 320 - samples_BS.shape[1])
+            padded_BS = torch.nn.functional.pad(samples_BS, (0, missing))
+            return 50 * self.strided(padded_BS[:, None]).transpose(1, 2)
+
+    torch.jit.script(House()).save(tmp_path / "model.pt")
+    (tmp_path / "model.json").write_text('["", "a", "b", " "]')
+    registry = load_plugins([tmp_path / "plugin.py"]).registry
+    results = run_contract(registry, "teachers", "house_model", {"path": str(tmp_path / "model.pt")})
+    assert [(r.check_id, r.reason) for r in results if r.status != "passed"] == []
+
+
 @each_page
 def test_python_compiles(page):
     for match in BLOCK.finditer(text_of(page)):
