@@ -30,10 +30,10 @@ class Teacher(Protocol):
     (:attr:`Batch.samples_BS`, 16 kHz in [-1, 1], padded with zeros). What it says of an utterance must not
     depend on the padding, nor on the other utterances of the batch.
 
-    One that a model of kdrecipe's can be like has ``as_model() -> (description, state dict)``: what a recipe
-    would write as ``model:``, with heads, and its weights in that model's names. Students then start with
-    them (``init_from``). Weights ``encoder.input_map.*`` are left out where they depend on the recipe's
-    features; ``pieces()``, optional, lists the tokens that its heads' rows go by, named as kdrecipe's.
+    One that a model of kdrecipe's can be like has ``as_model() -> (description, state dict,
+    pieces)``: what a recipe would write as ``model:``, with heads, its weights in that model's names, and the
+    tokens that its heads' rows go by, named as kdrecipe's. Students then start with them (``init_from``).
+    Weights ``encoder.input_map.*`` are left out where they depend on the recipe's features.
 
     Attributes:
         files: all files that it consists of; their content identifies it, their size is its size.

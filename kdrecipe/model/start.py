@@ -51,8 +51,7 @@ class Lender:
                 f"{type(teacher).__name__} can't lend its weights: no model of kdrecipe's is like it",
                 remedy="learn from it: a loss on its hidden states, posteriors or hypotheses",
             )
-        model, state = teacher.as_model()
-        return cls(model, state, teacher.pieces() if hasattr(teacher, "pieces") else ())
+        return cls(*teacher.as_model())
 
 
 def start_from(model: AsrModel, lender: Lender, parts: Parts, pieces: Sequence[str]) -> bool:

@@ -78,7 +78,7 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
     progress = Progress(f"hypotheses/{teacher}", len(left))
     if left:
         opened = open_teacher(recipe, layout, teacher, seed)
-        opened.teacher.load(device)
+        opened.load(device)
         with open(path, "a", encoding="utf-8") as file:
             tokens = Tokenizer.load(layout.tokens)
             for cut_id, said in hypotheses(opened.teacher, tokens, left, device, BATCH_DURATION_S):

@@ -262,7 +262,7 @@ class Session:
             place = self.layout.targets(opened.name, self.recipe.seed_of(opened.name, self.seed))
             key = target_key(opened, self.recipe)
             return TargetCache.open(place, key, specs=specs, cuts=self._data[0])
-        opened.teacher.load(device)
+        opened.load(device)
         return LiveTargets(opened.teacher, specs)
 
     def run(

@@ -54,7 +54,7 @@ def run(recipe: Recipe, layout: Layout, name: str, seed: int, out: Path) -> None
     from kdrecipe.train.distribution import local_device
 
     opened, device = open_teacher(recipe, layout, name, seed), local_device()
-    opened.teacher.load(device)
+    opened.load(device)
     shifts_s = {key: spec.frame_shift_s for key, spec in opened.provides().items()}
     cuts, labelled, unlabelled = training_data(layout, students_of(recipe, name))
     batches = CutBatches(

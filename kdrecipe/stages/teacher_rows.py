@@ -35,7 +35,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     from kdrecipe.train.distribution import local_device
 
     opened, device = open_teacher(recipe, layout, system.name, seed), local_device()
-    opened.teacher.load(device)
+    opened.load(device)
     tokens, form = Tokenizer.load(layout.tokens), form_of(recipe, layout, system)
     rows: dict[str, list[dict[str, Any]]] = {}
     cuts = {split: list(load_cuts(layout.features, split)) for split in recipe.decode.splits}
@@ -83,7 +83,7 @@ def _speed(recipe: Recipe, opened: Opened, cuts: Sequence[MonoCut]) -> dict[str,
     from kdrecipe.measure.runtime import NUM_WARM_UP
 
     utterances = list(utterances_from_cuts(drawn_over_speakers(cuts, recipe.decode.measure_max)))
-    opened.teacher.load(torch.device("cpu"))
+    opened.load(torch.device("cpu"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     _recognise(recipe, opened, utterances[:NUM_WARM_UP])
@@ -106,7 +106,7 @@ def _recognise(recipe: Recipe, opened: Opened, utterances: Sequence[Utterance]) 
     """Texts of any utterances, one at a time, on the CPU."""
     import torch
 
-    opened.teacher.load(torch.device("cpu"))
+    opened.load(torch.device("cpu"))
     with torch.no_grad():
         found = [opened.teacher.hypotheses(_alone(opened.teacher, recipe.features, u))[0] for u in utterances]
     return [hypothesis.text for hypothesis in found]

@@ -7,6 +7,7 @@ Stage 3 writes of an imported teacher what identifies it, not its weights::
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 RECORD = "teacher.json"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Opened:
     """A teacher of stage 3, its weights not loaded before :meth:`Teacher.load`.
 
@@ -50,6 +51,13 @@ class Opened:
     info: ModelInfo
     hash: str
     vocab_id: str
+    _device: torch.device | None = None
+
+    def load(self, device: torch.device) -> None:
+        """Make it ready on ``device``, unless it is."""
+        if device != self._device:
+            self.teacher.load(device)
+            self._device = device
 
     def provides(self) -> dict[str, TargetSpec]:
         """What it gives, by key."""
@@ -71,7 +79,7 @@ def open_teacher(recipe: Recipe, layout: Layout, name: str, seed: int) -> Opened
         teacher = ModelTeacher.of_bundle(bundle)
         return Opened(name, teacher, bundle.info, bundle.hash, bundle.meta["vocab_id"])
     record, imported = read_json(place / RECORD), build_teacher(recipe.plugins.registry, system)
-    sizes = {path.name: path.stat().st_size for path in imported.files}
+    sizes = {name: path.stat().st_size for name, path in _named(imported).items()}
     if sizes != {name: size for name, (_, size) in record["files"].items()}:
         raise RecipeError(
             f"the files of {name!r} have changed since stage 3 imported it",
@@ -107,7 +115,7 @@ def _import(recipe: Recipe, system: System, seed: int, out: Path) -> None:
     assert system.plugin is not None
     teacher = build_teacher(recipe.plugins.registry, system)
     teacher.load(torch.device("cpu"))  # refuse a damaged one now, not after an hour
-    files = {path.name: (sha256_file(path), path.stat().st_size) for path in teacher.files}
+    files = {name: (sha256_file(path), path.stat().st_size) for name, path in _named(teacher).items()}
     code = recipe.plugins.registry.fingerprint("teachers", system.plugin.name)
     provides = [asdict(spec) for spec in returned(teacher.provides(), list, system.plugin.name, "provides")]
     size_mb = sum(size for _, size in files.values()) / 1e6
@@ -128,6 +136,13 @@ def _import(recipe: Recipe, system: System, seed: int, out: Path) -> None:
     write_json(out / RECORD, record)
     size = f"{teacher.num_params / 1e6:.1f} M parameters, " if teacher.num_params else ""
     print(f"  {system.name}: {system.plugin.name}, {size}{size_mb:.0f} MB", flush=True)
+
+
+def _named(teacher: Teacher) -> dict[str, Path]:
+    """A teacher's files by their names within the folder that holds all of them."""
+    files = [Path(path).absolute() for path in teacher.files]
+    folder = os.path.commonpath([path.parent for path in files]) if files else ""
+    return {path.relative_to(folder).as_posix(): path for path in files}
 
 
 class Progress:

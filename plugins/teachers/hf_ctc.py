@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from kdrecipe.interfaces import (
     Hidden,
     Hypothesis,
     LatticePosteriors,
+    Located,
     Options,
     Posteriors,
     Targets,
@@ -44,7 +45,7 @@ class HfCtcOptions(Options):
             (``facebook/wav2vec2-base-960h``).
     """
 
-    path: str
+    path: Annotated[str, Located]
 
 
 class HfCtc:

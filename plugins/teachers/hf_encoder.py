@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from kdrecipe import hookimpl
 from kdrecipe.errors import DataError
-from kdrecipe.interfaces import Batch, Hypothesis, Options, Targets, TargetSpec
+from kdrecipe.interfaces import Batch, Hypothesis, Located, Options, Targets, TargetSpec
 
 from .speech_encoder import SpeechEncoder
 
@@ -23,7 +23,7 @@ class HfEncoderOptions(Options):
             (``microsoft/wavlm-base-plus``).
     """
 
-    path: str
+    path: Annotated[str, Located]
 
 
 class HfEncoder:

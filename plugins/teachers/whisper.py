@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -18,7 +19,7 @@ from torch import Tensor
 from kdrecipe import hookimpl
 from kdrecipe.corpus.segments import joined
 from kdrecipe.data.tokens import vocab_id
-from kdrecipe.errors import DataError
+from kdrecipe.errors import DataError, RecipeError
 from kdrecipe.frames import MIN_LOG_PROB, keep_top
 from kdrecipe.interfaces import (
     FRAME_SAMPLES,
@@ -27,6 +28,7 @@ from kdrecipe.interfaces import (
     Hidden,
     Hypothesis,
     LatticePosteriors,
+    Located,
     Options,
     Posteriors,
     Targets,
@@ -35,6 +37,7 @@ from kdrecipe.interfaces import (
 
 from .whisper_engines import FasterWhisper, Said, TransformersWhisper
 from .whisper_files import SUBSAMPLING, WhisperFiles, find_whisper
+from .whisper_weights import description, pieces, state_dict
 from .windows import Window, in_rows, split_text, windows_of
 
 HEAD = "attention"
@@ -57,7 +60,7 @@ class WhisperOptions(Options):
         batch_size: stretches of 30 s at a time.
     """
 
-    path: str
+    path: Annotated[str, Located]
     language: str | None = None
     beam: int = Field(default=1, ge=1)
     engine: Literal["auto", "transformers", "faster_whisper"] = "auto"
@@ -92,6 +95,22 @@ class Whisper:
         self.num_params: int | None = None
         self._model: TransformersWhisper | None = None
         self._fast: FasterWhisper | None = None
+
+    @property
+    def runtime(self) -> str:
+        """What makes its hypotheses where that is not torch; see :class:`kdrecipe.interfaces.Teacher`."""
+        return "" if self._found.ct2 is None else f"faster-whisper {version('faster-whisper')}"
+
+    def as_model(self) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+        """The same model as kdrecipe's own, for students that start from its weights.
+
+        Raises:
+            RecipeError: there is no form of it with weights of transformers.
+        """
+        if self._found.model is None:
+            raise RecipeError("a model in CTranslate2's form alone can't lend its weights")
+        place = self._found.model.dir
+        return description(place), state_dict(place), pieces(place)
 
     @property
     def pieces(self) -> list[str]:

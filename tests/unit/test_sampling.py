@@ -96,7 +96,7 @@ def session(layout: Layout, data: str | None = None) -> Session:
     layout.tokens.mkdir(exist_ok=True)
     (layout.tokens / "left_out.json").write_text("[]")
     system: Any = SimpleNamespace(
-        name="kd", data=data, unlabelled=None, training=SimpleNamespace(batch_duration_s=8.0)
+        name="kd", data=data, unlabelled=None, labels=None, training=SimpleNamespace(batch_duration_s=8.0)
     )
     found = Session(None, layout, system, 1)  # type: ignore[arg-type]
     found.__dict__["tokens"] = SimpleNamespace(encode=lambda text: [3] * len(text))

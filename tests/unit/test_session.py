@@ -344,7 +344,7 @@ def test_a_student_of_an_imported_model_has_its_input_fitted(made, tmp_path, at_
     other = build_model(described, input_dim=16, vocab_size=5, registry=registry)
     own = ("norm.", "encoder.input_map.")
     state = {k: v for k, v in other.state_dict().items() if not k.startswith(own)}
-    teacher = SimpleNamespace(as_model=lambda: (described, state))
+    teacher = SimpleNamespace(as_model=lambda: (described, state, []))
     monkeypatch.setattr(stages_3_5, "lender", lambda *_: Lender.of_teacher(teacher))
     student = replace(recipe.systems["teacher"], init_from="x", init_layers={"encoder": (1,)})
     student = replace(student, model={**described, "num_layers": 1, "pooling": 2})
