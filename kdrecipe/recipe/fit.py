@@ -40,7 +40,7 @@ class FitChecker:
         self.tokens = tokens
         self.vocab_size = tokens.vocab_size or 32  # characters are counted in stage 2
         self._infos: dict[str, ModelInfo | None] = {}
-        self._specs: dict[str, list[TargetSpec]] = {}  # of imported teachers
+        self._specs: dict[str, list[TargetSpec] | None] = {}  # of imported teachers; None: not known
 
     def check(self) -> None:
         """Every term of every system against each of its teachers."""
@@ -112,7 +112,7 @@ class FitChecker:
         known = self.tokens.name != "char" and self.tokens.vocab_size is not None
         return {
             spec.key: replace(spec, vocab_id=None, dim=spec.dim if known or spec.vocab_id is None else None)
-            for spec in self._specs.get(system.name, [])
+            for spec in self._specs[system.name] or ()
         }
 
     def _other_tokens(self, name: str) -> str | None:
@@ -142,7 +142,7 @@ class FitChecker:
         """By what its plugin says; None while an environment variable is not set, or where that failed."""
         registry = self.checker._registry
         if system.name not in self._specs:
-            self._specs[system.name] = []
+            self._specs[system.name] = None
             try:
                 teacher_options(registry, system)
             except RecipeError:
@@ -155,7 +155,7 @@ class FitChecker:
             else:
                 self._check_bins(system, getattr(teacher, "num_mel_bins", None))
         specs = self._specs[system.name]
-        return replace(ModelInfo.of_specs(specs), vocab_id="the recipe's") if specs else None
+        return None if specs is None else replace(ModelInfo.of_specs(specs), vocab_id="the recipe's")
 
     def _check_bins(self, system: System, bins: int | None) -> None:
         """A teacher that hears features hears the recipe's."""

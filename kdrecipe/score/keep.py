@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
-import jiwer
 from pydantic import Field, model_validator
 
 from kdrecipe.errors import DataError
@@ -68,7 +67,7 @@ class Keep(Options):
         chars_per_s: fewest and most characters per second of audio, spaces not counted.
         digits: whether texts with digits are kept.
         max_wer: words, against the transcript where there is one; a share.
-        max_cer: characters, likewise.
+        max_cer: characters, as ``max_wer``.
     """
 
     min_avg_log_prob: Annotated[float, Field(le=0)] | None = -1.0
@@ -120,6 +119,8 @@ class Keep(Options):
 
     def _figures(self, said: Said) -> dict[str, float | None]:
         """Option -> what is held against it, in the order in which reasons are given; None: not known."""
+        import jiwer  # recipes are read by way of this module, without it
+
         letters = len(said.text.replace(" ", ""))
         return {
             "max_no_speech_prob": said.no_speech_prob,

@@ -66,7 +66,7 @@ def merge_specs(specs: Iterable[TargetSpec]) -> list[TargetSpec]:
             fine = "float32" if "float32" in (spec.dtype, other.dtype) else spec.dtype
             known = {
                 name: getattr(spec, name) if getattr(spec, name) is not None else getattr(other, name)
-                for name in ("dim", "frame_shift_s", "vocab_id")
+                for name in ("dim", "frame_shift_s", "vocab_id", "align")
             }
             spec = replace(spec, top_k=wide, dtype=fine, **known)
         merged[spec.key] = spec

@@ -24,7 +24,9 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
             name = f"{teacher}/seed{seed}"
             parts = {(s.data, s.unlabelled) for s in students_of(recipe, teacher)}
             inputs = {
-                "specs": [vars(need) for need in needs],
+                "specs": [
+                    vars(replace(need, align=None)) for need in needs
+                ],  # the cache has the teacher's frames
                 "parts": sorted(parts, key=str),
                 "model": model_plugins(recipe, teacher),
             }

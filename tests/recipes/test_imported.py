@@ -175,6 +175,7 @@ def test_a_changed_file_is_imported_again(site):
             "needs frame_shift_s 0.04, the teacher's is 0.02",
             "align: mean",
         ),
+        (("{name: hidden_mse, layers: {encoder.0: energy}, align: mean}", "{name: kl}"), "lacks it", ""),
         (("encoder.0: energy", "encoder.0: energies"), "lacks it", "did you mean 'hidden:energy'"),
         (("name: listener", "name: listner"), "unknown teacher", "did you mean 'listener'"),
         (("path: said.json", "path: said.json, size: 3"), "size: unknown key", ""),

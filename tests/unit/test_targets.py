@@ -292,6 +292,8 @@ def test_unknown_kinds_are_refused():
 def test_merged_specs_serve_everybody():
     merged = merge_specs([TOP_3, HIDDEN, replace(TOP_3, top_k=5, dim=6), replace(HIDDEN, dtype="float32")])
     assert merged == [replace(TOP_3, top_k=5, dim=6), replace(HIDDEN, dtype="float32")]
+    need = replace(HIDDEN, align="mean")
+    assert merge_specs([need, HIDDEN]) == merge_specs([HIDDEN, need]) == [need]
     assert merge_specs([TOP_3, FULL]) == merge_specs([FULL, TOP_3]) == [FULL]
 
 
