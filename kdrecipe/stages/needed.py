@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -17,16 +18,23 @@ def missing(recipe: Recipe) -> list[Problem]:
     lists = recipe.corpus.lists
     text = recipe.lm.text if recipe.lm else None
     problems = []
-    for location in (recipe.corpus.location, *lists.values(), text):
+    imported = [
+        replace(system.location, text=option)
+        for system in recipe.systems.values()
+        if system.plugin and system.location
+        for option in system.plugin.options.values()
+        if isinstance(option, str)
+    ]
+    for location in (recipe.corpus.location, *lists.values(), text, *imported):
         try:
             if location is not None:
                 location.path()
         except RecipeError as error:
             problems += error.problems
-    for location in (system.location for system in recipe.systems.values()):
+    for system in recipe.systems.values():
         try:
-            if location is not None and not (location.path() / "bundle.json").is_file():
-                problems.append(Problem(f"there is no bundle {location.path()}", location.where))
+            if system.bundle and system.location and not (system.bundle / "bundle.json").is_file():
+                problems.append(Problem(f"there is no bundle {system.bundle}", system.location.where))
         except RecipeError as error:
             problems += error.problems
     try:

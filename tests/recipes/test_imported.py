@@ -198,3 +198,13 @@ def test_mistakes_are_found_by_check(site, tmp_path, change, what, remedy):
     assert what in done.said
     assert remedy in done.said
     assert "recipe.yaml:" in done.said
+
+
+def test_check_names_what_this_machine_lacks_and_no_bundle(site, tmp_path):
+    text = RECIPE.replace("path: said.json", 'path: "${NOT_SET}/said.json"')
+    recipe = write_recipe(tmp_path / "one", text)
+    (recipe / "plugin.py").write_bytes((site / "one" / "plugin.py").read_bytes())
+    done = kdrecipe("check", recipe, CORPUS_ROOT=site / "corpus")
+    assert done.status == 0, done.said
+    assert "to run it: the environment variable NOT_SET is not set" in done.said
+    assert kdrecipe("check", site / "one", CORPUS_ROOT=site / "corpus").said.count("to run it") == 0
