@@ -52,7 +52,7 @@ def transcribe(
         What was recognised, file by file.
 
     Raises:
-        KdrecipeError: ``path`` is nothing to recognise with.
+        KdrecipeError: ``path`` is nothing to recognise with, or an export that a ``decoder`` is given for.
         DataError: audio can't be read, or has samples that are no numbers; the files before it have been
             printed.
     """
@@ -92,6 +92,12 @@ def open_runner(
             f"there is neither a bundle (bundle.json) nor {wanted}",
             where=str(path),
             remedy="give exp/systems/<system>/seed<k>, exp/exports/<system>/seed<k>/<exporter>, or a file",
+        )
+    if decoder is not None:
+        raise KdrecipeError(
+            f"an export is recognised by its runtime's own search, not by {decoder}",
+            where=str(path),
+            remedy="leave out --decoder, or give the bundle, exp/systems/<system>/seed<k>",
         )
     return opened, read_pieces((path if path.is_dir() else path.parent) / "tokens.txt")
 

@@ -146,6 +146,12 @@ def test_transcribe_takes_any_sampling_rate_and_channels(trained, tmp_path):
     assert edits(a.tokens, b.tokens).errors <= 2  # near ties of a model trained for seconds
 
 
+def test_transcribe_has_no_decoder_for_exports(exports, audio, capsys):
+    with pytest.raises(KdrecipeError, match=r"runtime's own search, not by ctc_prefix_beam(.|\n)*leave out"):
+        transcribe(exports / "float", [audio], decoder="ctc_prefix_beam")
+    assert capsys.readouterr().out == ""
+
+
 def test_transcribe_names_all_missing_files_before_it_starts(trained, audio, capsys):
     with pytest.raises(DataError) as error:
         transcribe(trained.bundle.path, [audio, "no.wav", "none.wav"])
