@@ -105,6 +105,19 @@ class SelfAttention(nn.Module):
         return y_BTD
 
 
+def depthwise_conv(dim: int, kernel_size: int) -> nn.Conv2d:
+    """A convolution over time, each of D channels for itself; K odd. See :func:`along_time`."""
+    conv = nn.Conv2d(dim, dim, (kernel_size, 1), padding=(kernel_size // 2, 0), groups=dim)
+    return conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def along_time(conv: nn.Conv2d, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """:func:`depthwise_conv` of (B, T, D), to (B, T, D); frames beyond the mask count as zeros."""
+    x = x_BTD.masked_fill(~mask_BT.unsqueeze(2), 0.0)
+    # as a 2-d convolution over (T, 1), whose channels-last layout is (B, T, D) itself
+    return conv(x.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)  # type: ignore[no-any-return]
+
+
 class ConvModule(nn.Module):
     """The Conformer's convolution module, with LayerNorm instead of BatchNorm.
 
@@ -117,16 +130,12 @@ class ConvModule(nn.Module):
         super().__init__()
         self.norm_in = nn.LayerNorm(dim)
         self.expand = nn.Linear(dim, 2 * dim)
-        self.depthwise = nn.Conv2d(dim, dim, (kernel_size, 1), padding=(kernel_size // 2, 0), groups=dim)
-        self.depthwise.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.depthwise = depthwise_conv(dim, kernel_size)
         self.norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D); frames beyond the mask don't reach valid ones."""
         x = F.glu(self.expand(self.norm_in(x_BTD)), dim=-1)
-        x = x.masked_fill(~mask_BT.unsqueeze(2), 0.0)
-        # as a 2-d convolution over (T, 1), whose channels-last layout is (B, T, D) itself
-        x = self.depthwise(x.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
-        y_BTD: Tensor = self.out(F.silu(self.norm(x)))
+        y_BTD: Tensor = self.out(F.silu(self.norm(along_time(self.depthwise, x, mask_BT))))
         return y_BTD

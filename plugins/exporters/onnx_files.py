@@ -32,8 +32,8 @@ class OnnxOptions(Options):
     """Options of the ONNX exporters.
 
     Args:
-        conv_weights: how the int8 files store the weights of convolutions and embeddings; they
-            compute in float32 either way.
+        conv_weights: how the int8 files store the weights of convolutions, LSTMs and embeddings;
+            they compute in float32 either way.
         reduce_range: 7 instead of 8 bits for the weights of matrix products, for x86 processors
             without VNNI (before 2019), whose 8-bit sums saturate; others lose precision by it.
     """

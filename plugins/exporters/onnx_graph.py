@@ -18,6 +18,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 QMAX = 127  # symmetric: -128 stays unused, zero is exact
 QMAX_REDUCED = 63  # sums of two products then fit the 16 bits that x86 without VNNI adds them in
 MIN_SCALE = 1e-12
+ROWS = {"Conv": (0, (1,)), "LSTM": (1, (1, 2))}
+"""Operators that compute in float32 -> axis of output channels in their weights, inputs that are weights."""
 
 
 def slim(model: ModelProto) -> ModelProto:
@@ -51,14 +53,14 @@ def quantise(
 
     A product ``MatMul(a, W)`` becomes ``MatMulInteger`` of 8-bit ``a`` (one scale per call) and int8
     ``W`` (one scale per column, symmetric), the pattern that onnxruntime runs as one kernel.
-    Convolutions keep computing in float32, since few runtimes have integer ones, but their weights
-    are stored as int8 (one scale per output channel), decoded when the model is loaded; embeddings
-    (one scale per row), decoded row by row when they are looked up.
+    Convolutions and LSTMs keep computing in float32, since few runtimes have integer ones, but their
+    weights are stored as int8 (one scale per output channel), decoded when the model is loaded;
+    embeddings (one scale per row), decoded row by row when they are looked up.
 
     Args:
         model: as :func:`slim` gives it.
         keep_float: ``tobytes()`` of matrices (I, O) that must stay as they are.
-        convs: store the weights of convolutions as int8, too.
+        convs: store the weights of convolutions and LSTMs as int8, too.
         embeddings: and those of embeddings.
         reduce_range: use 7 bits for the weights of products.
     """
@@ -77,10 +79,13 @@ def quantise(
                 _set_int8(graph, weight.name, matrix_IO, axis=1, steps=steps)
                 nodes.extend(_integer_product(node, scales_of))
                 continue
-        if convs and node.op_type == "Conv" and weight is not None:
-            _set_int8(graph, weight.name, numpy_helper.to_array(weight), axis=0, steps=QMAX)
-            nodes.extend(_decoded(weight.name))
-            node.input[1] = f"{weight.name}_d"
+        if convs and node.op_type in ROWS:
+            axis, inputs = ROWS[node.op_type]
+            for number in inputs:
+                if (stored := weights.get(node.input[number])) is not None:
+                    _set_int8(graph, stored.name, numpy_helper.to_array(stored), axis=axis, steps=QMAX)
+                    nodes.extend(_decoded(stored.name))
+                    node.input[number] = f"{stored.name}_d"
         table = weights.get(node.input[0]) if node.op_type == "Gather" else None
         if embeddings and table is not None and table.data_type == TensorProto.FLOAT and len(table.dims) == 2:
             _set_int8(graph, table.name, numpy_helper.to_array(table), axis=0, steps=QMAX)

@@ -68,7 +68,7 @@ def all_heads(tmp_path_factory) -> Trained:
     return train(tmp_path_factory.mktemp("bundles_of_all_heads"), {**MODEL, "heads": ALL_HEADS})
 
 
-def train(directory: Path, description: dict) -> Trained:
+def train(directory: Path, description: dict, num_epochs: int = 26) -> Trained:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     train = spoken(48, seed=1)
@@ -78,7 +78,7 @@ def train(directory: Path, description: dict) -> Trained:
     model = build_model(description, input_dim=80, vocab_size=len(tokens), registry=registry)
     frames = torch.cat(features)
     model.norm = FeatureNorm.from_stats(frames.mean(0), frames.std(0))
-    _fit(model, features, [tokens.encode(u.text) for u in train])
+    _fit(model, features, [tokens.encode(u.text) for u in train], num_epochs)
     meta = {
         "name": "tiny", "kind": "trained", "parent": None, "seed": 0, "model": description,
         "features": FEATURES, "compression": [], "plugin_files": {},
@@ -95,7 +95,7 @@ def train(directory: Path, description: dict) -> Trained:
     )
 
 
-def _fit(model, features, tokens, num_epochs: int = 26) -> None:
+def _fit(model, features, tokens, num_epochs: int) -> None:
     """A few seconds of all heads' losses: enough to read most words."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     num_steps = num_epochs * 6
