@@ -204,7 +204,11 @@ def ctc_greedy(scores_BTV: Tensor, lens_B: Tensor) -> tuple[list[list[int]], lis
     Returns:
         Tokens of each utterance, and the frame at which each of them begins.
     """
-    best_BT = scores_BTV.argmax(-1)
+    return ctc_text(scores_BTV.argmax(-1), lens_B)
+
+
+def ctc_text(best_BT: Tensor, lens_B: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+    """As :func:`ctc_greedy`, of the best labels (B, T) int64."""
     previous_BT = F.pad(best_BT[:, :-1], (1, 0), value=BLANK_ID)
     starts_BT = (best_BT != BLANK_ID) & (best_BT != previous_BT) & frame_mask(lens_B, best_BT.shape[1])
     frames = [row_T.nonzero().flatten().tolist() for row_T in starts_BT]
@@ -232,6 +236,12 @@ def ctc_nll(logits_BTV: Tensor, lens_B: Tensor, tokens_BU: Tensor, token_lens_B:
         reduction="none",
         zero_infinity=True,
     )
+
+
+def ctc_nll_of_texts(logits_BTV: Tensor, lens_B: Tensor, tokens_BNU: Tensor, token_lens_BN: Tensor) -> Tensor:
+    """(B, N) of N texts per utterance, see :func:`ctc_nll`."""
+    texts = zip(tokens_BNU.unbind(1), token_lens_BN.unbind(1), strict=True)
+    return torch.stack([ctc_nll(logits_BTV, lens_B, *text) for text in texts], dim=1)
 
 
 def frames_needed(tokens_BU: Tensor, token_lens_B: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from kdrecipe.interfaces import (
 )
 from kdrecipe.lattice import full_lattice_posteriors, joined_cells, simple_pass, three_classes
 from kdrecipe.model.heads.rnnt import RnntHead, RnntHeadOptions, RnntLoss, RnntLossOptions
-from kdrecipe_plugins.losses.rnnt_kl import RnntKlLoss
+from kdrecipe_plugins.losses.transducer import RnntKlLoss
 
 V, D = 8, 6
 INFO = ModelInfo("tokens", V, 0.04, {"rnnt": ("rnnt_lattice",)}, {})

@@ -46,7 +46,7 @@ class CtcHead(nn.Module):
     """
 
     Config: ClassVar[type[Options]] = CtcHeadOptions
-    target_kinds: ClassVar[tuple[TargetKind, ...]] = ("frame_logits",)
+    target_kinds: ClassVar[tuple[TargetKind, ...]] = ("frame_logits", "hypotheses")
     free_options: ClassVar[tuple[str, ...]] = ("dropout",)
 
     def __init__(self, config: CtcHeadOptions, input_dim: int, vocab_size: int) -> None:
