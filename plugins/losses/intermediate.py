@@ -159,8 +159,8 @@ class SelfCtcKl(_InterLoss):
         return []
 
     def taught_by(self, out: ModelOutput, targets: Targets) -> Posteriors:
-        """The student at its top."""
-        return Posteriors(full_precision(out.logits["ctc"]).detach().log_softmax(-1), out.lens_B)
+        """The student at its top; what is compared as a teacher's never carries a gradient."""
+        return Posteriors(full_precision(out.logits["ctc"]).log_softmax(-1), out.lens_B)
 
 
 @hookimpl

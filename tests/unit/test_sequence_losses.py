@@ -172,6 +172,23 @@ def test_ctc_full_sum(distance, normalise, seed):
     assert int(result.count) == sum(map(len, texts))
 
 
+def test_probabilities_are_scaled_over_the_texts_that_count():
+    """The empty text is among the best of a teacher that says blank, and is left out."""
+    out, logits, _ = small(0)
+    logits[..., 0] += 3
+    p, q = logits[0, :4].softmax(-1), out.logits["ctc"][0, :4].softmax(-1)
+    item = n_best(logits, out.lens_B, 3)
+    texts = [text_of(item, number) for number in range(3)]
+    assert () in texts
+    spoken = [text for text in texts if text]
+    shares = [[probability(x, text) for text in spoken] for x in (p, q)]
+    a, b = ([math.log(x / sum(xs)) for x in xs] for xs in shares)
+    loss = make(CtcFullSum, num_texts=3, normalise=True, distance="l2")
+    result = loss(out, Targets({SPEC.key: item}), BATCH)
+    want = sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+    assert float(result.total) == pytest.approx(want, rel=1e-3, abs=1e-4)
+
+
 def test_full_sum_is_0_where_both_agree():
     out = random_output((9, 6, 7))
     targets = targets_like(out, [SPEC], noise=0.0)

@@ -145,6 +145,20 @@ def test_a_late_student_that_says_the_same_is_found(per):
     assert float(strict.total) > float(result.total) + 1
 
 
+def test_the_delay_of_an_utterance_has_the_least_mean_not_the_least_sum():
+    """At delay 2 one frame is left, which costs more than the mean of three, and less than their sum."""
+    p = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1]])
+    q = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.5, 0.5]])
+    lens_B = torch.tensor([3])
+    out = ModelOutput(torch.zeros(1, 3, 2), lens_B, {"ctc": q.log()[None]})
+    targets = Targets({"frame_logits:ctc": Posteriors(p.log()[None], lens_B)})
+    result = make(ShiftedKl, per="utterance", latest=2)(out, targets, BATCH)
+    assert (int(result.count), int(result.metrics["delay"])) == (3, 0)
+    kl = [0.9 * math.log(0.9 / x) + 0.1 * math.log(0.1 / (1 - x)) for x in (0.6, 0.6, 0.5)]
+    assert kl[2] < sum(kl)
+    assert float(result.total) == pytest.approx(sum(kl), rel=1e-4)
+
+
 def test_the_gradient_goes_to_the_chosen_frame_alone():
     out, targets = pair()
     logits = delayed(out, targets, 1).logits["ctc"][:1].clone()
