@@ -46,7 +46,7 @@ from kdrecipe.interfaces import (
 from kdrecipe.lattice import three_classes
 from kdrecipe.lattice.paths import lattice_log_likelihood
 from kdrecipe.model.heads.rnnt import RnntLoss, RnntLossOptions
-from kdrecipe_plugins.losses.rnnt_kl import RnntKlLoss
+from kdrecipe_plugins.losses.transducer import RnntKlLoss
 
 RANGE, SIMPLE_SCALE, LM_SCALE = 5, 0.5, 0.25
 

@@ -1,4 +1,4 @@
-"""Tools for what goes by frames: valid frames, precision, top-k posteriors, the best CTC path.
+"""Tools for what goes by frames: valid frames, precision, top-k posteriors, CTC's best path and likelihood.
 
 Shapes, in names: B utterances, T frames (padded), N valid frames of a batch in a row, V vocabulary,
 K kept classes, D width.
@@ -78,6 +78,47 @@ def keep_top(posteriors: Posteriors, top_k: int | None) -> Posteriors:
     if posteriors.indices_BTK is not None:
         indices_BTK = posteriors.indices_BTK.gather(-1, indices_BTK)
     return Posteriors(sorted_BTK[..., :top_k], posteriors.lens_B, indices_BTK, log_tail_BT)
+
+
+def all_classes(posteriors: Posteriors, num_classes: int) -> Posteriors:
+    """Posteriors over all V classes in order, for losses that can't take several classes as one.
+
+    A single class that is left out is known: it has the tail's mass.
+
+    Args:
+        posteriors: of all classes, in any order, or of all but one.
+        num_classes: V.
+
+    Raises:
+        DataError: more than one class was left out.
+    """
+    if posteriors.indices_BTK is None:
+        return posteriors
+    num_kept = posteriors.log_probs_BTK.shape[-1]
+    if num_kept < num_classes - 1:
+        raise DataError(
+            f"the targets have {num_kept} of {num_classes} classes per frame, this loss needs all of them",
+            remedy="leave out top_k, or use a loss that takes the rest as one class (kl)",
+        )
+    log_tail_BT = posteriors.log_tail_BT
+    if log_tail_BT is None:
+        log_tail_BT = torch.full_like(posteriors.log_probs_BTK[..., 0], MIN_LOG_PROB)
+    every_BTV = log_tail_BT[..., None].repeat(1, 1, num_classes)
+    log_probs_BTV = every_BTV.scatter(-1, posteriors.indices_BTK, posteriors.log_probs_BTK)
+    return Posteriors(log_probs_BTV, posteriors.lens_B)
+
+
+def blank_probs(posteriors: Posteriors) -> Tensor:
+    """(B, T) posterior of the blank; where it is not among the kept classes, the most it can be."""
+    probs_BTK = posteriors.log_probs_BTK.exp()
+    if posteriors.indices_BTK is None:
+        return probs_BTK[..., BLANK_ID]
+    is_blank_BTK = posteriors.indices_BTK == BLANK_ID
+    blank_BT = probs_BTK.where(is_blank_BTK, 0.0).sum(-1)
+    if posteriors.log_tail_BT is None:
+        return blank_BT
+    most_BT = probs_BTK.amin(-1).minimum(posteriors.log_tail_BT.exp())
+    return blank_BT.where(is_blank_BTK.any(-1), most_BT)
 
 
 def over_tokens(posteriors: Posteriors, origin: Sequence[int | None]) -> Posteriors:
@@ -163,9 +204,48 @@ def ctc_greedy(scores_BTV: Tensor, lens_B: Tensor) -> tuple[list[list[int]], lis
     Returns:
         Tokens of each utterance, and the frame at which each of them begins.
     """
-    best_BT = scores_BTV.argmax(-1)
+    return ctc_text(scores_BTV.argmax(-1), lens_B)
+
+
+def ctc_text(best_BT: Tensor, lens_B: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+    """As :func:`ctc_greedy`, of the best labels (B, T) int64."""
     previous_BT = F.pad(best_BT[:, :-1], (1, 0), value=BLANK_ID)
     starts_BT = (best_BT != BLANK_ID) & (best_BT != previous_BT) & frame_mask(lens_B, best_BT.shape[1])
     frames = [row_T.nonzero().flatten().tolist() for row_T in starts_BT]
     tokens = [row_T[at].tolist() for row_T, at in zip(best_BT, frames, strict=True)]
     return tokens, frames
+
+
+def ctc_nll(logits_BTV: Tensor, lens_B: Tensor, tokens_BU: Tensor, token_lens_B: Tensor) -> Tensor:
+    """(B,) -log P(text | audio) of CTC, the sum over all alignments; float32 at least.
+
+    0, without gradient, where there are fewer frames than :func:`frames_needed`.
+
+    Args:
+        logits_BTV: not normalised; padding may hold anything.
+        lens_B: valid frames.
+        tokens_BU: int64, without blanks; padding may hold anything.
+        token_lens_B: int64.
+    """
+    return F.ctc_loss(
+        full_precision(logits_BTV).log_softmax(-1).transpose(0, 1),
+        tokens_BU,
+        lens_B,
+        token_lens_B,
+        blank=BLANK_ID,
+        reduction="none",
+        zero_infinity=True,
+    )
+
+
+def ctc_nll_of_texts(logits_BTV: Tensor, lens_B: Tensor, tokens_BNU: Tensor, token_lens_BN: Tensor) -> Tensor:
+    """(B, N) of N texts per utterance, see :func:`ctc_nll`."""
+    texts = zip(tokens_BNU.unbind(1), token_lens_BN.unbind(1), strict=True)
+    return torch.stack([ctc_nll(logits_BTV, lens_B, *text) for text in texts], dim=1)
+
+
+def frames_needed(tokens_BU: Tensor, token_lens_B: Tensor) -> Tensor:
+    """(B,) the fewest frames CTC can spell the tokens in: one each, and a blank within doubles."""
+    doubled = tokens_BU[:, 1:] == tokens_BU[:, :-1]  # (B, max(U - 1, 0))
+    within = frame_mask(token_lens_B - 1, doubled.shape[1])
+    return token_lens_B + (doubled & within).sum(1)

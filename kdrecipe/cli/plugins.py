@@ -12,6 +12,7 @@ import click
 
 from kdrecipe.cli.scaffold import TEMPLATES, write_plugin
 from kdrecipe.errors import PluginError, did_you_mean
+from kdrecipe.interfaces import Options
 from kdrecipe.plugin.registry import KINDS
 from kdrecipe.recipe.yaml import parse_value
 
@@ -73,8 +74,16 @@ def show(name: str, kind: str | None, files: tuple[Path, ...]) -> None:
         for field_name, field in config.model_fields.items():
             default = "required" if field.is_required() else f"default {field.get_default()!r}"
             click.echo(f"  {field.alias or field_name}: {_type_text(field.annotation)} ({default})")
-        if config.model_fields and (text := inspect.getdoc(config)):
+        for text in _option_texts(config):
             click.echo(f"\n{text}")
+
+
+def _option_texts(config: Any) -> list[str]:
+    """What is said of the options: of a plugin's own, then of those it shares with others."""
+    if not config.model_fields:
+        return []
+    classes = [cls for cls in config.__mro__ if issubclass(cls, Options) and cls is not Options]
+    return [inspect.cleandoc(cls.__doc__) for cls in classes if cls.__doc__]
 
 
 def _type_text(annotation: Any) -> str:

@@ -16,7 +16,9 @@ FRAME_KINDS: tuple[TargetKind, ...] = ("frame_logits", "rnnt_lattice", "hidden")
 """Kinds whose targets go by frames, which must fall together with the student's."""
 FORCED_KINDS: tuple[TargetKind, ...] = ("token_logits", "rnnt_lattice")
 """Kinds that a teacher can only give along a text."""
-VOCABULARY_KINDS: tuple[TargetKind, ...] = ("frame_logits", "token_logits", "rnnt_lattice")
+TEXT_KINDS: tuple[TargetKind, ...] = (*FORCED_KINDS, "hypotheses")
+"""Kinds that are about the text of one utterance, so that utterances that are joined have none."""
+VOCABULARY_KINDS: tuple[TargetKind, ...] = ("frame_logits", "token_logits", "rnnt_lattice", "hypotheses")
 """Kinds that are about tokens, which must be the student's."""
 
 Align = Literal["mean", "stride", "interpolate"]
@@ -37,7 +39,8 @@ class TargetSpec:
             the student's own.
         vocab_id: hash of the token list that the last axis counts in; None: not a vocabulary.
         dtype: how it is stored (``float16`` or ``float32``).
-        top_k: classes kept per frame, the rest as one tail mass; None means all.
+        top_k: classes kept per frame, the rest as one tail mass; None means all. Of ``hypotheses``: how many
+            texts per utterance; None means one.
         align: of a need: how the teacher's frames become the student's where their shifts differ; None:
             they must not.
     """
@@ -137,6 +140,31 @@ class LatticePosteriors:
 
 
 @dataclass
+class NBest:
+    """A teacher's best texts of each utterance, best first, N of them or as many as it found.
+
+    Args:
+        tokens_BNU: int64, padded with BLANK_ID.
+        token_lens_BN: int64.
+        log_probs_BN: float32, log P(text | audio), summed over all alignments; of texts that are not
+            there :data:`kdrecipe.frames.MIN_LOG_PROB`, and they are empty.
+    """
+
+    tokens_BNU: Tensor
+    token_lens_BN: Tensor
+    log_probs_BN: Tensor
+
+    @property
+    def lens_B(self) -> Tensor:
+        """int64: texts of each utterance, as other targets have frames or tokens."""
+        return self.token_lens_BN.new_full(self.token_lens_BN.shape[:1], self.token_lens_BN.shape[1])
+
+
+TargetItem = Posteriors | Hidden | LatticePosteriors | NBest
+"""A target of one kind, of a batch."""
+
+
+@dataclass
 class Targets:
     """All that one teacher says about a batch, by :attr:`TargetSpec.key`.
 
@@ -148,7 +176,7 @@ class Targets:
         token_lens_B: int64, their lengths.
     """
 
-    items: dict[str, Posteriors | Hidden | LatticePosteriors] = field(default_factory=dict)
+    items: dict[str, TargetItem] = field(default_factory=dict)
     tokens_BU: Tensor | None = None
     token_lens_B: Tensor | None = None
 
@@ -168,6 +196,12 @@ class Targets:
         """Transducer posteriors of the teacher's ``head``."""
         item = self.items[f"rnnt_lattice:{head}"]
         assert isinstance(item, LatticePosteriors)
+        return item
+
+    def hypotheses(self, head: str = "ctc") -> NBest:
+        """The best texts of the teacher's ``head``."""
+        item = self.items[f"hypotheses:{head}"]
+        assert isinstance(item, NBest)
         return item
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Targets:

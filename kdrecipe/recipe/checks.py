@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdrecipe.errors import KdrecipeError, PluginError, did_you_mean
-from kdrecipe.interfaces import FORCED_KINDS, TargetSpec
+from kdrecipe.interfaces import TEXT_KINDS, TargetSpec
 from kdrecipe.plugin.loader import reason
 from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.parsing import SECTION_OF, Parser
@@ -263,7 +263,7 @@ class Checker:
         for i, term in enumerate(system.terms):
             if not cached & ({term.teacher} if term.teacher else set(system.teachers)):
                 continue
-            for kind in dict.fromkeys(need.kind for need in self.requires(term) if need.kind in FORCED_KINDS):
+            for kind in dict.fromkeys(need.kind for need in self.requires(term) if need.kind in TEXT_KINDS):
                 what = f"{term.name!r} learns from cached {kind}, which follow the text of one utterance"
                 remedy = "training.augment.join joins utterances: set it to 0 here, or targets.mode: live"
                 self._problem(system, ("losses", i), what, remedy)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kdrecipe.errors import DataError
-from kdrecipe.interfaces import FORCED_KINDS, Piece, TargetSpec
+from kdrecipe.interfaces import FRAME_KINDS, TEXT_KINDS, Piece, TargetSpec
 from kdrecipe.targets.kinds import Arrays, kind_of, num_frames
 
 
@@ -30,13 +30,14 @@ def in_row(
         DataError: joined targets that depend on a text; an utterance between two frames of the target.
     """
     first, last = pieces[0], pieces[-1]
-    if len(pieces) > 1 and spec.kind in FORCED_KINDS:
+    if len(pieces) > 1 and spec.kind in TEXT_KINDS:
         raise DataError(
             f"cached targets of kind {spec.kind} follow the text of one utterance, and can't be joined",
             where="+".join(piece.id for piece in pieces),
             remedy="set training.augment.join: 0, or targets.mode: live",
         )
-    if spec.kind == "token_logits" or (first.start == 0 and num_features == last.num_frames):
+    by_frames = spec.kind in FRAME_KINDS
+    if not by_frames or (first.start == 0 and num_features == last.num_frames):
         return said[0]
     around = num_features - last.start - last.num_frames
     if any(piece.start % stride for piece in pieces) or around % stride:

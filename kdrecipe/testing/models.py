@@ -19,18 +19,19 @@ from kdrecipe.interfaces import (
     Batch,
     Hidden,
     Lattice,
-    LatticePosteriors,
     LossSetup,
     ModelInfo,
     ModelOutput,
     Options,
     Posteriors,
+    TargetItem,
     TargetKind,
     Targets,
     TargetSpec,
 )
 from kdrecipe.lattice import full_lattice_posteriors
 from kdrecipe.model.heads.ctc import CtcHead, CtcHeadOptions
+from kdrecipe.targets.kinds.hypotheses import n_best
 
 VOCAB_SIZE = 6
 INPUT_DIM = 8
@@ -271,7 +272,7 @@ def targets_like(
 
     Args:
         out: the student's output; its taps all hold the same.
-        specs: the targets; all kinds but ``codebooks`` and ``hypotheses``.
+        specs: the targets; all kinds but ``codebooks``.
         noise: standard deviation of the difference; 0: the teacher says what the student does.
         teacher: gives the width of its taps; None: :func:`model_info`.
         seed: of the noise.
@@ -281,7 +282,7 @@ def targets_like(
     """
     teacher = teacher or model_info()
     rng = torch.Generator().manual_seed(seed)
-    items: dict[str, Posteriors | Hidden | LatticePosteriors] = {}
+    items: dict[str, TargetItem] = {}
     texts: tuple[Tensor, ...] = ()
     for spec in specs:
         if spec.kind in ("frame_logits", "token_logits"):
@@ -294,6 +295,10 @@ def targets_like(
             moved = noise * torch.randn(other.encoder_BTJ.shape, generator=rng)
             other.encoder_BTJ = other.encoder_BTJ + moved  # not in place: the student has it, too
             items[spec.key] = full_lattice_posteriors(other)
+        elif spec.kind == "hypotheses":
+            logits_BTV = out.logits[spec.tap].detach()
+            moved_BTV = logits_BTV + noise * torch.randn(logits_BTV.shape, generator=rng)
+            items[spec.key] = n_best(moved_BTV, out.lens_B, spec.top_k or 1)
         elif spec.kind == "hidden":
             dim = teacher.taps.get(spec.tap, WIDTH)
             same = [x.detach() for x in (*out.taps.values(), out.hidden_BTD) if x.shape[-1] == dim]

@@ -1,8 +1,6 @@
 """CTC prefix beam search (Hannun et al. 2014): the most probable text, summed over its alignments.
 
-Per prefix two log-probabilities are kept: of all paths that end in a blank, and of all that end in
-the prefix's last token. Pruning to the best tokens of a frame and the best prefixes makes the
-score a lower bound of the text's log-probability; with neither it is exact.
+The search is :func:`kdrecipe.lattice.ctc.prefix_beam_search`.
 
 A language model comes in by shallow fusion: a text of U tokens has the score
 ln p(text | audio) + lm_weight * ln p_LM(text, its end) + length_bonus * U, and prefixes compete by
@@ -11,11 +9,9 @@ the same sum without the end.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterator
-from math import exp, inf, log1p
-from operator import attrgetter
-from typing import Any, ClassVar
+from collections.abc import Callable
+from math import inf
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,10 +20,9 @@ from torch import nn
 
 from kdrecipe import hookimpl
 from kdrecipe.interfaces import BLANK_ID, Hypothesis, LanguageModel, ModelOutput, Options, TokenTable
+from kdrecipe.lattice.ctc import Prefix, prefix_beam_search
 
 from .fusion import Fusion
-
-Prefix = tuple[int, ...]
 
 
 class CtcPrefixBeam:
@@ -82,109 +77,6 @@ class CtcPrefixBeam:
         return results
 
 
-class _Node:
-    """A prefix, in the tree of all that were tried.
-
-    ``blank`` and ``token`` are the log-probabilities of its paths that end in a blank, and of those
-    that end in its last token; ``next_blank`` and ``next_token`` the same one frame later. ``frame``
-    is the last frame that reached it.
-    """
-
-    __slots__ = (
-        "blank", "bonus", "children", "frame", "last", "next_blank", "next_token", "parent", "score",
-        "state", "token",
-    )  # fmt: skip
-
-    def __init__(self, parent: _Node | None, last: int, bonus: float, state: Any) -> None:
-        self.parent = parent
-        self.last = last
-        self.bonus = bonus  # all that fusion adds
-        self.state = state
-        self.children: dict[int, _Node] = {}
-        self.frame = -1
-        self.blank = self.token = self.next_blank = self.next_token = self.score = -inf
-
-    def child(self, token: int, fusion: Fusion) -> _Node:
-        """The prefix with ``token`` after it; the language model is asked once for each."""
-        found = self.children.get(token)
-        if found is None:
-            bonus, state = fusion.extend(self.state, token)
-            found = self.children[token] = _Node(self, token, self.bonus + bonus, state)
-        return found
-
-    def reach(self, frame: int, reached: list[_Node]) -> None:
-        """Join the prefixes that ``frame`` leads to."""
-        if self.frame != frame:
-            self.frame = frame
-            self.next_blank = self.next_token = -inf
-            reached.append(self)
-
-    def advance(self) -> None:
-        """One frame later."""
-        self.blank, self.token = self.next_blank, self.next_token
-        self.score = log_add(self.blank, self.token) + self.bonus
-
-    def prefix(self) -> Prefix:
-        """Its tokens."""
-        node, tokens = self, []
-        while node.parent is not None:
-            tokens.append(node.last)
-            node = node.parent
-        return tuple(reversed(tokens))
-
-
-def prefix_beam_search(
-    log_probs_TV: np.ndarray, beam: int, num_tokens_per_frame: int, fusion: Fusion | None = None
-) -> list[tuple[Prefix, float]]:
-    """The best texts of one utterance with their scores, best first.
-
-    Args:
-        log_probs_TV: log-posteriors, without padding.
-        beam: prefixes kept per frame (at most so many are returned).
-        num_tokens_per_frame: tokens tried per frame; the blank is always tried.
-        fusion: what a text scores besides its log-probability; None: nothing.
-    """
-    fusion = fusion or Fusion()
-    root = _Node(None, BLANK_ID, 0.0, fusion.start())
-    root.next_blank = 0.0
-    root.advance()
-    kept = [root]
-    for frame, (tried, blank) in enumerate(_pruned_frames(log_probs_TV, num_tokens_per_frame)):
-        reached: list[_Node] = []
-        for node in kept:
-            total = log_add(node.blank, node.token)
-            node.reach(frame, reached)
-            node.next_blank = total + blank
-            for token, log_prob in tried:
-                longer = node.child(token, fusion)
-                longer.reach(frame, reached)
-                if token == node.last:  # without a blank between them the two are one
-                    node.next_token = log_add(node.next_token, node.token + log_prob)
-                    longer.next_token = log_add(longer.next_token, node.blank + log_prob)
-                else:
-                    longer.next_token = log_add(longer.next_token, total + log_prob)
-        for node in reached:
-            node.advance()
-        kept = heapq.nlargest(beam, reached, key=attrgetter("score"))
-    scored = [(node.prefix(), node.score + fusion.end(node.state)) for node in kept if node.score > -inf]
-    return sorted(scored, key=lambda item: -item[1])
-
-
-def _pruned_frames(
-    log_probs_TV: np.ndarray, num_tokens: int
-) -> Iterator[tuple[list[tuple[int, float]], float]]:
-    """Per frame: the best tokens but the blank, each with its log-probability, and the blank's."""
-    if len(log_probs_TV) == 0:
-        return
-    tokens_TV = log_probs_TV.copy()
-    tokens_TV[:, BLANK_ID] = -inf
-    keep = min(num_tokens, tokens_TV.shape[1] - 1)
-    best_TK = np.argpartition(-tokens_TV, keep - 1, axis=1)[:, :keep]
-    best_log_probs_TK = np.take_along_axis(tokens_TV, best_TK, axis=1)
-    for frame, blank in enumerate(log_probs_TV[:, BLANK_ID].tolist()):
-        yield list(zip(best_TK[frame].tolist(), best_log_probs_TK[frame].tolist(), strict=True)), blank
-
-
 def align(log_probs_TV: np.ndarray, ids: Prefix) -> list[int]:
     """The frame at which each token starts in the most probable alignment (Viterbi).
 
@@ -216,13 +108,6 @@ def align(log_probs_TV: np.ndarray, ids: Prefix) -> list[int]:
             starts[state // 2] = frame
         state -= int(steps_TS[frame, state])
     return starts
-
-
-def log_add(a: float, b: float) -> float:
-    """log(exp(a) + exp(b)); numpy's is ten times slower on two floats."""
-    if a < b:
-        a, b = b, a
-    return a if b == -inf else a + log1p(exp(b - a))
 
 
 @hookimpl

@@ -28,8 +28,8 @@ from kdrecipe.interfaces import (
     Options,
     TokenTable,
 )
+from kdrecipe.lattice.ctc import log_add
 
-from .ctc_prefix_beam import log_add
 from .fusion import Fusion
 
 FUSED_PER_BEAM = 2  # candidates per frame that fusion scores, in beams

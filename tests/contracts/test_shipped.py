@@ -7,7 +7,6 @@ import importlib.util
 import pytest
 import torch
 
-from kdrecipe.interfaces import LossSetup
 from kdrecipe.model.asr import AsrModel, FeatureNorm
 from kdrecipe.model.heads.ctc import CtcHead, CtcLoss
 from kdrecipe.plugin.loader import load_plugins
@@ -19,22 +18,17 @@ from kdrecipe.testing.contracts import (
     loss_contract,
     test_plugin,
 )
-from kdrecipe.testing.models import model_info
 from kdrecipe_plugins.architectures.conformer import Conformer
 from kdrecipe_plugins.architectures.transformer import Transformer
 from kdrecipe_plugins.architectures.whisper_encoder import WhisperEncoder
 from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic
 from kdrecipe_plugins.compressors.magnitude_prune import MagnitudePrune
 from kdrecipe_plugins.losses.cr_ctc import CrCtc
-from kdrecipe_plugins.losses.hidden_mse import HiddenMse
 from kdrecipe_plugins.losses.kl import KlLoss
 
 PLUGINS = load_plugins()
 KINDS = ("architectures", "losses", "compressors", "corpora", "decoders", "metrics")
 SHIPPED = [(kind, name) for kind in KINDS for name in PLUGINS.registry.names(kind)]
-
-TWO_PAIRS = {"encoder.0": "encoder.3", "encoder.1": "encoder.3"}
-NORMALISED = "the target is the teacher's hidden state scaled, not the hidden state itself"
 
 
 @pytest.mark.parametrize(("kind", "name"), SHIPPED, ids=[f"{k}-{n}" for k, n in SHIPPED])
@@ -47,7 +41,6 @@ def test_as_the_command_line_checks_it(kind, name):
 
 
 def losses() -> dict[str, Contract]:
-    wide = LossSetup(model_info(width=4), model_info(width=7))
     return {
         "ctc": loss_contract(CtcLoss),
         "cr_ctc": loss_contract(CrCtc),
@@ -58,13 +51,6 @@ def losses() -> dict[str, Contract]:
         "kl-weight": loss_contract(KlLoss, {"blank": "weight"}),
         "kl-reverse": loss_contract(KlLoss, {"direction": "reverse", "temperature": 2.0}),
         "kl-top-2": loss_contract(KlLoss, {"top_k": 2}),
-        "hidden_mse": loss_contract(HiddenMse, {"layers": TWO_PAIRS}),
-        "hidden_mse-projected": loss_contract(HiddenMse, {"layers": TWO_PAIRS}, setup=wide),
-        "hidden_mse-normalised": loss_contract(
-            HiddenMse,
-            {"layers": TWO_PAIRS, "normalise": True},
-            expected_failed_checks={"minimum_at_teacher": NORMALISED},
-        ),
     }
 
 

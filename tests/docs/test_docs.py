@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import subprocess
@@ -263,8 +264,6 @@ def test_python_compiles(page):
 
 
 def test_the_snippet_calls_sherpa_onnx_as_it_is():
-    import inspect
-
     import sherpa_onnx
 
     snippet = readme_block("import sherpa_onnx")
@@ -279,19 +278,58 @@ def test_the_stage_table_is_the_code_s():
     assert [int(number) for number, _, _ in rows] == list(range(len(STAGES)))
 
 
+# ---------------------------------------------------------------- every loss
+
+
+def loss_rows() -> list[list[str]]:
+    """Cells of the tables of all losses: name, needs, formula, paper."""
+    guide = text_of(ROOT / "docs" / "which-loss.md").split("## All losses")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `\w+` \|.*\|$", guide, re.MULTILINE)
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_guide_has_a_row_for_every_loss():
+    registry = plugins().registry
+    shipped = [n for n in registry.names("losses") if registry.source("losses", n).package == "kdrecipe"]
+    assert sorted(row[0].strip("`") for row in loss_rows()) == sorted(shipped)
+
+
+@pytest.mark.parametrize("row", loss_rows(), ids=lambda row: row[0].strip("`"))
+def test_needs_and_papers_of_the_guide_are_the_loss_s(row):
+    name, needs, formula, paper = row
+    cls = plugins().registry.get("losses", name.strip("`"))
+    config = cls.Config(**getattr(cls, "contract_options", {}))
+    kinds = {spec.kind for spec in cls.requires(config)}
+    if "head" in cls.Config.model_fields:
+        kinds.add("token_logits")
+    assert set(re.findall(r"`(\w+)`", needs)) == kinds
+    assert ("all classes" in needs) == getattr(cls, "all_classes", False)
+    assert ("labels" in needs) == getattr(cls, "supervised", False)
+    assert formula
+    module = inspect.getdoc(inspect.getmodule(cls)) or ""
+    for number in re.findall(r"abs/([\d.]+)\)", paper):
+        assert number in (inspect.getdoc(cls) or "") + module, f"{name} does not say that it is from {number}"
+
+
 # ---------------------------------------------------------------- every option
 
 
 def tables() -> dict[str, dict[str, str]]:
-    """What docs/recipe-anatomy.md says: model or plugin -> option -> default as written."""
+    """What docs/recipe-anatomy.md says: model or plugin -> option -> default as written.
+
+    ``A + B`` has the rows of B, which stands above, and then its own.
+    """
     found: dict[str, dict[str, str]] = {}
     pending: list[str] = []
+    has_rows = False
     for line in text_of(ANATOMY).splitlines():
-        if mark := re.fullmatch(r"<!-- (?:options|keys): (\S+) -->", line):
+        if mark := re.fullmatch(r"<!-- (?:options|keys): (\S+)(?: \+ (\S+))? -->", line):
             assert mark[1] not in found, f"{mark[1]} is there twice"
-            pending = [mark[1]] if not pending or found[pending[-1]] else [*pending, mark[1]]
-            found[mark[1]] = {}
+            pending = [mark[1]] if not pending or has_rows else [*pending, mark[1]]
+            has_rows = False
+            found[mark[1]] = dict(found[mark[2]]) if mark[2] else {}
         elif row := re.fullmatch(r"\| `(\w+)` \| (.*?) \| .+ \|", line):
+            has_rows = True
             for name in pending:
                 found[name][row[1]] = row[2].strip("`")
         elif line and not line.startswith("|"):

@@ -118,7 +118,7 @@ def test_the_table_lists_every_check():
 
 
 def test_the_losses_of_the_guide_exist_with_the_options_it_names():
-    from kdrecipe_plugins.losses.hidden_mse import HiddenMse
+    from kdrecipe_plugins.losses.hidden import HiddenMse
     from kdrecipe_plugins.losses.kl import KlLoss
 
     guide = PAGE.with_name("which-loss.md").read_text(encoding="utf-8")

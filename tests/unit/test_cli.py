@@ -356,6 +356,18 @@ def test_plugins_show(plugin_file, capsys):
     assert "did you mean 'kl'?" in capsys.readouterr().err
 
 
+def test_plugins_show_explains_options_that_are_shared_too(capsys):
+    assert main(["plugins", "show", "jsd"]) == 0
+    printed = capsys.readouterr().out
+    for option in (
+        "share: w, of the student",
+        "top_k: classes kept",
+        "temperature: T",
+        "head: whose posteriors",
+    ):
+        assert option in printed
+
+
 def test_plugins_show_with_a_name_of_several_kinds(capsys):
     assert main(["plugins", "show", "ctc"]) == 0
     printed = capsys.readouterr().out

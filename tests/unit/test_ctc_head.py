@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kdrecipe.frames import ctc_greedy
+from kdrecipe.frames import ctc_greedy, frames_needed
 from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Targets
 from kdrecipe.model.heads import ctc
-from kdrecipe.model.heads.ctc import CtcHead, CtcLoss, frames_needed
+from kdrecipe.model.heads.ctc import CtcHead, CtcLoss
 
 
 def collapse(path: tuple[int, ...] | list[int]) -> list[int]:

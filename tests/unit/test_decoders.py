@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from kdrecipe.interfaces import BLANK_ID, ModelOutput
+from kdrecipe.lattice.ctc import prefix_beam_search
 from kdrecipe_plugins.decoders.ctc_greedy import CtcGreedy
-from kdrecipe_plugins.decoders.ctc_prefix_beam import CtcPrefixBeam, align, prefix_beam_search
+from kdrecipe_plugins.decoders.ctc_prefix_beam import CtcPrefixBeam, align
 
 
 class Letters:

@@ -14,12 +14,13 @@ from kdrecipe.artifacts import write_json
 from kdrecipe.data.ngram import BOS, NgramModel, estimate, load_lm
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import KdrecipeError, MissingExtra, RecipeError
+from kdrecipe.lattice.ctc import prefix_beam_search
 from kdrecipe.recipe.load import load_recipe
 from kdrecipe.stages import lm as stage
 from kdrecipe.stages import needed
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.run import build_plan
-from kdrecipe_plugins.decoders.ctc_prefix_beam import CtcPrefixBeam, prefix_beam_search
+from kdrecipe_plugins.decoders.ctc_prefix_beam import CtcPrefixBeam
 from kdrecipe_plugins.decoders.fusion import Fusion
 
 

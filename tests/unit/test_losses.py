@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kdrecipe.errors import DataError, RecipeError
 from kdrecipe.frames import keep_top, valid_frames
-from kdrecipe.interfaces import Hidden, LossSetup, ModelInfo, ModelOutput, Posteriors, Targets
+from kdrecipe.interfaces import LossSetup, ModelInfo, ModelOutput, Posteriors, Targets
 from kdrecipe.testing.models import (
     VOCAB_SIZE,
     loss_setup,
@@ -21,7 +21,6 @@ from kdrecipe.testing.models import (
     targets_like,
 )
 from kdrecipe_plugins.losses.cr_ctc import CrCtc
-from kdrecipe_plugins.losses.hidden_mse import HiddenMse
 from kdrecipe_plugins.losses.kl import KlLoss
 
 BATCH = random_batch()
@@ -184,69 +183,6 @@ def test_other_tokens_are_refused():
     other = ModelInfo("other", VOCAB_SIZE, 0.04, {"ctc": ("frame_logits",)}, {})
     with pytest.raises(RecipeError, match="same tokens"):
         KlLoss(KlLoss.Config(), LossSetup(model_info(), other))
-
-
-# ---------------------------------------------------------------- hidden_mse
-
-
-def hidden_mse(setup=None, **options):
-    return HiddenMse(HiddenMse.Config(**options), setup or loss_setup())
-
-
-def test_hidden_mse_is_the_mean_over_d_summed_over_frames_and_pairs():
-    layers = {"encoder.0": "encoder.2", "encoder.1": "encoder.5"}
-    loss = hidden_mse(layers=layers)
-    out = random_output(LENS, taps=loss.taps)
-    targets = targets_like(out, HiddenMse.requires(loss.config))
-    result = loss(out, targets, BATCH)
-    want = 0.0
-    for student, teacher in layers.items():
-        difference = out.taps[student] - targets.hidden(teacher).values_BTD
-        want += float(valid_frames(difference.square().mean(-1), out.lens_B).sum())
-    assert float(result.total) == pytest.approx(want, rel=1e-5)
-    assert int(result.count) == 2 * sum(LENS)
-
-
-def test_hidden_mse_learns_a_projection_where_widths_differ():
-    setup = LossSetup(model_info(width=4), model_info(width=10))
-    loss = hidden_mse(setup, layers={"encoder.0": "encoder.0"})
-    assert [p.shape for p in loss.parameters()] == [(10, 4), (10,)]
-    out = random_output(LENS, taps=loss.taps)
-    values = out.taps["encoder.0"] @ torch.randn(4, 10)  # a target that a linear map can reach
-    targets = Targets({"hidden:encoder.0": Hidden(values, out.lens_B)})
-    optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
-    for _ in range(150):
-        optimizer.zero_grad()
-        result = loss(out, targets, BATCH)
-        result.total.backward()
-        optimizer.step()
-    assert float(result.total.detach()) / int(result.count) < 0.05
-
-
-def test_normalised_targets_do_not_care_about_the_teachers_scale():
-    loss = hidden_mse(layers={"encoder.0": "encoder.0"}, normalise=True)
-    out = random_output(LENS, taps=loss.taps)
-    targets = targets_like(out, HiddenMse.requires(loss.config))
-    loud = targets.map(lambda x: 50 * x + 3 if x.is_floating_point() else x)
-    got, want = (float(loss(out, t, BATCH).total) for t in (loud, targets))
-    assert got == pytest.approx(want, rel=1e-3)
-
-
-def test_unknown_taps_are_refused_with_a_hint():
-    with pytest.raises(RecipeError, match=r"student declares no tap 'encoder\.99'"):
-        hidden_mse(layers={"encoder.99": "encoder.0"})
-    with pytest.raises(RecipeError, match=r"teacher declares no tap 'encodr\.1'[\s\S]*encoder\.1"):
-        hidden_mse(layers={"encoder.0": "encodr.1"})
-
-
-def test_a_students_tap_must_have_the_frames_of_its_output():
-    student = replace(model_info(), tap_shifts_s={"encoder.0": 0.02})
-    cls = HiddenMse
-    with pytest.raises(
-        RecipeError, match=r"'encoder\.0' has a frame every 0\.02 s, its output every 0\.04 s"
-    ):
-        cls(cls.Config(layers={"encoder.0": "encoder.0"}), LossSetup(student, model_info()))
-    cls(cls.Config(layers={"encoder.1": "encoder.0"}), LossSetup(student, model_info()))
 
 
 # ---------------------------------------------------------------- cr_ctc

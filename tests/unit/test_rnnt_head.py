@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,7 @@ from kdrecipe.interfaces import (
 )
 from kdrecipe.lattice import full_lattice_posteriors, joined_cells, simple_pass, three_classes
 from kdrecipe.model.heads.rnnt import RnntHead, RnntHeadOptions, RnntLoss, RnntLossOptions
-from kdrecipe_plugins.losses.rnnt_kl import RnntKlLoss
+from kdrecipe_plugins.losses.transducer import RnntFullSum, RnntKlLoss
 
 V, D = 8, 6
 INFO = ModelInfo("tokens", V, 0.04, {"rnnt": ("rnnt_lattice",)}, {})
@@ -363,3 +364,63 @@ def test_another_lattice_is_refused():
 def test_what_the_two_classes_leave():
     posteriors = LatticePosteriors(torch.tensor([0.5, 0.3]).log(), torch.tensor([1]), torch.tensor([1]))
     torch.testing.assert_close(three_classes(posteriors.log_probs_BTP2).exp(), torch.tensor([0.5, 0.3, 0.2]))
+
+
+# ---------------------------------------------------------------- full sum
+
+
+def full_sum(**options):
+    return RnntFullSum(RnntFullSum.Config(**options), LossSetup(INFO, INFO))
+
+
+def log_likelihoods(head, batch):
+    """Of the texts, from the joined logits: a path is a row of moves, each a token or a blank."""
+    found = []
+    lattice = head(batch.features_BTF, batch.lens_B, batch)
+    logits = lattice.join(lattice.encoder_BTJ[:, :, None], lattice.predictor_BPJ[:, None]).log_softmax(-1)
+    for row, (frames, size) in enumerate(zip(batch.lens_B, batch.token_lens_B, strict=True)):
+        scores = []
+        for at in itertools.combinations(range(int(frames - 1 + size)), int(size)):
+            t = u = 0
+            score = torch.zeros(())
+            for move in range(int(frames + size)):
+                token = int(batch.tokens_BU[row, u]) if move in at else 0
+                score = score + logits[row, t, u, token]
+                t, u = (t, u + 1) if token else (t + 1, u)
+            scores.append(score)
+        found.append(torch.stack(scores).logsumexp(0))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("distance", ["l1", "l2"])
+def test_full_sum_is_the_distance_of_log_likelihoods(distance):
+    head, teacher, batch = make_head(), make_head(seed=1), make_batch((5, 4, 3), (2, 1, 0))
+    result = full_sum(distance=distance, full=True)(run(head, batch), targets_of(teacher, batch), batch)
+    apart = (log_likelihoods(head, batch) - log_likelihoods(teacher, batch))[:2]  # the last text is empty
+    want = apart.abs().sum() if distance == "l1" else apart.square().sum()
+    torch.testing.assert_close(result.total, want, rtol=1e-3, atol=1e-4)
+    assert int(result.count) == 3
+
+
+def test_full_sum_leads_the_student_to_the_teachers_doubt():
+    head, batch = make_head(), make_batch((9, 7, 6), (3, 1, 2))
+    teacher = make_head(seed=1)
+    optimizer, loss = torch.optim.Adam(head.parameters(), 1e-2), full_sum(distance="l2")
+    targets = targets_of(teacher, batch)
+    targets.lattice().log_probs_BTP2.requires_grad_()
+    first = float(loss(run(head, batch), targets, batch).total.detach())
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss(run(head, batch), targets, batch).total.backward()
+        optimizer.step()
+    assert float(loss(run(head, batch), targets, batch).total.detach()) < 0.05 * first
+    assert targets.lattice().log_probs_BTP2.grad is None
+
+
+def test_full_sum_leaves_out_what_can_not_be():
+    head, batch = make_head(), make_batch((9, 0, 6), (3, 2, 2))
+    targets = targets_of(make_head(seed=1), batch)
+    value = full_sum()(run(head, batch), targets, batch)
+    value.total.backward()
+    assert int(value.count) == 5
+    assert all(p.grad.isfinite().all() for p in head.parameters() if p.grad is not None)

@@ -27,6 +27,7 @@ KEY = {"teacher": "weights-1", "tokens": "tokens-1", "features": {"num_mel_bins"
 FULL = TargetSpec("frame_logits", "ctc")
 TOP_3 = TargetSpec("frame_logits", "ctc", top_k=3)
 HIDDEN = TargetSpec("hidden", "encoder.1")
+TEXTS = TargetSpec("hypotheses", "ctc", top_k=3)
 LENS = {"a": 30, "b": 22, "c": 17, "d": 9}  # feature frames
 
 
@@ -73,7 +74,7 @@ def assert_equal(got, want):
                 assert torch.equal(other, value), (key, name)
 
 
-@pytest.mark.parametrize("specs", [(FULL,), (TOP_3,), (HIDDEN,), (TOP_3, HIDDEN)])
+@pytest.mark.parametrize("specs", [(FULL,), (TOP_3,), (HIDDEN,), (TOP_3, HIDDEN), (TEXTS,)])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_cached_targets_are_the_live_ones_bit_for_bit(cuts, tmp_path, specs, dtype):
     specs = [replace(spec, dtype=dtype) for spec in specs]

@@ -9,14 +9,12 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
-from kdrecipe.frames import ctc_greedy, frame_mask, full_precision
+from kdrecipe.frames import ctc_greedy, ctc_nll, frames_needed
 from kdrecipe.interfaces import (
-    BLANK_ID,
     Batch,
     LossOutput,
     LossSetup,
@@ -48,7 +46,7 @@ class CtcHead(nn.Module):
     """
 
     Config: ClassVar[type[Options]] = CtcHeadOptions
-    target_kinds: ClassVar[tuple[TargetKind, ...]] = ("frame_logits",)
+    target_kinds: ClassVar[tuple[TargetKind, ...]] = ("frame_logits", "hypotheses")
     free_options: ClassVar[tuple[str, ...]] = ("dropout",)
 
     def __init__(self, config: CtcHeadOptions, input_dim: int, vocab_size: int) -> None:
@@ -100,29 +98,13 @@ class CtcLoss:
 
     def __call__(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
         """Total in nats, count in tokens."""
-        logits_BTV = full_precision(out.logits["ctc"])
         used_B = batch.labelled_B & (batch.token_lens_B > 0)
-        nll_B = F.ctc_loss(
-            logits_BTV.log_softmax(-1).transpose(0, 1),
-            batch.tokens_BU,
-            out.lens_B,
-            batch.token_lens_B,
-            blank=BLANK_ID,
-            reduction="none",
-            zero_infinity=True,
-        )
+        nll_B = ctc_nll(out.logits["ctc"], out.lens_B, batch.tokens_BU, batch.token_lens_B)
         infeasible_B = used_B & (out.lens_B < frames_needed(batch.tokens_BU, batch.token_lens_B))
         # not a product with the mask: what is left out must not bring NaN along
         total = nll_B.where(used_B, torch.zeros_like(nll_B)).sum()
         count = batch.token_lens_B.where(used_B, torch.zeros_like(batch.token_lens_B)).sum()
         return LossOutput(total, count, {"infeasible": infeasible_B.sum()})
-
-
-def frames_needed(tokens_BU: Tensor, token_lens_B: Tensor) -> Tensor:
-    """(B,) the fewest frames CTC can spell the tokens in: one each, and a blank within doubles."""
-    doubled = tokens_BU[:, 1:] == tokens_BU[:, :-1]  # (B, max(U - 1, 0))
-    within = frame_mask(token_lens_B - 1, doubled.shape[1])
-    return token_lens_B + (doubled & within).sum(1)
 
 
 @hookimpl

@@ -318,9 +318,9 @@ class RnntLossOptions(Options):
 class RnntLoss:
     """Negative log-likelihood of the transcripts, pruned, and ``simple_scale`` times the simple joiner's.
 
-    Summed over utterances, counted in label tokens; as in icefall, but without its warm-up, where
-    both have other weights for the first steps. Unlabelled and empty utterances are left out, and
-    such without frames. Metrics: ``simple`` and ``pruned``, the two parts.
+    Kuang 2022 (arXiv 2206.13236). Summed over utterances, counted in label tokens; as in icefall, but
+    without its warm-up, where both have other weights for the first steps. Unlabelled and empty utterances
+    are left out, and such without frames. Metrics: ``simple`` and ``pruned``, the two parts.
 
     Args:
         config: its options.

@@ -1,9 +1,13 @@
-"""Distillation of a transducer over its lattice: next token, blank, or any other token."""
+"""Distillation of a transducer: over its lattice (next token, blank, or any other token), or its text's
+probability.
+
+B utterances, T frames, P lattice positions, N frames in a row, R positions kept per frame.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdrecipe import hookimpl
-from kdrecipe.errors import DataError, RecipeError
+from kdrecipe.errors import DataError
 from kdrecipe.frames import MIN_LOG_PROB, check_aligned, frame_mask
 from kdrecipe.interfaces import (
     Batch,
@@ -24,7 +28,18 @@ from kdrecipe.interfaces import (
     Targets,
     TargetSpec,
 )
-from kdrecipe.lattice import MIN_RANGE, Cells, joined_cells, simple_pass, three_classes
+from kdrecipe.lattice import (
+    MIN_RANGE,
+    Cells,
+    cells_log_likelihood,
+    joined_cells,
+    simple_pass,
+    three_classes,
+)
+from kdrecipe.lattice.paths import lattice_log_likelihood
+
+from .posteriors import require_same_tokens
+from .sequences import distances
 
 
 class RnntKlLoss:
@@ -36,7 +51,9 @@ class RnntKlLoss:
     both share one forward pass, if their ranges are the same and ``rnnt`` has its default ``lm_scale`` and
     ``am_scale``. The text is the transcript, or the teacher's hypothesis where there is none.
 
-    The mean over the positions of a frame, not the sum, so that a frame has the same weight as in ``kl``.
+    The mean over the positions of a frame, not the paper's sum over the whole lattice, so that a frame has
+    the same weight as in ``kl``, and long texts no more than short ones. Over the student's pruned positions
+    with ``places: occupancy``, no weight goes to where no path is likely to pass.
 
     Count: the frames. Metric ``agree``: that share of the frames (by the positions' weights) whose best
     class is the teacher's.
@@ -65,13 +82,7 @@ class RnntKlLoss:
     def __init__(self, config: Config, setup: LossSetup) -> None:
         self.config = config
         setup.require_head("rnnt", "rnnt_kl")
-        teacher = setup.teacher
-        if teacher is not None and teacher.vocab_id != setup.student.vocab_id:
-            raise RecipeError(
-                f"rnnt_kl follows a text in the same tokens; the student's are {setup.student.vocab_id} "
-                f"({setup.student.vocab_size}), the teacher's {teacher.vocab_id} ({teacher.vocab_size})",
-                remedy="train both on the same tokens (stage 2), or use a loss on hidden states (hidden_mse)",
-            )
+        require_same_tokens(setup, "rnnt_kl")
 
     @staticmethod
     def requires(config: Config) -> list[TargetSpec]:
@@ -144,7 +155,68 @@ def check_same_lattice(student: Lattice, targets: Targets) -> None:
         )
 
 
+class RnntFullSum:
+    """``sum over utterances of d(log P_teacher(y), log P_student(y))``, y the text, P its sum over all paths.
+
+    Full-sum distillation (after Zeineldeen 2023, arXiv 2303.05958): the student learns how probable the
+    teacher finds a text, not where it finds its tokens, so their alignments need not agree, and a poor
+    teacher's text is not taken for true. d is the absolute difference (``distance: l1``) or its square
+    (``l2``). y is the transcript, or the teacher's hypothesis where there is none. The student's sum is over
+    its pruned lattice, which it shares with the loss ``rnnt`` as ``rnnt_kl`` does.
+
+    The paper's form over several texts is ``ctc_full_sum`` here: a transducer's predictor would have to run
+    along each of them.
+
+    Empty texts are left out. Count: tokens of the texts.
+
+    Raises:
+        RecipeError: the student has no head ``rnnt``, or other tokens than the teacher.
+        DataError: their frame counts or their texts differ.
+    """
+
+    expected_failed_checks: ClassVar[dict[str, str]] = {
+        "minimum_at_teacher": "an absolute difference has no gradient of 0 beside its least, only at it",
+    }
+
+    class Config(Options):
+        """Options of ``rnnt_full_sum``.
+
+        Args:
+            distance: ``l1`` or ``l2``.
+            range: positions per frame, at least 2.
+            full: all positions of the lattice: far more memory, for comparisons.
+        """
+
+        distance: Literal["l1", "l2"] = "l1"
+        range: int = Field(5, ge=MIN_RANGE)
+        full: bool = False
+
+    def __init__(self, config: Config, setup: LossSetup) -> None:
+        self.config = config
+        setup.require_head("rnnt", "rnnt_full_sum")
+        require_same_tokens(setup, "rnnt_full_sum")
+
+    @staticmethod
+    def requires(config: Config) -> list[TargetSpec]:
+        """The teacher's posteriors over the lattice; float32, since hundreds of them are summed."""
+        return [TargetSpec("rnnt_lattice", "rnnt", dtype="float32")]
+
+    def __call__(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
+        """Sum over the utterances; see the class."""
+        lattice, teacher = out.lattices["rnnt"], targets.lattice("rnnt")
+        check_same_lattice(lattice, targets)
+        next_BPT, blank_BPT = teacher.log_probs_BTP2.detach().permute(3, 0, 2, 1)
+        log_p_B = lattice_log_likelihood(next_BPT, blank_BPT, teacher.lens_B, teacher.token_lens_B)
+        cells = joined_cells(lattice, None if self.config.full else self.config.range)
+        log_q_B = cells_log_likelihood(lattice, cells)
+        used_B = (lattice.token_lens_B > 0) & (lattice.lens_B > 0) & log_p_B.isfinite() & log_q_B.isfinite()
+        # chosen, not multiplied: what is left out must not bring NaN along
+        total = distances(log_p_B.to(log_q_B.dtype)[used_B], log_q_B[used_B], self.config.distance).sum()
+        return LossOutput(total, lattice.token_lens_B[used_B].sum())
+
+
 @hookimpl
 def register_losses(register: Callable[[str, type], None]) -> None:
-    """Make ``rnnt_kl`` known."""
+    """Make ``rnnt_kl`` and ``rnnt_full_sum`` known."""
     register("rnnt_kl", RnntKlLoss)
+    register("rnnt_full_sum", RnntFullSum)
