@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import read_json, write_atomic, write_json
+from kdrecipe.jobs.executors import job_label
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe, System
@@ -63,9 +64,10 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
     from kdrecipe.data.features import is_copy
     from kdrecipe.data.tokens import Tokenizer
     from kdrecipe.stages.session import training_data
-    from kdrecipe.stages.teachers import Progress, hypotheses, open_teacher
+    from kdrecipe.stages.teachers import hypotheses, open_teacher
     from kdrecipe.text_form import TextChanges
     from kdrecipe.train.distribution import local_device
+    from kdrecipe.train.log import Progress
 
     system, device = recipe.systems[teacher], local_device()
     form = form_of(recipe, layout, system)
@@ -75,7 +77,7 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
     path = out / "heard.jsonl"
     done = {row["id"]: row for row in _rows(path)}
     left = [cut for cut in wanted.values() if cut.id not in done]
-    progress = Progress(f"hypotheses/{teacher}", len(left))
+    progress = Progress(job_label(f"hypotheses/{teacher}"), len(left), unit="utterance")
     if left:
         opened = open_teacher(recipe, layout, teacher, seed)
         opened.load(device)
@@ -94,7 +96,8 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
                 done[cut_id] = row
-                progress(1)
+                progress.advance(1)
+    progress.close()
     rows = [done[cut_id] for cut_id in wanted]
     write_atomic(
         out / "hypotheses.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

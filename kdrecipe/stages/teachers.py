@@ -8,7 +8,6 @@ Stage 3 writes of an imported teacher what identifies it, not its weights::
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +21,6 @@ from kdrecipe.jobs.stamps import Job
 from kdrecipe.plugin.returned import returned
 from kdrecipe.recipe.imported import build_teacher
 from kdrecipe.recipe.load import Recipe, System
-from kdrecipe.report.reading import duration
 from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
@@ -143,26 +141,6 @@ def _named(teacher: Teacher) -> dict[str, Path]:
     files = [Path(path).absolute() for path in teacher.files]
     folder = os.path.commonpath([path.parent for path in files]) if files else ""
     return {path.relative_to(folder).as_posix(): path for path in files}
-
-
-class Progress:
-    """A line now and then of how many utterances are done; called with the number since the last call."""
-
-    EVERY_S = 30.0
-
-    def __init__(self, label: str, total: int) -> None:
-        self._label, self._total, self._done = label, total, 0
-        self._began_at = self._said_at = time.monotonic()
-
-    def __call__(self, number: int) -> None:
-        self._done += number
-        now = time.monotonic()
-        if now - self._said_at >= self.EVERY_S and self._done < self._total:
-            self._said_at = now
-            left_s = (now - self._began_at) * (self._total - self._done) / self._done
-            print(
-                f"  {self._label}: {self._done}/{self._total} utterances, {duration(left_s)} left", flush=True
-            )
 
 
 def facts_of(layout: Layout, name: str, seed: int) -> dict[str, Any]:
