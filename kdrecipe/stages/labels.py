@@ -121,12 +121,16 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def form_of(recipe: Recipe, layout: Layout, system: System) -> TextForm:
-    """How a teacher's hypotheses are written as transcripts, by those that the tokens are learnt from."""
+    """How a teacher's hypotheses are written as transcripts, by those that the tokens are learnt from.
+
+    Where nobody transcribed what students hear, those of dev show how transcripts are written.
+    """
     from kdrecipe.corpus.manifests import transcripts
 
     subset = recipe.tokens.data
     ids = read_json(layout.features / "subsets.json")[subset] if subset else None
-    return system.text.fitted(transcripts(layout.manifests, "train", ids))
+    texts = transcripts(layout.manifests, "train", ids) or transcripts(layout.manifests, "dev")
+    return system.text.fitted(texts)
 
 
 def kept_of(layout: Layout, system: System, seed: int, ids: set[str]) -> tuple[Kept, dict[str, str]]:

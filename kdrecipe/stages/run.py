@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdrecipe.errors import RecipeError
 from kdrecipe.jobs.executors import die_with_parent, num_gpus, set_threads
 from kdrecipe.jobs.forecast import Forecast
 from kdrecipe.jobs.run import Run
 from kdrecipe.jobs.stamps import Job, locked, run_job
 from kdrecipe.stages import STAGES, guard
 from kdrecipe.stages.layout import Layout
+from kdrecipe.stages.needed import missing_of_teachers
 from kdrecipe.stages.plan import build_plan
 from kdrecipe.stages.report import closing, publish
 from kdrecipe.stages.timing import outlook, seconds_before
@@ -64,6 +66,8 @@ def run_recipe(
     if dry_run:
         _print_dry_run(selected, reasons)
         return
+    if last >= TEACHER and (absent := missing_of_teachers(recipe)):
+        raise RecipeError(absent)
     if selected:
         plan.check_available([j for j in selected if j.name in reasons])
     with locked(layout.root / ".lock", "this recipe"):

@@ -166,6 +166,19 @@ def test_a_changed_file_is_imported_again(site):
     assert "files that it was made from have changed" in said
 
 
+def test_an_environment_variable_that_is_not_set_is_said_before_any_work(site, tmp_path):
+    recipe = write_recipe(tmp_path / "one", RECIPE.replace("path: said.json", 'path: "${NOBODY_SET_THIS}"'))
+    (recipe / "plugin.py").write_text(PLUGIN, encoding="utf-8")
+    checked = kdrecipe("check", recipe, CORPUS_ROOT=site / "corpus")
+    assert checked.status == 0, checked.said
+    [line] = [line for line in checked.out.splitlines() if "to run it" in line]
+    assert "NOBODY_SET_THIS is not set" in line
+    done = kdrecipe("run", recipe, "--work", tmp_path / "work", CORPUS_ROOT=site / "corpus")
+    assert done.status == 2
+    assert "NOBODY_SET_THIS is not set" in done.err
+    assert not done.ran
+
+
 @pytest.mark.parametrize(
     ("change", "what", "remedy"),
     [
