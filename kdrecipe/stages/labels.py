@@ -8,7 +8,7 @@ transcript that there is, which only ``keep.max_wer`` and ``keep.max_cer`` look 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +99,8 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
                 progress.advance(1)
     progress.close()
     rows = [done[cut_id] for cut_id in wanted]
+    for student in students_of(recipe, teacher):  # now, not when other students have been trained
+        _kept(student, rows, training_data(layout, [student])[2])
     write_atomic(
         out / "hypotheses.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     )
@@ -145,12 +147,19 @@ def kept_of(layout: Layout, system: System, seed: int, ids: set[str]) -> tuple[K
     Raises:
         DataError: nothing is kept.
     """
+    assert system.labels is not None
+    place = layout.said(system.labels, seed) / "hypotheses.jsonl"
+    rows = [json.loads(line) for line in read_lines(place)]
+    kept = _kept(system, rows, ids)
+    transcripts = {row["id"]: row["transcript"] for row in rows}
+    return kept, {utterance: transcripts[utterance] for utterance in kept.kept}
+
+
+def _kept(system: System, rows: Iterable[Mapping[str, Any]], ids: set[str]) -> Kept:
+    """Which of the hypotheses of ``ids`` are labels of a student; DataError if none is."""
     from kdrecipe.score.keep import Said
 
-    assert system.labels is not None
     assert system.keep is not None
-    place = layout.said(system.labels, seed) / "hypotheses.jsonl"
-    rows = {row["id"]: row for row in map(json.loads, read_lines(place)) if row["id"] in ids}
 
     def said(row: Mapping[str, Any]) -> Said:
         return Said(
@@ -162,5 +171,4 @@ def kept_of(layout: Layout, system: System, seed: int, ids: set[str]) -> tuple[K
             row["reference"] or None,
         )
 
-    kept = system.keep.sort(map(said, rows.values()))
-    return kept, {utterance: rows[utterance]["transcript"] for utterance in kept.kept}
+    return system.keep.sort(said(row) for row in rows if row["id"] in ids)

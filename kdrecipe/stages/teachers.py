@@ -88,8 +88,19 @@ def open_teacher(recipe: Recipe, layout: Layout, name: str, seed: int) -> Opened
     return Opened(name, imported, info, record["hash"], info.vocab_id)
 
 
-def import_job(recipe: Recipe, layout: Layout, system: System, seed: int, stage: int) -> Job:
-    """Stage 3 or 5 for a teacher that a plugin imports."""
+def import_job(
+    recipe: Recipe, layout: Layout, system: System, seed: int, stage: int, why_same_tokens: str | None
+) -> Job:
+    """Stage 3 or 5 for a teacher that a plugin imports.
+
+    Args:
+        recipe: the recipe.
+        layout: where its artefacts are.
+        system: the teacher.
+        seed: of its row.
+        stage: the number.
+        why_same_tokens: why its tokens must be the recipe's; None: it may have its own.
+    """
     assert system.plugin is not None
     registry = recipe.plugins.registry
     return Job(
@@ -101,17 +112,22 @@ def import_job(recipe: Recipe, layout: Layout, system: System, seed: int, stage:
             "options": system.plugin.options,
             "code": registry.fingerprint("teachers", system.plugin.name),
         },
-        partial(_import, recipe, system, seed),
+        partial(_import, recipe, layout, system, seed, why_same_tokens),
+        ("tokens",) if why_same_tokens else (),
         sources=lambda out: list(build_teacher(registry, system).files),
         alone=False,
     )
 
 
-def _import(recipe: Recipe, system: System, seed: int, out: Path) -> None:
+def _import(
+    recipe: Recipe, layout: Layout, system: System, seed: int, why_same_tokens: str | None, out: Path
+) -> None:
     import torch
 
     assert system.plugin is not None
     teacher = build_teacher(recipe.plugins.registry, system)
+    if why_same_tokens is not None:
+        _refuse_other_tokens(recipe, layout, system, teacher, why_same_tokens)
     teacher.load(torch.device("cpu"))  # refuse a damaged one now, not after an hour
     files = {name: (sha256_file(path), path.stat().st_size) for name, path in _named(teacher).items()}
     code = recipe.plugins.registry.fingerprint("teachers", system.plugin.name)
@@ -134,6 +150,23 @@ def _import(recipe: Recipe, system: System, seed: int, out: Path) -> None:
     write_json(out / RECORD, record)
     size = f"{teacher.num_params / 1e6:.1f} M parameters, " if teacher.num_params else ""
     print(f"  {system.name}: {system.plugin.name}, {size}{size_mb:.0f} MB", flush=True)
+
+
+def _refuse_other_tokens(recipe: Recipe, layout: Layout, system: System, teacher: Teacher, why: str) -> None:
+    """What the check of the recipe can't know: which tokens stage 2 makes of the corpus."""
+    from kdrecipe.data.tokens import Tokenizer
+    from kdrecipe.stages.inputs import all_needs
+
+    mine = Tokenizer.load(layout.tokens)
+    asked = {need.key for need in all_needs(recipe, system.name)}
+    for spec in teacher.provides():
+        if spec.key in asked and spec.vocab_id not in (None, mine.vocab_id):
+            raise RecipeError(
+                f"the {spec.dim} tokens of {system.name!r} are not the {len(mine)} that the recipe makes of "
+                f"its corpus, and {why}",
+                where=system.location.where if system.location else "",
+                remedy="learn from its hypotheses (unlabelled: {labels: ...}) or hidden states (hidden_mse)",
+            )
 
 
 def _named(teacher: Teacher) -> dict[str, Path]:
