@@ -13,14 +13,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kdrecipe.interfaces import VOCABULARY_KINDS
 from kdrecipe.plugin.registry import Registry
-from kdrecipe.recipe.parsing import KINDS, TermSection
+from kdrecipe.recipe.parsing import KINDS
 from kdrecipe.recipe.sections import Corpus, Lm, Parity, Training
 from kdrecipe.recipe.yaml import Document, KeyPath
 
 NAME = "tiny"
-TERM_KEYS = {"name", *TermSection.model_fields}
 WHERE = f"--profile {NAME}"
 
 _TRAINING = {"epochs": 2, "batch_duration_s": 5.0, "accumulate": 1}
@@ -68,7 +66,8 @@ class _Shrinking:
                 self.limit((key,), limits, model)
         for key, value in _LOOSE_PARITY.items():
             self.put(("parity", key), value)
-        if self.at(("tokens", "name")) in ("bpe", "unigram") and not self.vocabulary_is_given():
+        bundles = any(self.at(("systems", n, "pretrained", "bundle")) for n in self.keys(("systems",)))
+        if not bundles and self.at(("tokens", "name")) != "from_teacher":  # these have their tokens already
             self.put(("tokens", "name"), "char")
             self.put(("tokens", "vocab_size"), None)
         self.first_seed(("seeds",))
@@ -81,32 +80,6 @@ class _Shrinking:
         for label in self.keys(("decode", "decoders")):
             self.plugin("decoders", ("decode", "decoders", label))
 
-    def vocabulary_is_given(self) -> bool:
-        """Whether a bundle has one already, or a loss compares posteriors with an imported teacher's."""
-        systems = self.keys(("systems",))
-        imported = {name for name in systems if self.at(("systems", name, "pretrained"))}
-        if any(self.at(("systems", name, "pretrained", "bundle")) for name in imported):
-            return True
-        students = [("systems", name, "distill") for name in systems]
-        return any(
-            any(name in imported for name in self.items((*path, "teachers")) if isinstance(name, str))
-            and any(map(self.compares_tokens, self.items((*path, "losses"))))
-            for path in students
-        )
-
-    def compares_tokens(self, term: Any) -> bool:
-        """Whether a loss needs posteriors over tokens; of one that is wrong in some way, no matter."""
-        name = term.get("name") if isinstance(term, dict) else None
-        if not isinstance(name, str) or self.registry.problem("losses", name) is not None:
-            return False
-        cls = self.registry.get("losses", name)
-        options = {key: value for key, value in term.items() if key not in TERM_KEYS}
-        try:
-            needs = cls.requires(cls.Config.model_validate(options)) if hasattr(cls, "requires") else ()
-        except Exception:
-            return False
-        return any(need.kind in VOCABULARY_KINDS for need in needs)
-
     def system(self, path: KeyPath) -> None:
         """What stands under ``train:``, ``distill:`` or ``compress:``."""
         own = self.keys((*path, "training"))
@@ -116,7 +89,8 @@ class _Shrinking:
         for head in self.keys((*path, "model", "heads")):
             self.plugin("heads", (*path, "model", "heads", head), head)
         for kind, key in (("losses", "losses"), ("compressors", "steps")):
-            for i in range(len(self.items((*path, key)))):
+            items = self.at((*path, key))
+            for i in range(len(items)) if isinstance(items, list) else ():
                 self.plugin(kind, (*path, key, i))
 
     def subset(self, path: KeyPath) -> None:
@@ -155,11 +129,6 @@ class _Shrinking:
         seeds = self.at(path)
         if isinstance(seeds, list):
             self.put(path, seeds[:1])
-
-    def items(self, path: KeyPath) -> list[Any]:
-        """What stands there, if it is a list."""
-        found = self.at(path)
-        return found if isinstance(found, list) else []
 
     def at(self, path: KeyPath) -> Any:
         """What stands there; None if nothing does."""

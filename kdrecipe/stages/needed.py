@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from kdrecipe.errors import MissingExtra, Problem, RecipeError
-from kdrecipe.recipe.imported import teacher_options
+from kdrecipe.recipe.imported import unset_variables
 from kdrecipe.recipe.sections import uses_lm
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def missing(recipe: Recipe) -> list[Problem]:
         if bundle is not None and not (bundle / "bundle.json").is_file():
             where = system.location.where if system.location else ""
             problems.append(Problem(f"there is no bundle {bundle}", where))
-    problems += missing_of_teachers(recipe)
+    problems += unset_variables(recipe.plugins.registry, recipe.systems.values())
     try:
         root = recipe.corpus.root
         if root is not None and not root.is_dir():
@@ -48,18 +48,6 @@ def missing(recipe: Recipe) -> list[Problem]:
     if kenlm := missing_kenlm(recipe):
         problems += kenlm.problems
     return list(dict.fromkeys(problems))
-
-
-def missing_of_teachers(recipe: Recipe) -> list[Problem]:
-    """Environment variables in the options of imported teachers; ``check`` finds what else they lack."""
-    problems = []
-    for system in recipe.systems.values():
-        try:
-            if system.is_imported:
-                teacher_options(recipe.plugins.registry, system)
-        except RecipeError as error:
-            problems += error.problems
-    return problems
 
 
 def missing_kenlm(recipe: Recipe) -> MissingExtra | None:

@@ -12,9 +12,9 @@ from kdrecipe.jobs.executors import die_with_parent, num_gpus, set_threads
 from kdrecipe.jobs.forecast import Forecast
 from kdrecipe.jobs.run import Run
 from kdrecipe.jobs.stamps import Job, locked, run_job
+from kdrecipe.recipe.imported import unset_variables
 from kdrecipe.stages import STAGES, guard
 from kdrecipe.stages.layout import Layout
-from kdrecipe.stages.needed import missing_of_teachers
 from kdrecipe.stages.plan import build_plan
 from kdrecipe.stages.report import closing, publish
 from kdrecipe.stages.timing import outlook, seconds_before
@@ -66,7 +66,7 @@ def run_recipe(
     if dry_run:
         _print_dry_run(selected, reasons)
         return
-    if last >= TEACHER and (absent := missing_of_teachers(recipe)):
+    if last >= TEACHER and (absent := unset_variables(recipe.plugins.registry, recipe.systems.values())):
         raise RecipeError(absent)
     if selected:
         plan.check_available([j for j in selected if j.name in reasons])

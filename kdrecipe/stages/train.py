@@ -50,8 +50,8 @@ def _add(plan: Plan, recipe: Recipe, layout: Layout, system: System, stage: int)
         out = layout.system(system.name, seed)
         name = f"{system.name}/seed{seed}"
         if system.is_imported:
-            own = recipe.tokens.name not in ("bpe", "unigram", "char")  # a teacher's
-            why = None if own else _why_same_tokens(recipe, system)
+            learnt = recipe.tokens.name in ("bpe", "unigram", "char")  # and not a teacher's
+            why = _why_same_tokens(recipe, system) if learnt and stage > 2 else None
             plan.add(import_job(recipe, layout, system, seed, stage, why))
             continue
         if system.kind == "pretrained":
