@@ -41,10 +41,11 @@ from kdrecipe.interfaces import SAMPLE_RATE, Batch, LossSetup
 from kdrecipe.model.asr import AsrModel, model_info
 from kdrecipe.model.heads.ctc import CtcLoss, CtcLossOptions
 from kdrecipe.recipe.sections import SpecAugment, Training
+from kdrecipe.targets import TargetSource
 from kdrecipe.targets.cache import write_targets
 from kdrecipe.targets.live import LiveTargets, ModelTeacher
 from kdrecipe.train.distribution import Workers
-from kdrecipe.train.objective import Objective, TargetSource, Term
+from kdrecipe.train.objective import Objective, Term
 from kdrecipe.train.optimisation import make_optimizer
 from kdrecipe.train.step import Stepper
 from kdrecipe_plugins.losses.kl import KlLoss

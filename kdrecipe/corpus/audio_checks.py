@@ -200,7 +200,7 @@ def _check_utterance(sup: Any, channels: dict[int, tuple[Sound, int]], where: st
         return []
     low, high = float(low_T.min()), float(high_T.max())
     is_click = sup.duration < SHORTEST_S  # nothing is heard in it, however loud it is
-    if high - low < SILENCE and not is_click:
+    if high - low < SILENCE and not is_click and sup.text:
         what = f"{sup.id}: {sup.start:.2f} to {sup.end:.2f} s"
         return [DataProblem(what, where, kind="silent", id=sup.id)]
     notes = {

@@ -80,7 +80,11 @@ def sample(prepared: Prepared, max_utterances: int) -> Prepared:
 
 
 def validate_corpus(
-    prepared: Prepared, *, sampling_rate: int = SAMPLE_RATE, num_workers: int = 1
+    prepared: Prepared,
+    *,
+    sampling_rate: int = SAMPLE_RATE,
+    num_workers: int = 1,
+    without_text: Collection[str] = (),
 ) -> list[DataProblem]:
     """Look at all transcripts and decode all audio.
 
@@ -88,6 +92,7 @@ def validate_corpus(
         prepared: a corpus plugin's result; not changed.
         sampling_rate: in Hz, what every recording must have.
         num_workers: threads that decode.
+        without_text: splits in which a transcript may be missing.
 
     Returns:
         What is wrong, besides ``prepared.problems``, and notes; several per utterance if need be.
@@ -103,7 +108,7 @@ def validate_corpus(
                 problems.append(DataProblem(what, sup.id, kind="duplicate_id", id=sup.id))
             seen.setdefault(sup.id, split)
             sups_of.setdefault(sup.recording_id, []).append(sup)
-            problems += _check_supervision(sup, by_id.get(sup.recording_id))
+            problems += _check_supervision(sup, by_id.get(sup.recording_id), split not in without_text)
         used = {i: sups for i, sups in sups_of.items() if i in by_id}
         check = partial(check_recording, sampling_rate=sampling_rate)
         with ThreadPoolExecutor(max(1, num_workers)) as pool:
@@ -117,7 +122,7 @@ def _items(manifest: Any) -> list[Any]:
     return list(manifest)
 
 
-def _check_supervision(sup: Any, recording: Any | None) -> list[DataProblem]:
+def _check_supervision(sup: Any, recording: Any | None, needs_text: bool) -> list[DataProblem]:
     """Faults of one transcript."""
     where = audio_path(recording) if recording is not None else sup.recording_id
     text, found = sup.text or "", []
@@ -127,7 +132,7 @@ def _check_supervision(sup: Any, recording: Any | None) -> list[DataProblem]:
         what = f"{sup.start:.2f} to {sup.end:.2f} s of {recording.duration:.2f} s"
         if recording.duration > 0:  # an empty recording is reported as such
             found.append(DataProblem(what, where, kind="beyond_audio", id=sup.id))
-    if not clean(text):
+    if needs_text and not clean(text):
         found.append(DataProblem("", where, kind="empty_text", id=sup.id))
     if controls := control_characters(text):
         what = f"{sup.id}: {shown(dict.fromkeys(controls))}"
@@ -189,7 +194,7 @@ def text_notes(splits: dict[str, tuple[RecordingSet, SupervisionSet]]) -> list[s
     """What is odd about the texts as the corpus has them, as sentences for the report."""
     notes = []
     for split, (_, supervisions) in splits.items():
-        texts = [sup.text or "" for sup in _items(supervisions)]
+        texts = [sup.text for sup in _items(supervisions) if sup.text]
         odd = Counter(c for text in texts for c in odd_characters(text))
         if odd:
             number = sum(bool(odd_characters(text)) for text in texts)
@@ -210,13 +215,14 @@ def overlap_notes(splits: dict[str, tuple[RecordingSet, SupervisionSet]]) -> lis
     """
     notes = []
     train = _items(splits["train"][1]) if "train" in splits else []
-    texts, speakers = {sup.text for sup in train}, {sup.speaker for sup in train} - {None}
+    texts, speakers = {sup.text for sup in train} - {""}, {sup.speaker for sup in train} - {None}
     for split, (_, supervisions) in splits.items():
         if split == "train" or not train:
             continue
         others = _items(supervisions)
         shared = sum(sup.text in texts for sup in others)
-        notes.append(f"{shared} of {len(others)} {split} sentences occur in train")
+        if texts:
+            notes.append(f"{shared} of {len(others)} {split} sentences occur in train")
         common = sorted({sup.speaker for sup in others} & speakers)
         if common:
             shown = ", ".join(map(str, common[:NAMES_SHOWN]))

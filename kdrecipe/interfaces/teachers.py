@@ -44,9 +44,12 @@ class Teacher(Protocol):
     """
 
     Config: ClassVar[type[Options]]
-    input: ClassVar[Literal["features", "audio"]]
     files: Sequence[Path]
     num_params: int | None
+
+    @property
+    def input(self) -> Literal["features", "audio"]:
+        """What it hears; known once it is built."""
 
     def provides(self) -> list[TargetSpec]:
         """The targets that it can give, with their dimensions, frame shifts and vocabularies."""

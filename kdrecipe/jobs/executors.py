@@ -17,6 +17,11 @@ PARENT = "KDRECIPE_PARENT"
 """Environment variable that a job's process finds its parent's number in."""
 
 
+def job_label(name: str) -> str:
+    """``name``, or nothing in a process beside others: the one that started it says whose lines these are."""
+    return "" if os.environ.get(PARENT) else name
+
+
 def num_gpus() -> int:
     """GPUs that torch sees."""
     import torch

@@ -66,6 +66,7 @@ class Checker:
             if system.kind in ("trained", "distilled"):
                 self._data(system)
                 self._terms(system)
+                self._aligned(system)
                 self._joined(system)
             if system.kind == "compressed":
                 self._fine_tuning(system)
@@ -252,6 +253,21 @@ class Checker:
         if system.unlabelled and not system.labels and all(self._supervised(t) for t in system.terms):
             remedy = "add a loss that needs no labels, or remove unlabelled:"
             self._problem(system, ("unlabelled",), "all losses need labels", remedy)
+
+    def _aligned(self, system: System) -> None:
+        """A teacher's target comes to the student's frames in one way, whichever losses learn from it."""
+        ways: dict[tuple[str, str], tuple[str, str]] = {}
+        for i, term in enumerate(system.terms):
+            for need in self.requires(term):
+                for teacher in (term.teacher,) if term.teacher else system.teachers:
+                    if need.align is None:
+                        continue
+                    other, way = ways.setdefault((teacher, need.key), (term.name, need.align))
+                    if way != need.align:
+                        what = (
+                            f"align: {need.align} for {need.key} of {teacher!r}, which {other!r} has by {way}"
+                        )
+                        self._problem(system, ("losses", i, "align"), what, "give both losses the same align")
 
     def _joined(self, system: System) -> None:
         """Utterances can't be joined beside cached targets that follow the text of one of them."""

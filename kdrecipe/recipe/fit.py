@@ -92,6 +92,7 @@ class FitChecker:
                 remedy = "teacher and student need equal subsampling" if "shift" in why else ""
                 if remedy and need.kind in ALIGNABLE_KINDS and "align" in options:
                     remedy = OTHER_RATE
+                remedy = "align: interpolate takes any two rates" if "whole number" in why else remedy
                 return Problem(f"{term.name!r} can't learn from {name!r}: {why}", "", remedy)
         cls = self.checker._registry.get("losses", term.name)
         try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from kdrecipe.errors import KdrecipeError, PluginError, RecipeError
+from kdrecipe.errors import KdrecipeError, PluginError, Problem, RecipeError
 from kdrecipe.interfaces import Located, Teacher
 from kdrecipe.plugin.loader import reason
 from kdrecipe.plugin.registry import Registry
@@ -56,3 +57,15 @@ def build_teacher(registry: Registry, system: System) -> Teacher:
         what = f"teacher {system.plugin.name!r} can't be opened: {reason(error)}"
         raise PluginError(what, where=where) from error
     return teacher
+
+
+def unset_variables(registry: Registry, systems: Iterable[System]) -> list[Problem]:
+    """Environment variables in the options of imported teachers that are not set, a problem for each."""
+    problems = []
+    for system in systems:
+        try:
+            if system.is_imported:
+                teacher_options(registry, system)
+        except RecipeError as error:
+            problems += error.problems
+    return problems

@@ -66,8 +66,9 @@ class _Shrinking:
                 self.limit((key,), limits, model)
         for key, value in _LOOSE_PARITY.items():
             self.put(("parity", key), value)
-        if not any(self.at(("systems", name, "pretrained")) for name in self.keys(("systems",))):
-            self.put(("tokens", "name"), "char")  # an imported model has a vocabulary already
+        bundles = any(self.at(("systems", n, "pretrained", "bundle")) for n in self.keys(("systems",)))
+        if not bundles and self.at(("tokens", "name")) != "from_teacher":  # these have their tokens already
+            self.put(("tokens", "name"), "char")
             self.put(("tokens", "vocab_size"), None)
         self.first_seed(("seeds",))
         self.plugin("corpora", ("corpus",))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jiwer
@@ -28,6 +28,12 @@ class CharacterErrors:
         found = jiwer.process_characters(reference, hypothesis)
         wrong = found.substitutions + found.insertions + found.deletions
         return wrong, found.hits + found.substitutions + found.deletions
+
+
+def error_rates(texts: Sequence[tuple[str, str]]) -> tuple[float, float]:
+    """Shares of wrong words and characters, of (reference, hypothesis); references must have some."""
+    references, hypotheses = ([text[i] for text in texts] for i in (0, 1))
+    return float(jiwer.wer(references, hypotheses)), float(jiwer.cer(references, hypotheses))
 
 
 def compare(teacher: Texts, baseline: Texts, speakers: Mapping[str, str] | None = None) -> dict[str, Any]:

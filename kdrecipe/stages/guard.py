@@ -129,6 +129,8 @@ def run(recipe: Recipe, layout: Layout, teacher: str, out: Path) -> None:
         why = "no student of it has labels" if dev else "the corpus has no dev"
         write_json(out / "guard.json", {"baseline": None, "verdicts": []})
         print(f"{teacher}: not compared with a quick baseline, since {why}", flush=True)
+        if dev:
+            _say_errors(recipe, layout, teacher, dev)
         return
     system, is_tiny = recipe.systems[teacher], recipe.profile == tiny.NAME
     training = {seed: facts_of(layout, teacher, seed).get("training") or {} for seed in system.seeds}
@@ -155,6 +157,22 @@ def run(recipe: Recipe, layout: Layout, teacher: str, out: Path) -> None:
         rows.append({**row, "learnt": None, "why": NOT_TINY} if is_tiny else row)
         print(": ".join(verdict(rows[-1])), flush=True)
     write_json(out / "guard.json", {"baseline": facts, "verdicts": rows})
+
+
+def _say_errors(recipe: Recipe, layout: Layout, teacher: str, dev: Sequence[MonoCut]) -> None:
+    """A line for each seed of a teacher: its errors on dev."""
+    from kdrecipe.data.tokens import Tokenizer
+    from kdrecipe.score.guard import error_rates
+    from kdrecipe.stages.labels import form_of
+    from kdrecipe.stages.teachers import open_teacher
+
+    system, tokens = recipe.systems[teacher], Tokenizer.load(layout.tokens)
+    form = form_of(recipe, layout, system) if system.is_imported else None
+    for seed in system.seeds:
+        said = _recognised(open_teacher(recipe, layout, teacher, seed).teacher, tokens, dev, form)
+        words, characters = error_rates(list(said.values()))
+        rates = f"{100 * words:.1f} % of dev's words wrong, {100 * characters:.1f} % of its characters"
+        print(f"{teacher}/seed{seed}: {rates}", flush=True)
 
 
 def _dev_sample(layout: Layout) -> list[MonoCut]:

@@ -8,12 +8,13 @@ transcript that there is, which only ``keep.max_wer`` and ``keep.max_cer`` look 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import read_json, write_atomic, write_json
+from kdrecipe.jobs.executors import job_label
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe, System
@@ -63,9 +64,10 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
     from kdrecipe.data.features import is_copy
     from kdrecipe.data.tokens import Tokenizer
     from kdrecipe.stages.session import training_data
-    from kdrecipe.stages.teachers import Progress, hypotheses, open_teacher
+    from kdrecipe.stages.teachers import hypotheses, open_teacher
     from kdrecipe.text_form import TextChanges
     from kdrecipe.train.distribution import local_device
+    from kdrecipe.train.log import Progress
 
     system, device = recipe.systems[teacher], local_device()
     form = form_of(recipe, layout, system)
@@ -75,7 +77,7 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
     path = out / "heard.jsonl"
     done = {row["id"]: row for row in _rows(path)}
     left = [cut for cut in wanted.values() if cut.id not in done]
-    progress = Progress(f"hypotheses/{teacher}", len(left))
+    progress = Progress(job_label(f"hypotheses/{teacher}"), len(left), unit="utterance")
     if left:
         opened = open_teacher(recipe, layout, teacher, seed)
         opened.load(device)
@@ -94,8 +96,11 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
                 done[cut_id] = row
-                progress(1)
+                progress.advance(1)
+    progress.close()
     rows = [done[cut_id] for cut_id in wanted]
+    for student in students_of(recipe, teacher):  # now, not when other students have been trained
+        _kept(student, rows, training_data(layout, [student])[2])
     write_atomic(
         out / "hypotheses.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     )
@@ -118,12 +123,16 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def form_of(recipe: Recipe, layout: Layout, system: System) -> TextForm:
-    """How a teacher's hypotheses are written as transcripts, by those that the tokens are learnt from."""
+    """How a teacher's hypotheses are written as transcripts, by those that the tokens are learnt from.
+
+    Where nobody transcribed what students hear, those of dev show how transcripts are written.
+    """
     from kdrecipe.corpus.manifests import transcripts
 
     subset = recipe.tokens.data
     ids = read_json(layout.features / "subsets.json")[subset] if subset else None
-    return system.text.fitted(transcripts(layout.manifests, "train", ids))
+    texts = transcripts(layout.manifests, "train", ids) or transcripts(layout.manifests, "dev")
+    return system.text.fitted(texts)
 
 
 def kept_of(layout: Layout, system: System, seed: int, ids: set[str]) -> tuple[Kept, dict[str, str]]:
@@ -138,12 +147,19 @@ def kept_of(layout: Layout, system: System, seed: int, ids: set[str]) -> tuple[K
     Raises:
         DataError: nothing is kept.
     """
+    assert system.labels is not None
+    place = layout.said(system.labels, seed) / "hypotheses.jsonl"
+    rows = [json.loads(line) for line in read_lines(place)]
+    kept = _kept(system, rows, ids)
+    transcripts = {row["id"]: row["transcript"] for row in rows}
+    return kept, {utterance: transcripts[utterance] for utterance in kept.kept}
+
+
+def _kept(system: System, rows: Iterable[Mapping[str, Any]], ids: set[str]) -> Kept:
+    """Which of the hypotheses of ``ids`` are labels of a student; DataError if none is."""
     from kdrecipe.score.keep import Said
 
-    assert system.labels is not None
     assert system.keep is not None
-    place = layout.said(system.labels, seed) / "hypotheses.jsonl"
-    rows = {row["id"]: row for row in map(json.loads, read_lines(place)) if row["id"] in ids}
 
     def said(row: Mapping[str, Any]) -> Said:
         return Said(
@@ -155,5 +171,4 @@ def kept_of(layout: Layout, system: System, seed: int, ids: set[str]) -> tuple[K
             row["reference"] or None,
         )
 
-    kept = system.keep.sort(map(said, rows.values()))
-    return kept, {utterance: rows[utterance]["transcript"] for utterance in kept.kept}
+    return system.keep.sort(said(row) for row in rows if row["id"] in ids)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from kdrecipe.errors import MissingExtra, Problem, RecipeError
+from kdrecipe.recipe.imported import unset_variables
 from kdrecipe.recipe.sections import uses_lm
 
 if TYPE_CHECKING:
@@ -18,14 +18,7 @@ def missing(recipe: Recipe) -> list[Problem]:
     lists = recipe.corpus.lists
     text = recipe.lm.text if recipe.lm else None
     problems = []
-    imported = [
-        replace(system.location, text=option)
-        for system in recipe.systems.values()
-        if system.plugin and system.location
-        for option in system.plugin.options.values()
-        if isinstance(option, str)
-    ]
-    for location in (recipe.corpus.location, *lists.values(), text, *imported):
+    for location in (recipe.corpus.location, *lists.values(), text):
         try:
             if location is not None:
                 location.path()
@@ -33,10 +26,14 @@ def missing(recipe: Recipe) -> list[Problem]:
             problems += error.problems
     for system in recipe.systems.values():
         try:
-            if system.bundle and system.location and not (system.bundle / "bundle.json").is_file():
-                problems.append(Problem(f"there is no bundle {system.bundle}", system.location.where))
+            bundle = system.bundle
         except RecipeError as error:
             problems += error.problems
+            continue
+        if bundle is not None and not (bundle / "bundle.json").is_file():
+            where = system.location.where if system.location else ""
+            problems.append(Problem(f"there is no bundle {bundle}", where))
+    problems += unset_variables(recipe.plugins.registry, recipe.systems.values())
     try:
         root = recipe.corpus.root
         if root is not None and not root.is_dir():

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdrecipe.errors import RecipeError
 from kdrecipe.jobs.executors import die_with_parent, num_gpus, set_threads
 from kdrecipe.jobs.forecast import Forecast
 from kdrecipe.jobs.run import Run
 from kdrecipe.jobs.stamps import Job, locked, run_job
+from kdrecipe.recipe.imported import unset_variables
 from kdrecipe.stages import STAGES, guard
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.plan import build_plan
@@ -64,6 +66,8 @@ def run_recipe(
     if dry_run:
         _print_dry_run(selected, reasons)
         return
+    if last >= TEACHER and (absent := unset_variables(recipe.plugins.registry, recipe.systems.values())):
+        raise RecipeError(absent)
     if selected:
         plan.check_available([j for j in selected if j.name in reasons])
     with locked(layout.root / ".lock", "this recipe"):

@@ -6,7 +6,6 @@ Teachers, students and fine-tuning under compression all train through :class:`S
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,12 +27,14 @@ from kdrecipe.data.features import FRAME_SHIFT_S, extract, has_dev, load_cuts, l
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import RecipeError
 from kdrecipe.interfaces import SAMPLE_RATE, Batch, LossSetup, ModelInfo, TargetSpec
+from kdrecipe.jobs.executors import job_label
 from kdrecipe.model.asr import FeatureNorm, build_model, model_info
 from kdrecipe.recipe.sections import Location
 from kdrecipe.stages.inputs import needs_of, utterances_of
 from kdrecipe.stages.labels import kept_of
 from kdrecipe.stages.teachers import Opened, open_teacher
-from kdrecipe.targets.align import AlignedTargets, Source
+from kdrecipe.targets import TargetSource
+from kdrecipe.targets.align import AlignedTargets
 from kdrecipe.targets.cache import TargetCache
 from kdrecipe.targets.live import LiveTargets
 from kdrecipe.train.distribution import local_device
@@ -238,12 +239,12 @@ class Session:
         """What this system's losses ask of one teacher."""
         return needs_of(self.recipe, self.system, teacher)
 
-    def teachers(self, device: torch.device, student: AsrModel) -> dict[str, Source]:
+    def teachers(self, device: torch.device, student: AsrModel) -> dict[str, TargetSource]:
         """Where the targets come from: the cache of stage 4, or the teacher itself, on ``device``.
 
         Those that have other frames than the student are brought to its own.
         """
-        sources: dict[str, Source] = {}
+        sources: dict[str, TargetSource] = {}
         info = model_info(student, self.tokens.vocab_id)
         for name, opened in self.opened.items():
             needs = [info.pinned(need) for need in self.needs_of(name)]
@@ -256,7 +257,7 @@ class Session:
             sources[name] = source
         return sources
 
-    def _source(self, opened: Opened, device: torch.device) -> Source:
+    def _source(self, opened: Opened, device: torch.device) -> TargetSource:
         specs = [replace(need, align=None) for need in self.needs_of(opened.name)]
         if self.recipe.caches(opened.name):
             place = self.layout.targets(opened.name, self.recipe.seed_of(opened.name, self.seed))
@@ -288,8 +289,7 @@ class Session:
             seed=self.seed,
             dev=self.dev,
             on_step=on_step,
-            # Beside others, the process that started this one says whose lines these are.
-            label="" if os.environ.get("KDRECIPE_PARENT") else f"{self.system.name}/seed{self.seed}",
+            label=job_label(f"{self.system.name}/seed{self.seed}"),
             build_optimizer=hook.build_optimizer,
             train_metrics=hook.train_metrics,
             device=str(device),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from kdrecipe.jobs.executors import job_label
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe
@@ -51,9 +52,10 @@ def run(recipe: Recipe, layout: Layout, name: str, seed: int, out: Path) -> None
     from kdrecipe.data.tokens import Tokenizer
     from kdrecipe.stages.inputs import all_needs, students_of
     from kdrecipe.stages.session import target_key, training_data
-    from kdrecipe.stages.teachers import Progress, open_teacher
+    from kdrecipe.stages.teachers import open_teacher
     from kdrecipe.targets.cache import write_targets
     from kdrecipe.train.distribution import local_device
+    from kdrecipe.train.log import Progress
 
     opened, device = open_teacher(recipe, layout, name, seed), local_device()
     opened.load(device)
@@ -68,6 +70,7 @@ def run(recipe: Recipe, layout: Layout, name: str, seed: int, out: Path) -> None
         shuffle=False,
         with_audio=opened.teacher.input == "audio",
     )
+    progress = Progress(job_label(f"targets/{name}"), len(batches), unit="utterance")
     needs = [replace(n, frame_shift_s=shifts_s[n.key], align=None) for n in all_needs(recipe, name)]
     write_targets(
         cuts,
@@ -78,5 +81,6 @@ def run(recipe: Recipe, layout: Layout, name: str, seed: int, out: Path) -> None
         key_parts=target_key(opened, recipe),
         own_ids=unlabelled,
         device=device,
-        progress=Progress(f"targets/{name}", len(batches)),
+        progress=progress.advance,
     )
+    progress.close()

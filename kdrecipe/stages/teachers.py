@@ -8,7 +8,6 @@ Stage 3 writes of an imported teacher what identifies it, not its weights::
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +21,6 @@ from kdrecipe.jobs.stamps import Job
 from kdrecipe.plugin.returned import returned
 from kdrecipe.recipe.imported import build_teacher
 from kdrecipe.recipe.load import Recipe, System
-from kdrecipe.report.reading import duration
 from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
@@ -90,8 +88,19 @@ def open_teacher(recipe: Recipe, layout: Layout, name: str, seed: int) -> Opened
     return Opened(name, imported, info, record["hash"], info.vocab_id)
 
 
-def import_job(recipe: Recipe, layout: Layout, system: System, seed: int, stage: int) -> Job:
-    """Stage 3 or 5 for a teacher that a plugin imports."""
+def import_job(
+    recipe: Recipe, layout: Layout, system: System, seed: int, stage: int, why_same_tokens: str | None
+) -> Job:
+    """Stage 3 or 5 for a teacher that a plugin imports.
+
+    Args:
+        recipe: the recipe.
+        layout: where its artefacts are.
+        system: the teacher.
+        seed: of its row.
+        stage: the number.
+        why_same_tokens: why its tokens must be the recipe's; None: it may have its own.
+    """
     assert system.plugin is not None
     registry = recipe.plugins.registry
     return Job(
@@ -103,17 +112,22 @@ def import_job(recipe: Recipe, layout: Layout, system: System, seed: int, stage:
             "options": system.plugin.options,
             "code": registry.fingerprint("teachers", system.plugin.name),
         },
-        partial(_import, recipe, system, seed),
+        partial(_import, recipe, layout, system, seed, why_same_tokens),
+        ("tokens",) if why_same_tokens else (),
         sources=lambda out: list(build_teacher(registry, system).files),
         alone=False,
     )
 
 
-def _import(recipe: Recipe, system: System, seed: int, out: Path) -> None:
+def _import(
+    recipe: Recipe, layout: Layout, system: System, seed: int, why_same_tokens: str | None, out: Path
+) -> None:
     import torch
 
     assert system.plugin is not None
     teacher = build_teacher(recipe.plugins.registry, system)
+    if why_same_tokens is not None:
+        _refuse_other_tokens(recipe, layout, system, teacher, why_same_tokens)
     teacher.load(torch.device("cpu"))  # refuse a damaged one now, not after an hour
     files = {name: (sha256_file(path), path.stat().st_size) for name, path in _named(teacher).items()}
     code = recipe.plugins.registry.fingerprint("teachers", system.plugin.name)
@@ -138,31 +152,28 @@ def _import(recipe: Recipe, system: System, seed: int, out: Path) -> None:
     print(f"  {system.name}: {system.plugin.name}, {size}{size_mb:.0f} MB", flush=True)
 
 
+def _refuse_other_tokens(recipe: Recipe, layout: Layout, system: System, teacher: Teacher, why: str) -> None:
+    """What the check of the recipe can't know: which tokens stage 2 makes of the corpus."""
+    from kdrecipe.data.tokens import Tokenizer
+    from kdrecipe.stages.inputs import all_needs
+
+    mine = Tokenizer.load(layout.tokens)
+    asked = {need.key for need in all_needs(recipe, system.name)}
+    for spec in teacher.provides():
+        if spec.key in asked and spec.vocab_id not in (None, mine.vocab_id):
+            raise RecipeError(
+                f"the {spec.dim} tokens of {system.name!r} are not the {len(mine)} that the recipe makes of "
+                f"its corpus, and {why}",
+                where=system.location.where if system.location else "",
+                remedy="learn from its hypotheses (unlabelled: {labels: ...}) or hidden states (hidden_mse)",
+            )
+
+
 def _named(teacher: Teacher) -> dict[str, Path]:
     """A teacher's files by their names within the folder that holds all of them."""
     files = [Path(path).absolute() for path in teacher.files]
     folder = os.path.commonpath([path.parent for path in files]) if files else ""
     return {path.relative_to(folder).as_posix(): path for path in files}
-
-
-class Progress:
-    """A line now and then of how many utterances are done; called with the number since the last call."""
-
-    EVERY_S = 30.0
-
-    def __init__(self, label: str, total: int) -> None:
-        self._label, self._total, self._done = label, total, 0
-        self._began_at = self._said_at = time.monotonic()
-
-    def __call__(self, number: int) -> None:
-        self._done += number
-        now = time.monotonic()
-        if now - self._said_at >= self.EVERY_S and self._done < self._total:
-            self._said_at = now
-            left_s = (now - self._began_at) * (self._total - self._done) / self._done
-            print(
-                f"  {self._label}: {self._done}/{self._total} utterances, {duration(left_s)} left", flush=True
-            )
 
 
 def facts_of(layout: Layout, name: str, seed: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     cuts: Any = load_cuts(layout.features, "train")  # Lhotse's annotations do not let it be iterated
     subset = recipe.tokens.data
     ids = read_json(layout.features / "subsets.json")[subset] if subset else None
-    texts = transcripts(layout.manifests, "train", ids)
+    texts = transcripts(layout.manifests, "train", ids) or transcripts(layout.manifests, "dev")
     tokenizer = Tokenizer.train(sorted(set(texts)), recipe.tokens.name, recipe.tokens.vocab_size, out)
     problems = check_lengths(cuts, tokenizer, fewest_frames(recipe))
     out_ids = settle(problems, recipe.corpus.on_error)

@@ -50,7 +50,9 @@ def _add(plan: Plan, recipe: Recipe, layout: Layout, system: System, stage: int)
         out = layout.system(system.name, seed)
         name = f"{system.name}/seed{seed}"
         if system.is_imported:
-            plan.add(import_job(recipe, layout, system, seed, stage))
+            learnt = recipe.tokens.name in ("bpe", "unigram", "char")  # and not a teacher's
+            why = _why_same_tokens(recipe, system) if learnt and stage > 2 else None
+            plan.add(import_job(recipe, layout, system, seed, stage, why))
             continue
         if system.kind == "pretrained":
             inputs = {"bundle": _content(system)}

@@ -11,26 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import Align, Batch, Targets, TargetSpec, whole_factor
+from kdrecipe.targets import TargetSource
 from kdrecipe.targets.kinds import kind_of, lens_of
 from kdrecipe.targets.kinds.weights import FrameWeights
-
-
-class Source(Protocol):
-    """Live or cached targets."""
-
-    @property
-    def hears_audio(self) -> bool:
-        """Whether batches must carry audio."""
-
-    def targets(self, batch: Batch) -> Targets:
-        """All targets for a batch."""
 
 
 @dataclass
@@ -61,7 +51,7 @@ class AlignedTargets:
 
     def __init__(
         self,
-        source: Source,
+        source: TargetSource,
         needs: Mapping[str, TargetSpec],
         gives: Mapping[str, TargetSpec],
         student_lens: Callable[[TargetSpec, Batch], Tensor],

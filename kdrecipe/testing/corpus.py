@@ -25,7 +25,7 @@ _HIGH_HZ = (1800.0, 2300.0, 2900.0, 3600.0, 4500.0, 5600.0)
 _LETTER_S = 0.10  # more than two encoder frames of 0.04 s, so that CTC always has room
 _PAUSE_S = 0.08
 
-Layout = Literal["manifests", "librispeech", "an4"]
+Layout = Literal["manifests", "folders", "librispeech", "an4"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def make_corpus(
         utterances_per_speaker: 1 or more.
         seed: of words, voices and noise.
         layout: ``manifests``: ``<split>_{recordings,supervisions}.jsonl.gz`` for train, dev and
-            test beside ``audio/*.wav`` (corpus ``manifests``); ``librispeech``: parts with
+            test beside ``audio/*.wav`` (corpus ``manifests``); ``folders``: ``train/``, ``dev/`` and
+            ``test/`` with ``*.wav`` and ``*.txt`` (corpus ``folders``); ``librispeech``: parts with
             ``*.flac`` and ``*.trans.txt``, and SPEAKERS.TXT (corpora ``librispeech`` and
             ``mini_librispeech``); ``an4``: ``etc/`` and SPHERE files in ``wav/`` (corpus
             ``an4``; its train holds all speakers but one).
@@ -84,12 +85,14 @@ def make_corpus(
     ]
     if layout == "manifests":
         _write_manifests(directory, utterances, num_speakers)
+    elif layout == "folders":
+        _write_folders(directory, utterances, num_speakers)
     elif layout == "librispeech":
         _write_librispeech(directory, utterances, num_speakers, parts)
     elif layout == "an4":
         _write_an4(directory, utterances, num_speakers)
     else:
-        raise ValueError(f"layout is {layout!r}: expected manifests, librispeech or an4")
+        raise ValueError(f"layout is {layout!r}: expected manifests, folders, librispeech or an4")
     return directory
 
 
@@ -135,7 +138,7 @@ def _write_manifests(directory: Path, utterances: _Utterances, num_speakers: int
     recordings: dict[str, list] = {"train": [], "dev": [], "test": []}
     supervisions: dict[str, list] = {"train": [], "dev": [], "test": []}
     for speaker, number, text, samples in utterances:
-        split = {num_speakers - 2: "dev", num_speakers - 1: "test"}.get(speaker.index, "train")
+        split = _split_of(speaker, num_speakers)
         name, utterance_id = f"spk{speaker.index:02d}", f"spk{speaker.index:02d}-{number:04d}"
         path = directory / "audio" / f"{utterance_id}.wav"
         soundfile.write(path, samples, SAMPLE_RATE, subtype="PCM_16")
@@ -156,6 +159,20 @@ def _write_manifests(directory: Path, utterances: _Utterances, num_speakers: int
         SupervisionSet.from_segments(supervisions[split]).to_file(
             directory / f"{split}_supervisions.jsonl.gz"
         )
+
+
+def _split_of(speaker: _Speaker, num_speakers: int) -> str:
+    return {num_speakers - 2: "dev", num_speakers - 1: "test"}.get(speaker.index, "train")
+
+
+def _write_folders(directory: Path, utterances: _Utterances, num_speakers: int) -> None:
+    import soundfile
+
+    for speaker, number, text, samples in utterances:
+        folder = directory / _split_of(speaker, num_speakers) / f"spk{speaker.index:02d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / f"{number:04d}.wav", samples, SAMPLE_RATE, subtype="PCM_16")
+        (folder / f"{number:04d}.txt").write_text(text + "\n")
 
 
 def _write_librispeech(

@@ -14,6 +14,7 @@ from kdrecipe.text import clean, control_characters, shown
 
 LAYOUTS: dict[str, tuple[Layout, tuple[str, ...]]] = {
     "manifests": ("manifests", ()),
+    "folders": ("folders", ()),
     "an4": ("an4", ()),
     "librispeech": ("librispeech", ("train-clean-100", "dev-clean", "test-clean")),
     "mini_librispeech": ("librispeech", ("train-clean-5", "dev-clean-2")),

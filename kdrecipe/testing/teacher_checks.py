@@ -137,8 +137,8 @@ def check_provides_valid(case: TeacherCase) -> None:
 
 def check_describes_itself(case: TeacherCase) -> None:
     """``input`` is ``features`` or ``audio``, ``files`` exist, ``num_params`` is a number or None."""
-    require(case.cls.input in ("features", "audio"), f"input is {case.cls.input!r}")
     teacher = case.cls(case.config)
+    require(teacher.input in ("features", "audio"), f"input is {teacher.input!r}")
     require(len(teacher.files) > 0, "it has no files: nothing would tell when it changes")
     missing = [str(path) for path in teacher.files if not Path(path).is_file()]
     require(not missing, f"no such file: {', '.join(missing[:3])}")
@@ -280,7 +280,7 @@ def check_hypotheses(case: TeacherCase) -> None:
 def check_next_to_no_audio(case: TeacherCase) -> None:
     """Utterances of 0, 1 and 300 samples, if it hears audio, are answered, and the others as without them."""
     batch = case.batch()
-    if case.cls.input != "audio":
+    if case.teacher.input != "audio":
         raise CheckSkipped("it hears features")
     assert batch.samples_BS is not None
     assert batch.sample_lens_B is not None

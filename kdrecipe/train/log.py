@@ -115,24 +115,28 @@ class Progress:
     """A bar where standard error is a terminal, else a line now and then.
 
     Args:
-        label: what is being trained; may be empty.
+        label: what is being worked on; may be empty.
         num_steps: in all, see :meth:`expect`.
         done: steps done before (resumed).
         enabled: False says nothing.
+        unit: what a step is called.
     """
 
-    def __init__(self, label: str, num_steps: int, done: int = 0, enabled: bool = True) -> None:
+    def __init__(
+        self, label: str, num_steps: int, done: int = 0, enabled: bool = True, unit: str = "step"
+    ) -> None:
         self.label = f"{label}: " if label else ""
+        self.unit = unit
         self.num_steps = num_steps
         self._at_most = False
         self.enabled = enabled
         self._said_at = self._began_at = time.monotonic()
-        self._done = done
+        self._done = self._at = done
         self._bar: Any = None
         if enabled and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=num_steps, initial=done, desc=label, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=num_steps, initial=done, desc=label, unit=unit, dynamic_ncols=True)
 
     def expect(self, num_steps: int, at_most: bool = False) -> None:
         """So many steps in all, or at most so many."""
@@ -141,13 +145,19 @@ class Progress:
             self._bar.total = None if at_most else num_steps
             self._bar.refresh()
 
-    def step(self, step: int, facts: str) -> None:
-        """After optimiser step ``step``; ``facts`` is what the last log line said."""
+    def advance(self, number: int) -> None:
+        """So many more steps are done."""
+        self.step(self._at + number)
+
+    def step(self, step: int, facts: str = "") -> None:
+        """After step ``step``; ``facts`` is what the last log line said."""
+        self._at = step
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(facts, refresh=False)
         else:
-            self.note(f"step {step}{'' if self._at_most else f'/{self.num_steps}'}{self._left(step)} {facts}")
+            of = "" if self._at_most else f"/{self.num_steps}"
+            self.note(f"{self.unit} {step}{of}{self._left(step)} {facts}".rstrip())
 
     def _left(self, step: int) -> str:
         """``, about 3 min left``, by the steps so far; the bar on a terminal tells it by itself."""

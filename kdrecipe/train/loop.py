@@ -19,13 +19,14 @@ from torch import nn
 from kdrecipe.artifacts import fingerprint
 from kdrecipe.data.batches import CutBatches
 from kdrecipe.errors import TrainingError
+from kdrecipe.targets import TargetSource
 from kdrecipe.train.average import WeightAverage
 from kdrecipe.train.checkpoints import Checkpoints
 from kdrecipe.train.distribution import Workers
 from kdrecipe.train.evaluation import DevScore, evaluate
 from kdrecipe.train.flat_start import with_flat_start
 from kdrecipe.train.log import Progress, TrainLog, normalised
-from kdrecipe.train.objective import Objective, TargetSource, Term, has_begun
+from kdrecipe.train.objective import Objective, Term, has_begun
 from kdrecipe.train.optimisation import (
     Cooldown,
     OptimizerHook,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from kdrecipe.interfaces import Batch
     from kdrecipe.recipe.sections import Training
 
-__all__ = ["Objective", "TargetSource", "Term", "TrainResult", "train"]
+__all__ = ["Objective", "Term", "TrainResult", "train"]
 
 MetricsHook = Callable[..., Iterable[Mapping[str, float]]]
 """``hook(step=, student=ModelOutput, teacher={name: Targets}, batch=Batch)``, from every plugin."""

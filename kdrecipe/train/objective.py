@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from kdrecipe.errors import TrainingError
 from kdrecipe.interfaces import Batch, Loss, LossOutput, ModelOutput, Targets
 from kdrecipe.plugin.returned import returned
-
-
-class TargetSource(Protocol):
-    """A teacher, cached or live."""
-
-    def targets(self, batch: Batch) -> Targets:
-        """What it says about ``batch`` (before SpecAugment; on any device), row by row."""
+from kdrecipe.targets import TargetSource
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from kdrecipe.artifacts import replacing
 from kdrecipe.errors import TrainingError
 from kdrecipe.frames import full_precision
 from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Targets
+from kdrecipe.targets import TargetSource
 from kdrecipe.train.distribution import Workers
 from kdrecipe.train.log import Meter
-from kdrecipe.train.objective import Objective, TargetSource, count_vector, weighted_sum
+from kdrecipe.train.objective import Objective, count_vector, weighted_sum
 from kdrecipe.train.optimisation import autocast_dtype, clip_gradients, seed_step
 from kdrecipe.train.spec_augment import spec_augment
 

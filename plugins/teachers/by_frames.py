@@ -6,6 +6,7 @@ depend on neither. S samples, T frames, F feature bins, V vocabulary, D width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -173,6 +174,35 @@ class ByFrames:
             )
         for row_TF, length in zip(batch.features_BTF.cpu(), batch.lens_B.tolist(), strict=True):
             yield row_TF[:length]
+
+
+class FrameTeacher(ABC):
+    """A teacher that says something of every frame, one utterance at a time.
+
+    What is left to each: ``load``, :meth:`_say`, and the attributes ``frames``, ``files`` and ``num_params``.
+    """
+
+    frames: ByFrames
+
+    def provides(self) -> list[TargetSpec]:
+        """Posteriors and hidden states, as far as it has them."""
+        return self.frames.specs
+
+    def targets(self, batch: Batch, needs: Sequence[TargetSpec]) -> Targets:
+        """Posteriors and hidden states; see :class:`kdrecipe.interfaces.Teacher`."""
+        return self.frames.targets(batch, needs, self._say)
+
+    def hypotheses(self, batch: Batch) -> list[Hypothesis]:
+        """CTC's best path.
+
+        Raises:
+            DataError: it has hidden states only.
+        """
+        return self.frames.hypotheses(batch, self._say)
+
+    @abstractmethod
+    def _say(self, utterance: Tensor, keys: Sequence[str]) -> Mapping[str, Tensor]:
+        """See :data:`Say`."""
 
 
 def audio_of(batch: Batch, *, fill: bool) -> Iterator[Tensor]:

@@ -6,8 +6,7 @@ B utterances, T frames, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +20,6 @@ from kdrecipe.interfaces import (
     UNK_ID,
     Batch,
     Hypothesis,
-    Located,
-    Options,
     Posteriors,
     TargetItem,
     Targets,
@@ -31,23 +28,12 @@ from kdrecipe.interfaces import (
 from kdrecipe.text import WORD_START, clean
 
 from .pretrained import Pretrained
-from .speech_encoder import SpeechEncoder
+from .speech_encoder import SpeechEncoder, SpeechEncoderOptions
 
 HEAD = "ctc"
 
 
-class HfCtcOptions(Options):
-    """Options of ``name: hf_ctc``.
-
-    Args:
-        path: a directory as ``save_pretrained`` writes it, or a name on Hugging Face's hub
-            (``facebook/wav2vec2-base-960h``).
-    """
-
-    path: Annotated[str, Located]
-
-
-class HfCtc:
+class HfCtc(SpeechEncoder):
     """Frame posteriors of a CTC head, hidden states, hypotheses by greedy search.
 
     Its tokens are put in a recipe's order: blank, sentence marks, unknown, then the others as they were, with
@@ -61,33 +47,20 @@ class HfCtc:
         MissingExtra: transformers is not installed.
     """
 
-    Config: ClassVar[type[Options]] = HfCtcOptions
-    input: ClassVar[Literal["features", "audio"]] = "audio"
-
-    def __init__(self, config: HfCtcOptions) -> None:
-        self._encoder = SpeechEncoder(config.path, "teacher 'hf_ctc'", ctc=True)
-        self.files: Sequence[Path] = self._encoder.found.files
-        self.pieces, self._classes = recipe_order(self._encoder.found)
-
-    @property
-    def num_params(self) -> int | None:
-        """Parameters, once loaded."""
-        return self._encoder.num_params
+    def __init__(self, config: SpeechEncoderOptions) -> None:
+        super().__init__(config, "teacher 'hf_ctc'", ctc=True)
+        self.pieces, self._classes = recipe_order(self.found)
 
     def provides(self) -> list[TargetSpec]:
         """Frame posteriors and hidden states."""
-        shift_s = self._encoder.frame_shift_s
+        shift_s = self.frame_shift_s
         posteriors = TargetSpec("frame_logits", HEAD, len(self.pieces), shift_s, vocab_id(self.pieces))
-        return [posteriors, *self._encoder.hidden_specs()]
-
-    def load(self, device: torch.device) -> None:
-        """Read the weights."""
-        self._encoder.load(device)
+        return [posteriors, *self.hidden_specs()]
 
     def targets(self, batch: Batch, needs: Sequence[TargetSpec]) -> Targets:
         """Frame posteriors and hidden states; see :class:`kdrecipe.interfaces.Teacher`."""
         taps = [need.tap for need in needs if need.kind == "hidden"]
-        logits_BTV, hidden, lens_B = self._encoder.run(batch, taps)
+        logits_BTV, hidden, lens_B = self.run(batch, taps)
         items: dict[str, TargetItem] = {need.key: hidden[need.tap] for need in needs if need.kind == "hidden"}
         for need in (need for need in needs if need.kind == "frame_logits"):
             items[need.key] = keep_top(Posteriors(self._log_probs(logits_BTV), lens_B), need.top_k)
@@ -98,14 +71,14 @@ class HfCtc:
 
         The mean log-probability is over the frames at which tokens begin, the score that of the whole path.
         """
-        logits_BTV, _, lens_B = self._encoder.run(batch, ())
+        logits_BTV, _, lens_B = self.run(batch, ())
         log_probs_BTV = self._log_probs(logits_BTV)
         said = zip(*ctc_greedy(log_probs_BTV, lens_B), log_probs_BTV.amax(-1), lens_B.tolist(), strict=True)
         return [
             Hypothesis(
                 self._text(tokens),
                 tokens,
-                [round(self._encoder.frame_shift_s * start, 9) for start in starts],
+                [round(self.frame_shift_s * start, 9) for start in starts],
                 float(best_T[:length].sum()),
                 float(best_T[starts].mean()) if starts else None,
             )

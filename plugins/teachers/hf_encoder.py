@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated, ClassVar, Literal
-
-import torch
 
 from kdrecipe import hookimpl
 from kdrecipe.errors import DataError
-from kdrecipe.interfaces import Batch, Hypothesis, Located, Options, Targets, TargetSpec
+from kdrecipe.interfaces import Batch, Hypothesis, Targets, TargetSpec
 
-from .speech_encoder import SpeechEncoder
-
-
-class HfEncoderOptions(Options):
-    """Options of ``name: hf_encoder``.
-
-    Args:
-        path: a directory as ``save_pretrained`` writes it, or a name on Hugging Face's hub
-            (``microsoft/wavlm-base-plus``).
-    """
-
-    path: Annotated[str, Located]
+from .speech_encoder import SpeechEncoder, SpeechEncoderOptions
 
 
-class HfEncoder:
+class HfEncoder(SpeechEncoder):
     """Hidden states of an encoder; it recognises nothing.
 
     Taps: ``encoder.N``, the output of block N, and ``encoder.out``, what the encoder as a whole gives.
@@ -39,29 +24,16 @@ class HfEncoder:
         MissingExtra: transformers is not installed.
     """
 
-    Config: ClassVar[type[Options]] = HfEncoderOptions
-    input: ClassVar[Literal["features", "audio"]] = "audio"
-
-    def __init__(self, config: HfEncoderOptions) -> None:
-        self._encoder = SpeechEncoder(config.path, "teacher 'hf_encoder'", ctc=False)
-        self.files: Sequence[Path] = self._encoder.found.files
-
-    @property
-    def num_params(self) -> int | None:
-        """Parameters, once loaded."""
-        return self._encoder.num_params
+    def __init__(self, config: SpeechEncoderOptions) -> None:
+        super().__init__(config, "teacher 'hf_encoder'", ctc=False)
 
     def provides(self) -> list[TargetSpec]:
         """Hidden states."""
-        return self._encoder.hidden_specs()
-
-    def load(self, device: torch.device) -> None:
-        """Read the weights."""
-        self._encoder.load(device)
+        return self.hidden_specs()
 
     def targets(self, batch: Batch, needs: Sequence[TargetSpec]) -> Targets:
         """Hidden states; see :class:`kdrecipe.interfaces.Teacher`."""
-        _, hidden, _ = self._encoder.run(batch, [need.tap for need in needs])
+        _, hidden, _ = self.run(batch, [need.tap for need in needs])
         return Targets({need.key: hidden[need.tap] for need in needs})
 
     def hypotheses(self, batch: Batch) -> list[Hypothesis]:
@@ -72,7 +44,7 @@ class HfEncoder:
         """
         raise DataError(
             "a bare encoder recognises nothing",
-            where=str(self._encoder.found.dir),
+            where=str(self.found.dir),
             remedy="use it for hidden states only, or a model with a CTC head: the teacher hf_ctc",
         )
 

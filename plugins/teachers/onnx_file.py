@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from kdrecipe import hookimpl
-from kdrecipe.interfaces import Batch, Hypothesis, Targets, TargetSpec
 
-from .by_frames import LOGITS
+from .by_frames import LOGITS, FrameTeacher
 from .onnx_header import OnnxSession, Shape, read_header
 from .signature import Signature, SignatureOptions
 
 
-class OnnxTeacher:
+class OnnxTeacher(FrameTeacher):
     """An ONNX file; utterances go through it one by one.
 
     Raises:
@@ -42,10 +41,6 @@ class OnnxTeacher:
         self.num_params: int | None = self._header.num_params
         self._loaded: tuple[int, OnnxSession] | None = None
 
-    def provides(self) -> list[TargetSpec]:
-        """What its options declare."""
-        return self.frames.specs
-
     def load(self, device: torch.device) -> None:
         """Open it in onnxruntime, on the CPU with torch's number of threads, and let it speak once.
 
@@ -58,18 +53,6 @@ class OnnxTeacher:
             self._loaded = num_threads, OnnxSession(self.signature.path, *self._inputs, num_threads)
             if first:
                 self.frames.check(self._say, str(self.signature.path))
-
-    def targets(self, batch: Batch, needs: Sequence[TargetSpec]) -> Targets:
-        """Posteriors and hidden states."""
-        return self.frames.targets(batch, needs, self._say)
-
-    def hypotheses(self, batch: Batch) -> list[Hypothesis]:
-        """CTC's best path.
-
-        Raises:
-            DataError: it has hidden states only.
-        """
-        return self.frames.hypotheses(batch, self._say)
 
     def _say(self, utterance: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
         assert self._loaded is not None, "load() comes first"

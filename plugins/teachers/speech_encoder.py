@@ -8,14 +8,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from kdrecipe.errors import RecipeError
 from kdrecipe.frames import frame_mask
-from kdrecipe.interfaces import SAMPLE_RATE, Batch, Hidden, TargetSpec
+from kdrecipe.interfaces import SAMPLE_RATE, Batch, Hidden, Located, Options, TargetSpec
 
 from .pretrained import Pretrained, did_load, find_pretrained, need_transformers, quiet
 from .taps import tapped
@@ -30,11 +31,24 @@ UNMASKED = frozenset({"data2vec-audio", "wav2vec2-conformer"})
 OUT = "encoder.out"
 
 
+class SpeechEncoderOptions(Options):
+    """Options of both teachers.
+
+    Args:
+        path: a directory as ``save_pretrained`` writes it, or a name on Hugging Face's hub
+            (``facebook/wav2vec2-base-960h``).
+    """
+
+    path: Annotated[str, Located]
+
+
 class SpeechEncoder:
     """A convolutional front end on samples and a Transformer, maybe with a CTC head.
 
+    What both teachers are, except for what they give: :class:`kdrecipe.interfaces.Teacher`.
+
     Args:
-        path: a directory or a name on the hub.
+        config: where the model is.
         who: the teacher, for messages.
         ctc: whether the CTC head is wanted.
 
@@ -43,11 +57,15 @@ class SpeechEncoder:
         MissingExtra: transformers is not installed.
     """
 
-    def __init__(self, path: str, who: str, *, ctc: bool) -> None:
-        self.found: Pretrained = find_pretrained(path)
+    Config: ClassVar[type[Options]] = SpeechEncoderOptions
+    input: ClassVar[Literal["features", "audio"]] = "audio"
+
+    def __init__(self, config: SpeechEncoderOptions, who: str, *, ctc: bool) -> None:
+        self.found: Pretrained = find_pretrained(config.path)
+        self.files: Sequence[Path] = self.found.files
         self._ctc = ctc
-        config, where = self.found.config, str(self.found.dir)
-        kind = config.get("model_type")
+        described, where = self.found.config, str(self.found.dir)
+        kind = described.get("model_type")
         if kind not in MASKED | UNMASKED:
             raise RecipeError(
                 f"a model of type {kind!r}, which {who} does not know",
@@ -56,14 +74,14 @@ class SpeechEncoder:
                 if kind == "whisper"
                 else f"it knows {', '.join(sorted(MASKED | UNMASKED))}",
             )
-        if config.get("add_adapter"):
+        if described.get("add_adapter"):
             raise RecipeError(
                 "the model has an adapter that makes its frames longer, which is not supported",
                 where=where,
                 remedy="use a model with add_adapter: false",
             )
         self.found.require_weights()
-        heads = config.get("architectures") or ()
+        heads = described.get("architectures") or ()
         if ctc and heads and not any(name.endswith("ForCTC") for name in heads):
             raise RecipeError(
                 f"the model has no CTC head: it is a {', '.join(heads)}",
@@ -81,15 +99,15 @@ class SpeechEncoder:
         self._normalise = bool(extractor.get("do_normalize", True))
         self._masks = (
             kind in MASKED
-            and config.get("feat_extract_norm", "group") == "layer"
+            and described.get("feat_extract_norm", "group") == "layer"
             and bool(extractor.get("return_attention_mask"))
         )
-        self._kernels: Sequence[int] = config.get("conv_kernel", (10, 3, 3, 3, 3, 2, 2))
-        self._strides: Sequence[int] = config.get("conv_stride", (5, 2, 2, 2, 2, 2, 2))
+        self._kernels: Sequence[int] = described.get("conv_kernel", (10, 3, 3, 3, 3, 2, 2))
+        self._strides: Sequence[int] = described.get("conv_stride", (5, 2, 2, 2, 2, 2, 2))
         self.frame_shift_s: float = prod(self._strides) / SAMPLE_RATE
-        self._width = int(config.get("hidden_size", 768))
-        self._num_classes = int(config.get("vocab_size", 32))
-        self._num_layers = int(config.get("num_hidden_layers", 12))
+        self._width = int(described.get("hidden_size", 768))
+        self._num_classes = int(described.get("vocab_size", 32))
+        self._num_layers = int(described.get("num_hidden_layers", 12))
         self.num_params: int | None = None
         self._model: Any = None
 

@@ -13,22 +13,14 @@ from torch import Tensor
 
 from kdrecipe import hookimpl
 from kdrecipe.errors import RecipeError, did_you_mean
-from kdrecipe.interfaces import (
-    SAMPLE_RATE,
-    Batch,
-    Hypothesis,
-    Located,
-    Options,
-    Targets,
-    TargetSpec,
-)
+from kdrecipe.interfaces import SAMPLE_RATE, Located, Options
 
-from .by_frames import LOGITS, ByFrames
+from .by_frames import LOGITS, ByFrames, FrameTeacher
 from .own_tokens import CtcTokens
 from .signature import normalised
 
 
-class TorchaudioTeacher:
+class TorchaudioTeacher(FrameTeacher):
     """A model of ``torchaudio.models``; utterances go through it one by one.
 
     It gives the output of each layer as ``encoder.N``, and posteriors if its weights have an output layer.
@@ -81,10 +73,6 @@ class TorchaudioTeacher:
         self._model: Any = None
         self._device = torch.device("cpu")
 
-    def provides(self) -> list[TargetSpec]:
-        """Hidden states of each layer, and posteriors where there is an output layer."""
-        return self.frames.specs
-
     def load(self, device: torch.device) -> None:
         """Load it onto ``device``, and let it speak once."""
         if self._model is None:
@@ -95,18 +83,6 @@ class TorchaudioTeacher:
             self.frames.check(self._say, str(self.path))
         elif device != self._device:
             self._model, self._device = self._model.to(device), device
-
-    def targets(self, batch: Batch, needs: Sequence[TargetSpec]) -> Targets:
-        """Posteriors and hidden states."""
-        return self.frames.targets(batch, needs, self._say)
-
-    def hypotheses(self, batch: Batch) -> list[Hypothesis]:
-        """CTC's best path.
-
-        Raises:
-            DataError: it has no output layer.
-        """
-        return self.frames.hypotheses(batch, self._say)
 
     def _say(self, utterance: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
         assert self._model is not None, "load() comes first"

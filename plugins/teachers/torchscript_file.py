@@ -11,12 +11,12 @@ from torch import Tensor
 
 from kdrecipe import hookimpl
 from kdrecipe.errors import RecipeError
-from kdrecipe.interfaces import Batch, Hypothesis, Targets, TargetSpec
 
+from .by_frames import FrameTeacher
 from .signature import Signature, SignatureOptions
 
 
-class TorchScriptTeacher:
+class TorchScriptTeacher(FrameTeacher):
     """A TorchScript file; utterances go through it one by one. Its names show when it is loaded.
 
     Raises:
@@ -42,10 +42,6 @@ class TorchScriptTeacher:
         self._device = torch.device("cpu")
         self._inputs: tuple[str, str | None] = "", None
 
-    def provides(self) -> list[TargetSpec]:
-        """What its options declare."""
-        return self.frames.specs
-
     def load(self, device: torch.device) -> None:
         """Load it onto ``device``, and let it speak once.
 
@@ -67,18 +63,6 @@ class TorchScriptTeacher:
         self.num_params = sum(p.numel() for p in model.parameters())
         self._model, self._device = model, device
         self.frames.check(self._say, path)
-
-    def targets(self, batch: Batch, needs: Sequence[TargetSpec]) -> Targets:
-        """Posteriors and hidden states."""
-        return self.frames.targets(batch, needs, self._say)
-
-    def hypotheses(self, batch: Batch) -> list[Hypothesis]:
-        """CTC's best path.
-
-        Raises:
-            DataError: it has hidden states only.
-        """
-        return self.frames.hypotheses(batch, self._say)
 
     def _say(self, utterance: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
         assert self._model is not None, "load() comes first"

@@ -11,6 +11,12 @@ from lhotse.supervision import SupervisionSet
 from runs import kdrecipe, write_recipe
 
 from kdrecipe.artifacts import read_json
+from kdrecipe.data.tokens import Tokenizer
+from kdrecipe.errors import DataError, RecipeError
+from kdrecipe.recipe.load import Recipe, load_recipe
+from kdrecipe.stages import labels
+from kdrecipe.stages.layout import Layout
+from kdrecipe.stages.plan import build_plan
 from kdrecipe.testing.corpus import make_corpus
 
 PLUGIN = """
@@ -56,6 +62,8 @@ class Listener:
 def register_teachers(register):
     register("listener", Listener)
 """
+
+HIDDEN = '[TargetSpec("hidden", "energy", dim=2, frame_shift_s=0.02)]'
 
 RECIPE = """
 plugins: {files: [plugin.py]}
@@ -159,11 +167,78 @@ def test_hypotheses_are_labels(site):
     assert pseudo["kept"] + pseudo["dropped"] == num - 2
 
 
+def test_hypotheses_that_are_all_dropped_stop_stage_4(site, tmp_path):
+    keep = "systems.unheard.distill.unlabelled.keep={chars_per_s: [29, 30]}"
+    recipe = load_recipe(site / "one" / "recipe.yaml", overrides=[keep])
+    with pytest.raises(DataError, match=r"none of \d+ hypotheses is kept \(.*chars_per_s 29-30: \d+"):
+        labels.run(recipe, Layout(site / "work"), "listener", 1, tmp_path)
+    assert (tmp_path / "heard.jsonl").exists(), "what was recognised need not be again"
+
+
+def test_other_tokens_stop_stage_3(tmp_path, monkeypatch):
+    """What they are is known when stage 2 has made the recipe's."""
+    given = '[TargetSpec("frame_logits", "ctc", dim=5, frame_shift_s=0.04, vocab_id="elsewhere")]'
+    loss = "{name: hidden_mse, layers: {encoder.0: energy}, align: mean}"
+    recipe = changed(tmp_path, (HIDDEN, given), (loss, "{name: kl}"))
+    monkeypatch.setenv("CORPUS_ROOT", str(tmp_path))
+    layout = Layout(tmp_path / "work")
+    Tokenizer.train(["ONE TWO"], "char", None, layout.tokens)
+    job = build_plan(recipe, layout).jobs["listener/seed1"]
+    assert "tokens" in job.needs
+    with pytest.raises(RecipeError, match=r"the 5 tokens of 'listener' are not the \d+ that") as caught:
+        job.run(tmp_path / "out")
+    [problem] = caught.value.problems
+    assert problem.where.endswith("recipe.yaml:9")
+    assert "hidden_mse" in problem.remedy
+
+
+@pytest.mark.parametrize("how", ["mean", "stride"])
+def test_rates_without_a_whole_factor_are_named(tmp_path, how):
+    hidden = HIDDEN.replace("0.02", "0.03")
+    with pytest.raises(
+        RecipeError, match=rf"align: {how} needs a whole .*0\.04 s is 1\.33 times 0\.03 s"
+    ) as caught:
+        changed(tmp_path, (HIDDEN, hidden), ("align: mean", f"align: {how}"))
+    assert "interpolate" in caught.value.problems[0].remedy
+
+
+def test_a_teacher_of_other_mel_bins_is_named(tmp_path):
+    hears = 'input: ClassVar[str] = "features"\n    num_mel_bins = 128'
+    with pytest.raises(RecipeError, match="hears 128 mel bins, the recipe has 80") as caught:
+        changed(tmp_path, ('input: ClassVar[str] = "audio"', hears))
+    assert "num_mel_bins: 128" in caught.value.problems[0].remedy
+
+
+def changed(directory: Path, *changes: tuple[str, str]) -> Recipe:
+    """The recipe and its plugin, with texts of either changed."""
+    plugin, text = PLUGIN, RECIPE
+    for old, new in changes:
+        assert old in plugin + text
+        plugin, text = plugin.replace(old, new), text.replace(old, new)
+    recipe = write_recipe(directory / "one", text)
+    (recipe / "plugin.py").write_text(plugin, encoding="utf-8")
+    (recipe / "said.json").write_text("{}", encoding="utf-8")
+    return load_recipe(recipe / "recipe.yaml")
+
+
 def test_a_changed_file_is_imported_again(site):
     (site / "one" / "said.json").write_text(json.dumps({"x": "y"}), encoding="utf-8")
     said = run(site, "--stop-stage", "3", "--dry-run").said
     assert "listener/seed1" in said
     assert "files that it was made from have changed" in said
+
+
+def test_an_environment_variable_that_is_not_set_is_said_before_any_work(site, tmp_path):
+    recipe = write_recipe(tmp_path / "one", RECIPE.replace("path: said.json", 'path: "${NOBODY_SET_THIS}"'))
+    (recipe / "plugin.py").write_text(PLUGIN, encoding="utf-8")
+    checked = kdrecipe("check", recipe, CORPUS_ROOT=site / "corpus")
+    assert checked.status == 0, checked.said
+    [line] = [line for line in checked.out.splitlines() if "to run it" in line]
+    assert "NOBODY_SET_THIS is not set" in line
+    done = kdrecipe("run", recipe, "--work", tmp_path / "work", CORPUS_ROOT=site / "corpus")
+    assert done.status == 2
+    assert "NOBODY_SET_THIS is not set" in done.err
+    assert not done.ran
 
 
 @pytest.mark.parametrize(

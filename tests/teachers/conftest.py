@@ -63,18 +63,23 @@ def wav2vec(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def teachers(ctc, transducer, toy_files, wav2vec) -> dict:
+def classes(ctc, transducer, toy_files, wav2vec) -> dict:
+    """By name, a teacher's class and its options."""
     features = {"frame_logits": {"name": "log_probs", "frame_shift_s": 0.04}}
     ctc_options = {"path": str(ctc[1] / "model.onnx"), "input": "features", "outputs": features}
-    made = {
-        "zipformer_ctc": make(SherpaOnnxTeacher, {"path": str(ctc[1]), "model": "zipformer_ctc"}),
-        "zipformer_ctc_int8": make(
+    return {
+        "zipformer_ctc": (SherpaOnnxTeacher, {"path": str(ctc[1]), "model": "zipformer_ctc"}),
+        "zipformer_ctc_int8": (
             SherpaOnnxTeacher, {"path": str(ctc[1]), "model": "zipformer_ctc", "int8": True}
         ),
-        "transducer": make(SherpaOnnxTeacher, {"path": str(transducer), "model": "transducer"}),
-        "onnx": make(OnnxTeacher, toy_options(toy_files / "toy.onnx", "logits", "middle")),
-        "onnx_features": make(OnnxTeacher, {**ctc_options, "lens_output": "log_probs_len"}),
-        "torchscript": make(TorchScriptTeacher, toy_options(toy_files / "toy.pt")),
-        "torchaudio": make(TorchaudioTeacher, w2v_options(wav2vec[1])),
-    }
-    return {name: loaded(teacher) for name, teacher in made.items()}
+        "transducer": (SherpaOnnxTeacher, {"path": str(transducer), "model": "transducer"}),
+        "onnx": (OnnxTeacher, toy_options(toy_files / "toy.onnx", "logits", "middle")),
+        "onnx_features": (OnnxTeacher, {**ctc_options, "lens_output": "log_probs_len"}),
+        "torchscript": (TorchScriptTeacher, toy_options(toy_files / "toy.pt")),
+        "torchaudio": (TorchaudioTeacher, w2v_options(wav2vec[1])),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def teachers(classes) -> dict:
+    return {name: loaded(make(*of)) for name, of in classes.items()}

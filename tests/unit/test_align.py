@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdrecipe.errors import DataError
+from kdrecipe.errors import DataError, RecipeError
 from kdrecipe.frames import MIN_LOG_PROB, keep_top
 from kdrecipe.interfaces import Hidden, Posteriors, Targets, TargetSpec, whole_factor
+from kdrecipe.recipe.load import load_recipe
 from kdrecipe.targets.align import AlignedTargets, frame_weights
 from kdrecipe.targets.kinds import KINDS
 from kdrecipe.testing.models import random_batch
@@ -167,3 +168,33 @@ def test_posteriors_of_a_lattice_are_not_aligned():
 
 def test_whole_factors():
     assert [whole_factor(x) for x in (1, 2.0, 0.04 / 0.02, 0.06 / 0.02, 0.5, 1.5)] == [1, 2, 2, 3, None, None]
+
+
+TWO_WAYS = """
+corpus: {name: manifests, root: /data}
+tokens: {name: char}
+systems:
+  teacher: {train: {model: &m {name: conformer, num_layers: 2, dim: 16, num_heads: 2, heads: {ctc: {}}}}}
+  other: {train: {model: *m}}
+  student:
+    distill:
+      teachers: [teacher, other]
+      model: *m
+      losses:
+        - {name: hidden_mse, layers: {encoder.0: encoder.1}, align: mean, teacher: teacher}
+        - {name: hidden_mse, layers: {encoder.1: encoder.1}, align: stride, teacher: teacher}
+        - {name: kl}
+"""
+
+
+def test_one_target_is_not_aligned_in_two_ways(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(TWO_WAYS)
+    with pytest.raises(RecipeError, match=r"align: stride for hidden:encoder.1 of 'teacher'") as caught:
+        load_recipe(tmp_path / "recipe.yaml")
+    [problem] = caught.value.problems
+    assert "systems.student.distill.losses[1].align" in problem.what
+    assert "'hidden_mse' has by mean" in problem.what
+    assert problem.remedy == "give both losses the same align"
+    for change in (("align: stride", "align: mean"), ("stride, teacher: teacher", "stride, teacher: other")):
+        (tmp_path / "recipe.yaml").write_text(TWO_WAYS.replace(*change))
+        load_recipe(tmp_path / "recipe.yaml")

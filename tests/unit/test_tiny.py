@@ -116,6 +116,11 @@ def test_tokens_stay_where_an_imported_model_has_some(load):
     assert load(imported).tokens.vocab_size == 500
 
 
+def test_tokens_shrink_beside_a_teacher_that_a_plugin_imports(load):
+    whisper = {"systems.whisper": {"pretrained": {"name": "whisper", "path": "${KDRECIPE_TEST_NOWHERE}"}}}
+    assert load(whisper).tokens.name == "char"
+
+
 def test_without_the_profile_nothing_shrinks(load):
     recipe = load(profile=None)
     assert (recipe.training.epochs, recipe.systems["kd"].model["num_layers"]) == (60, 6)
