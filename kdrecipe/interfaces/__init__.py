@@ -44,6 +44,8 @@ from kdrecipe.interfaces.losses import (
     Loss,
     LossOutput,
     LossSetup,
+    Progress,
+    call_loss,
 )
 from kdrecipe.interfaces.models import (
     Architecture,
@@ -110,6 +112,7 @@ __all__ = [
     "Piece",
     "Posteriors",
     "Prepared",
+    "Progress",
     "Runner",
     "Runtime",
     "RuntimeSearch",
@@ -119,6 +122,7 @@ __all__ = [
     "Targets",
     "Teacher",
     "TokenTable",
+    "call_loss",
     "float_copy",
     "tap_shifts_s",
     "whole_factor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -50,14 +51,60 @@ class LossSetup:
                 remedy=f"add {head}: {{}} to the model's heads, or remove the loss",
             )
 
+    def require_same_tokens(self, loss: str) -> None:
+        """Refuse a teacher whose tokens are not the student's, which ``loss`` compares.
+
+        Raises:
+            RecipeError: saying which tokens each has.
+        """
+        from kdrecipe.errors import RecipeError
+
+        student, teacher = self.student, self.teacher
+        if teacher is not None and teacher.vocab_id != student.vocab_id:
+            raise RecipeError(
+                f"{loss} compares posteriors over the same tokens; the student's are {student.vocab_id} "
+                f"({student.vocab_size}), the teacher's {teacher.vocab_id} ({teacher.vocab_size})",
+                remedy="train both on the same tokens (stage 2), or use a loss on hidden states (hidden_mse)",
+            )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come with a loss.
+
+    Both numbers count from the step at which the loss began (see ``start_below``), and neither changes when
+    a run is resumed.
+
+    Args:
+        step: of the optimiser, from 1.
+        num_steps: the most that there will be: with ``schedule: wsd``, where dev decides when a run ends,
+            a bound that may be far beyond its end. So schedules go by a number of steps of the loss's own.
+    """
+
+    step: int
+    num_steps: int
+
+    def share(self, steps: int) -> float:
+        """How much of a schedule over ``steps`` is done: 0 at the first step, 1 from the last on.
+
+        A run of fewer steps does all of it.
+        """
+        last = min(steps, self.num_steps) - 1
+        return 1.0 if last <= 0 else min(1.0, (self.step - 1) / last)
+
 
 class Loss(Protocol):
     """A loss term, built as ``cls(config, setup)``.
 
     May be an ``nn.Module`` with its own parameters (projections), which are trained too and
-    not kept. Class attributes, both optional: ``supervised = True`` gives it labelled utterances
+    not kept. Class attributes, all optional: ``supervised = True`` gives it labelled utterances
     only; ``num_views = 2`` asks for two differently augmented copies of each batch. The object's
     attribute ``taps``, optional too, names the student's taps that it reads from ``out.taps``.
+
+    A loss whose call has the keyword ``progress`` gets a :class:`Progress`. A method
+    ``after_step(value: float, progress: Progress)``, optional, is told the term's total over its count after
+    each optimiser step, the same on all processes. What it learns from that is kept in buffers, so that a run
+    resumes.
     """
 
     Config: ClassVar[type[Options]]
@@ -68,3 +115,11 @@ class Loss(Protocol):
 
     def __call__(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
         """The loss; ``targets`` is empty if it requires none."""
+
+
+def call_loss(loss: Loss, out: ModelOutput, targets: Targets, batch: Batch, progress: Progress) -> LossOutput:
+    """Call a loss with what it takes."""
+    call = getattr(loss, "forward", loss.__call__)  # of a module, the call itself takes anything
+    if "progress" in inspect.signature(call).parameters:
+        return loss(out, targets, batch, progress=progress)  # type: ignore[call-arg]
+    return loss(out, targets, batch)

@@ -20,9 +20,11 @@ from kdrecipe.interfaces import (
     LossSetup,
     ModelOutput,
     Posteriors,
+    Progress,
     TargetKind,
     Targets,
     TargetSpec,
+    call_loss,
 )
 from kdrecipe.testing.checks import CheckFailed, CheckSkipped, by_id, check_config_strict, require
 from kdrecipe.testing.models import (
@@ -38,6 +40,7 @@ from kdrecipe.testing.models import (
 LENS = (9, 6, 7)  # encoder frames
 RELATIVE = 1e-4  # float32 sums in another order
 RELATIVE_BF16 = 0.02
+MIDWAY = Progress(step=41, num_steps=100)  # within schedules
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,10 @@ class LossCase:
 
 def call(loss: Any, example: Example) -> LossOutput:
     """Call a loss; its answer must be a LossOutput with a scalar total."""
-    result = loss(example.out, example.targets, example.batch)
+    result = call_loss(loss, example.out, example.targets, example.batch, MIDWAY)
     require(isinstance(result, LossOutput), f"it returns {type(result).__name__}, not LossOutput")
     require(result.total.dim() == 0, f"total has shape {tuple(result.total.shape)}, not that of a scalar")
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def cast(example: Example, dtype: torch.dtype) -> Example:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from kdrecipe.data.batches import CutBatches
-from kdrecipe.interfaces import Batch, Loss, LossOutput, ModelOutput, Targets
+from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Progress, Targets
 from kdrecipe.train.log import Meter, normalised
+from kdrecipe.train.objective import Term
 from kdrecipe.train.step import Stepper
 
 
@@ -42,7 +43,7 @@ def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
             out = model(batch.features_BTF, batch.lens_B, taps=stepper.objective.taps, batch=batch)
         out = out.map(lambda x: x.float() if x.is_floating_point() else x)
         for term in supervised:
-            meter.add([term.name], [_supervised_loss(term.loss, out, batch)])
+            meter.add([term.name], [_supervised_loss(term, out, batch, stepper.objective.progress(0))])
         with stepper.autocast():
             found = model.greedy(out)  # type: ignore[operator]
         wrong, length = token_errors(found, batch)
@@ -55,10 +56,10 @@ def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
     return DevScore(loss, errors / tokens if tokens else None)
 
 
-def _supervised_loss(loss: Loss, out: ModelOutput, batch: Batch) -> LossOutput:
+def _supervised_loss(term: Term, out: ModelOutput, batch: Batch, progress: Progress) -> LossOutput:
     if bool(batch.labelled_B.all()):
-        return loss(out, Targets(), batch)
-    return loss(out.select(batch.labelled_B), Targets(), batch.select(batch.labelled_B))
+        return term(out, Targets(), batch, progress)
+    return term(out.select(batch.labelled_B), Targets(), batch.select(batch.labelled_B), progress)
 
 
 def token_errors(found: Sequence[Sequence[int]], batch: Batch) -> tuple[int, int]:

@@ -183,6 +183,7 @@ class _Run:
         self.group = self.options.accumulate * self.workers.world_size
         self.num_steps = self._steps_of(range(self.options.epochs))
         """Of the whole run; until it is known when a run with ``schedule: wsd`` ends, the most it can be."""
+        stepper.objective.num_steps = self.num_steps
         # in a short run, no more than a tenth
         self.warmup_steps = min(self.options.warmup_steps, max(1, self.num_steps // 10))
         self.cooldown: Cooldown | None = None
@@ -266,7 +267,7 @@ class _Run:
         masks, augment = self.stepper.masks, self.options.augment
         self.stepper.masks_begun = masks is not None and has_begun(masks.start_below, lowest)
         self.scenes_begun = augment is not None and has_begun(augment.start_below, lowest)
-        self.stepper.objective.begin(lowest)
+        self.stepper.objective.begin([(e["step"], e.get("dev_ter")) for e in self.history])
 
     def longest(self) -> Batch:
         """The batch that needs the most memory."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrecipe.errors import TrainingError
-from kdrecipe.interfaces import Batch, Loss, LossOutput, ModelOutput, Targets
+from kdrecipe.interfaces import Batch, Loss, LossOutput, ModelOutput, Progress, Targets, call_loss
 from kdrecipe.plugin.returned import returned
 
 
@@ -51,6 +51,11 @@ class Term:
         """Whether it sees labelled utterances only."""
         return bool(getattr(self.loss, "supervised", False))
 
+    def __call__(self, out: ModelOutput, targets: Targets, batch: Batch, progress: Progress) -> LossOutput:
+        """The loss; PluginError if it gives anything else than a LossOutput."""
+        found = call_loss(self.loss, out, targets, batch, progress)
+        return returned(found, LossOutput, f"loss {self.name!r}", "__call__")
+
 
 class Objective:
     """Weighted terms.
@@ -69,8 +74,11 @@ class Objective:
         if len(set(names)) < len(names):
             raise TrainingError(f"two loss terms have the same name: {', '.join(names)}")
         self.terms = list(terms)
-        self._due: list[bool] = [True] * len(terms)
+        self._since: list[int | None] = [0] * len(terms)  # steps before each began; None: it has not
         self._shares: list[float] = [1.0] * len(terms)
+        self._step = 1
+        self.num_steps = 1
+        """The most that the run will have."""
         self.labelled_share: float = 1.0
         """Of the training utterances. Beside terms that see all of them, a supervised one weighs by this
         share, as in a mean over all utterances: the few labelled ones of a batch would drown the others."""
@@ -92,22 +100,50 @@ class Objective:
     @property
     def at_work(self) -> list[bool]:
         """Which terms are computed; the others are 0 of 0."""
-        return [due and share > 0 for due, share in zip(self._due, self._shares, strict=True)]
+        pairs = zip(self._since, self._shares, strict=True)
+        return [since is not None and share > 0 for since, share in pairs]
 
-    def begin(self, lowest: float | None) -> None:
+    def begin(self, history: Sequence[tuple[int, float | None]]) -> None:
         """Put to work the terms whose time has come; all of them if none stays otherwise.
 
         Args:
-            lowest: dev token error so far; None: none is known yet.
+            history: steps done and dev token error (None: not known) at each place where one was looked
+                at, in order.
         """
-        self._due = [has_begun(term.start_below, lowest) for term in self.terms]
-        staying = [term.fade_steps is None for term in self.terms]
-        if not any(due and stays for due, stays in zip(self._due, staying, strict=True)):
-            self._due = [True] * len(self.terms)
+        since, lowest = self._begun([None for _ in self.terms], 0, None), None
+        for step, error in history:
+            lowest = error if lowest is None else min(lowest, lowest if error is None else error)
+            since = self._begun(since, step, lowest)
+        self._since = since
+
+    def _begun(self, before: Sequence[int | None], step: int, lowest: float | None) -> list[int | None]:
+        """Since when each term is at work, if it is: ``before``, or ``step``."""
+        due = [has_begun(term.start_below, lowest) for term in self.terms]
+        if not any(is_due and term.fade_steps is None for is_due, term in zip(due, self.terms, strict=True)):
+            due = [True] * len(self.terms)
+        return [(step if b is None else b) if is_due else None for is_due, b in zip(due, before, strict=True)]
 
     def at_step(self, step: int) -> None:
-        """Fade what fades: weights are those of ``step`` (from 1) until the next call."""
+        """Weights and schedules are those of ``step`` (from 1) until the next call."""
+        self._step = step
         self._shares = [term.share(step) for term in self.terms]
+
+    def progress(self, since: int | None) -> Progress:
+        """Of a term that began after so many steps."""
+        since = min(since or 0, self._step - 1)
+        return Progress(self._step - since, max(1, self.num_steps - since))
+
+    def after_step(self, values: Sequence[float]) -> None:
+        """Tell the losses that ask for it their values over the whole step, where they were at work."""
+        terms = zip(self.terms, values, self._since, self.at_work, strict=True)
+        for term, value, since, works in terms:
+            if works and hasattr(term.loss, "after_step"):
+                term.loss.after_step(value, self.progress(since))
+
+    @property
+    def listens(self) -> bool:
+        """Whether some loss has an ``after_step``."""
+        return any(hasattr(term.loss, "after_step") for term in self.terms)
 
     @property
     def weights(self) -> list[float]:
@@ -148,29 +184,28 @@ class Objective:
         }
         num_labelled = int(batch.labelled_B.sum())
         outputs = []
-        for term, works in zip(self.terms, self.at_work, strict=True):
+        for term, since, works in zip(self.terms, self._since, self.at_work, strict=True):
             if not works:
                 outputs.append(LossOutput(out.hidden_BTD.new_zeros(()), 0))
                 continue
-            given = wide[term.teacher] if term.teacher is not None else Targets()
+            given, progress = (
+                wide[term.teacher] if term.teacher is not None else Targets(),
+                self.progress(since),
+            )
             if not term.supervised or num_labelled == len(batch):
-                outputs.append(_output(term, out, given, repeated))
+                outputs.append(term(out, given, repeated, progress))
             elif num_labelled == 0:
                 outputs.append(LossOutput(out.hidden_BTD.new_zeros(()), 0))
             else:
                 rows_B = repeated.labelled_B
                 chosen = given.map(lambda x, rows_B=rows_B: x[rows_B])  # type: ignore[misc]
-                outputs.append(_output(term, out.select(rows_B), chosen, repeated.select(rows_B)))
+                outputs.append(term(out.select(rows_B), chosen, repeated.select(rows_B), progress))
         return outputs
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The losses' own parameters, trained with the student."""
         for name, parameter in self.module.named_parameters():
             yield f"losses.{name}", parameter
-
-
-def _output(term: Term, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
-    return returned(term.loss(out, targets, batch), LossOutput, f"loss {term.name!r}", "__call__")
 
 
 def has_begun(start_below: float | None, lowest: float | None) -> bool:

@@ -113,9 +113,20 @@ class Stepper:
             outputs, seen = self.backward(micros, step, keep)
         self.workers.sum_gradients(self.parameters)
         norm = self._update(outputs, batches, step)
+        if self.objective.listens:
+            self.objective.after_step(self._values(outputs))
         for output in outputs:
             self.meter.add(self.names, output)
         return norm, seen
+
+    def _values(self, outputs: Sequence[Sequence[LossOutput]]) -> list[float]:
+        """Total over count of each term in the whole step, on all processes."""
+        totals, device = torch.zeros_like(self.weights), self.workers.device
+        for found in outputs:
+            totals += torch.stack([o.total.detach().to(device, torch.float64) for o in found])
+        counts = self._sum_counts(outputs)
+        values: list[float] = (self.workers.sum(totals) / counts.clamp(min=1e-9)).tolist()
+        return values
 
     @property
     def weights(self) -> Tensor:

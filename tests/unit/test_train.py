@@ -556,7 +556,7 @@ def test_without_dev_or_any_other_loss_nothing_waits(tmp_path):
     spied([Term("u", 1.0, Spy()), Term("late", 1.0, spy, start_below=0.5)], tmp_path)
     assert len(spy.seen) > 1
     objective = Objective([Term("late", 1.0, Spy(), start_below=0.5)])
-    objective.begin(None)
+    objective.begin([])
     assert objective.at_work == [True]
 
 
