@@ -169,3 +169,13 @@ def ctc_greedy(scores_BTV: Tensor, lens_B: Tensor) -> tuple[list[list[int]], lis
     frames = [row_T.nonzero().flatten().tolist() for row_T in starts_BT]
     tokens = [row_T[at].tolist() for row_T, at in zip(best_BT, frames, strict=True)]
     return tokens, frames
+
+
+def edit_distance(reference: Sequence[int], hypothesis: Sequence[int]) -> int:
+    """Fewest substitutions, insertions and deletions between two sequences."""
+    row = list(range(len(hypothesis) + 1))
+    for i, wanted in enumerate(reference, start=1):
+        diagonal, row[0] = row[0], i
+        for j, got in enumerate(hypothesis, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (wanted != got))
+    return row[-1]

@@ -41,6 +41,7 @@ from kdrecipe.interfaces.exports import (
     Speller,
 )
 from kdrecipe.interfaces.losses import (
+    GivenTargets,
     Loss,
     LossOutput,
     LossSetup,
@@ -95,6 +96,7 @@ __all__ = [
     "Corpus",
     "Decoder",
     "Exporter",
+    "GivenTargets",
     "Head",
     "Hidden",
     "Hypothesis",

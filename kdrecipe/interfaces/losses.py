@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -32,10 +33,14 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class LossSetup:
-    """The pair of models a loss works between; ``teacher`` is None without one."""
+    """The pair of models a loss works between; ``teacher`` is None without one.
+
+    A loss with ``all_teachers`` has them in ``teachers`` by name, and no ``teacher``.
+    """
 
     student: ModelInfo
     teacher: ModelInfo | None = None
+    teachers: Mapping[str, ModelInfo] = field(default_factory=dict)
 
     def require_head(self, head: str, loss: str) -> None:
         """Refuse a student without ``head``, which ``loss`` reads.
@@ -59,13 +64,15 @@ class LossSetup:
         """
         from kdrecipe.errors import RecipeError
 
-        student, teacher = self.student, self.teacher
-        if teacher is not None and teacher.vocab_id != student.vocab_id:
-            raise RecipeError(
-                f"{loss} compares posteriors over the same tokens; the student's are {student.vocab_id} "
-                f"({student.vocab_size}), the teacher's {teacher.vocab_id} ({teacher.vocab_size})",
-                remedy="train both on the same tokens (stage 2), or use a loss on hidden states (hidden_mse)",
-            )
+        student = self.student
+        for teacher in (*([self.teacher] if self.teacher else []), *self.teachers.values()):
+            if teacher.vocab_id != student.vocab_id:
+                raise RecipeError(
+                    f"{loss} compares posteriors over the same tokens; the student's are {student.vocab_id} "
+                    f"({student.vocab_size}), the teacher's {teacher.vocab_id} ({teacher.vocab_size})",
+                    remedy="train both on the same tokens (stage 2), or use a loss on hidden states "
+                    "(hidden_mse)",
+                )
 
 
 @dataclass(frozen=True)
@@ -93,13 +100,19 @@ class Progress:
         return 1.0 if last <= 0 else min(1.0, (self.step - 1) / last)
 
 
+GivenTargets = Targets | Mapping[str, Targets]
+"""What a loss is given: one teacher's targets, or those of all by name."""
+
+
 class Loss(Protocol):
     """A loss term, built as ``cls(config, setup)``.
 
     May be an ``nn.Module`` with its own parameters (projections), which are trained too and
     not kept. Class attributes, all optional: ``supervised = True`` gives it labelled utterances
-    only; ``num_views = 2`` asks for two differently augmented copies of each batch. The object's
-    attribute ``taps``, optional too, names the student's taps that it reads from ``out.taps``.
+    only; ``num_views = 2`` asks for two differently augmented copies of each batch; ``all_teachers = True``
+    gives it the targets of all teachers at once, a mapping from their names, where others are built once for
+    each. The object's attribute ``taps``, optional too, names the student's taps that it reads from
+    ``out.taps``.
 
     A loss whose call has the keyword ``progress`` gets a :class:`Progress`. A method
     ``after_step(value: float, progress: Progress)``, optional, is told the term's total over its count after
@@ -113,11 +126,19 @@ class Loss(Protocol):
     def requires(config: Any) -> list[TargetSpec]:
         """Targets needed of each teacher; empty for losses that need none."""
 
-    def __call__(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
-        """The loss; ``targets`` is empty if it requires none."""
+    def __call__(self, out: ModelOutput, targets: Any, batch: Batch) -> LossOutput:
+        """The loss.
+
+        Args:
+            out: of the student.
+            targets: :class:`Targets`, empty if it requires none; with ``all_teachers``, by teacher.
+            batch: what the student heard.
+        """
 
 
-def call_loss(loss: Loss, out: ModelOutput, targets: Targets, batch: Batch, progress: Progress) -> LossOutput:
+def call_loss(
+    loss: Loss, out: ModelOutput, targets: GivenTargets, batch: Batch, progress: Progress
+) -> LossOutput:
     """Call a loss with what it takes."""
     call = getattr(loss, "forward", loss.__call__)  # of a module, the call itself takes anything
     if "progress" in inspect.signature(call).parameters:

@@ -30,6 +30,7 @@ from kdrecipe.recipe.sections import (
 )
 from kdrecipe.recipe.starting import misfits
 from kdrecipe.recipe.suitable import bundle_model, head_of, heads_of, measured_exporter, origin_of, searches
+from kdrecipe.recipe.terms import labels_of
 from kdrecipe.recipe.yaml import KeyPath
 
 TRAIN = "train"  # the split that tokens and models are learnt from
@@ -229,6 +230,7 @@ class Checker:
             return  # a term could not be read: already reported
         if all(term.weight == 0 for term in system.terms):
             self._problem(system, ("losses",), "all weights are 0: there is nothing to learn")
+        self._labels_differ(system)
         taught: set[str] = {system.labels} if system.labels else set()
         for i, term in enumerate(system.terms):
             path = ("losses", i, "teacher")
@@ -241,6 +243,9 @@ class Checker:
             elif term.teacher is not None and term.teacher not in system.teachers:
                 remedy = did_you_mean(term.teacher, system.teachers)
                 self._problem(system, path, f"{term.teacher!r} is not among its teachers", remedy)
+            elif term.teacher is not None and self.takes_all(term):
+                what = f"{term.name!r} learns from all teachers of its system at once"
+                self._problem(system, path, what, "remove teacher:")
             else:
                 taught |= {term.teacher} if term.teacher else set(system.teachers)
         if system.teachers and not system.labels and not any(self.requires(t) for t in system.terms):
@@ -252,6 +257,15 @@ class Checker:
         if system.unlabelled and not system.labels and all(self._supervised(t) for t in system.terms):
             remedy = "add a loss that needs no labels, or remove unlabelled:"
             self._problem(system, ("unlabelled",), "all losses need labels", remedy)
+
+    def _labels_differ(self, system: System) -> None:
+        """Two terms that no log could tell apart."""
+        labels = labels_of(system.terms, [self.requires(term) for term in system.terms])
+        for i, label in enumerate(labels):
+            if label in labels[:i]:
+                what = f"a second term {label!r}"
+                remedy = "let them learn from other heads, layers or teachers, or make one of both"
+                self._problem(system, ("losses", i), what, remedy)
 
     def _joined(self, system: System) -> None:
         """Utterances can't be joined beside cached targets that follow the text of one of them."""
@@ -278,6 +292,10 @@ class Checker:
             raise
         except Exception as error:
             raise PluginError(f"loss {term.name!r}: its requires() fails: {reason(error)}") from error
+
+    def takes_all(self, term: Term) -> bool:
+        """Whether a term gets the targets of all teachers at once."""
+        return bool(getattr(self._registry.get("losses", term.name), "all_teachers", False))
 
     def _can_distill(self, name: str) -> bool:
         try:

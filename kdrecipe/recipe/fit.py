@@ -52,12 +52,9 @@ class FitChecker:
             if student is None:
                 continue
             for i, term in enumerate(system.terms):
-                needs = self.checker.requires(term)
-                names = [term.teacher] if term.teacher else list(system.teachers)
-                for name in names if needs else [None]:
-                    if problem := self._misfit(term, needs, student, name):
-                        parser, path = self.checker.parser, self.checker._path(system, "losses", i)
-                        parser.problem(path, problem.what, problem.remedy)
+                for problem in self._misfits(system, term, student):
+                    parser, path = self.checker.parser, self.checker._path(system, "losses", i)
+                    parser.problem(path, problem.what, problem.remedy)
 
         self._language_model()
 
@@ -73,18 +70,33 @@ class FitChecker:
                     remedy = "set tokens as they were for the bundle, or lm_weight: 0"
                     self.checker.parser.problem(("decode", "decoders", label, "lm_weight"), what, remedy)
 
-    def _misfit(
-        self, term: Term, needs: list[TargetSpec], student: ModelInfo, name: str | None
+    def _misfits(self, system: System, term: Term, student: ModelInfo) -> Iterator[Problem]:
+        """What is wrong between a term, its student and each of its teachers, one problem for each."""
+        needs = self.checker.requires(term)
+        names = ([term.teacher] if term.teacher else list(system.teachers)) if needs else []
+        # a bundle that is not there yet is None: not known
+        infos = {name: self._info(self.checker.systems[name]) for name in names}
+        known = {name: info for name, info in infos.items() if info is not None}
+        unmet = {name: self._unmet(term, needs, student, name, info) for name, info in known.items()}
+        problems = [problem for problem in unmet.values() if problem is not None]
+        setups = [LossSetup(student, info) for name, info in known.items() if unmet[name] is None]
+        if not names:
+            setups = [LossSetup(student)]
+        elif self.checker.takes_all(term):
+            setups = [LossSetup(student, teachers=known)] if len(known) == len(names) and not problems else []
+        yield from problems
+        yield from (problem for setup in setups if (problem := self._unbuilt(term, setup)) is not None)
+
+    def _unmet(
+        self, term: Term, needs: list[TargetSpec], student: ModelInfo, name: str, teacher: ModelInfo
     ) -> Problem | None:
-        teacher = self._info(self.checker.systems[name]) if name else None
-        if name and teacher is None:
-            return None  # not known before it is there
-        offered = self._offered(name, teacher) if teacher else {}
+        """What a teacher can't give."""
+        offered = self._offered(name, teacher)
         for need in needs:
             if need.key not in offered:
                 remedy = did_you_mean(need.key, offered)
                 return Problem(f"{term.name!r} needs {need.key}, the teacher {name!r} lacks it", "", remedy)
-            if name and need.kind in VOCABULARY_KINDS and (why := self._other_tokens(name)) is not None:
+            if need.kind in VOCABULARY_KINDS and (why := self._other_tokens(name)) is not None:
                 remedy = "set tokens as they were for the bundle, or use a loss on hidden states (hidden_mse)"
                 return Problem(f"{term.name!r} compares tokens, and {name!r} has {why}", "", remedy)
             if (why := student.pinned(need).mismatch(offered[need.key])) is not None:
@@ -93,20 +105,24 @@ class FitChecker:
                 if remedy and need.kind in ALIGNABLE_KINDS and "align" in options:
                     remedy = OTHER_RATE
                 return Problem(f"{term.name!r} can't learn from {name!r}: {why}", "", remedy)
+        return None
+
+    def _unbuilt(self, term: Term, setup: LossSetup) -> Problem | None:
+        """Why a loss refuses the models that it stands between."""
         cls = self.checker._registry.get("losses", term.name)
         try:
             with _uninitialised():
-                cls(cls.Config.model_validate(term.options), LossSetup(student, teacher))
+                cls(cls.Config.model_validate(term.options), setup)
         except KdrecipeError as error:
             return Problem(error.problems[0].what, "", error.problems[0].remedy)
         except Exception as error:
             return Problem(f"{term.name!r} can't be built: {reason(error)}")
         return None
 
-    def _offered(self, name: str | None, teacher: ModelInfo) -> dict[str, TargetSpec]:
+    def _offered(self, name: str, teacher: ModelInfo) -> dict[str, TargetSpec]:
         """What a teacher gives by key. Which tokens stage 2 will make is not known: a list of an imported
         teacher's is compared when it is there, and its size now where the recipe says one."""
-        system = self.checker.systems[str(name)]
+        system = self.checker.systems[name]
         if not system.is_imported:
             return {spec.key: spec for spec in teacher.provides()}
         known = self.tokens.name != "char" and self.tokens.vocab_size is not None

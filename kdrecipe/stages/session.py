@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,6 +29,7 @@ from kdrecipe.errors import RecipeError
 from kdrecipe.interfaces import SAMPLE_RATE, Batch, LossSetup, ModelInfo, TargetSpec
 from kdrecipe.model.asr import FeatureNorm, build_model, model_info
 from kdrecipe.recipe.sections import Location
+from kdrecipe.recipe.terms import labels_of
 from kdrecipe.stages.inputs import needs_of, utterances_of
 from kdrecipe.stages.labels import kept_of
 from kdrecipe.stages.teachers import Opened, open_teacher
@@ -203,22 +203,34 @@ class Session:
         """
         registry = self.recipe.plugins.registry
         terms = []
-        count = Counter(term.name for term in self.system.terms)
-        for term in self.system.terms:
-            cls = registry.get("losses", term.name)
-            config = cls.Config.model_validate(term.options)
-            needs = list(cls.requires(config)) if hasattr(cls, "requires") else []
-            if not needs:
-                loss = cls(config, LossSetup(student))
-                terms.append(Term(term.name, term.weight, loss, None, term.start_below))
-                continue
-            names = [term.teacher] if term.teacher else list(self.system.teachers)
-            loss_name = term.name if count[term.name] == 1 else f"{term.name}:{needs[0].tap}"
+        losses = [registry.get("losses", term.name) for term in self.system.terms]
+        configs = [
+            cls.Config.model_validate(t.options) for cls, t in zip(losses, self.system.terms, strict=True)
+        ]
+        needs = [
+            list(cls.requires(config)) if hasattr(cls, "requires") else []
+            for cls, config in zip(losses, configs, strict=True)
+        ]
+        labels = labels_of(self.system.terms, needs)
+        for term, cls, config, asks, label in zip(
+            self.system.terms, losses, configs, needs, labels, strict=True
+        ):
+            names = ([term.teacher] if term.teacher else list(self.system.teachers)) if asks else []
             for name in names:
-                self._check(term.name, needs, student, name)
-                loss = cls(config, LossSetup(student, self.opened[name].info))
-                label = loss_name if len(names) == 1 else f"{loss_name}@{name}"
-                terms.append(Term(label, term.weight / len(names), loss, name, term.start_below))
+                self._check(term.name, asks, student, name)
+            infos = {name: self.opened[name].info for name in names}
+            if not names:
+                loss = cls(config, LossSetup(student))
+                terms.append(Term(label, term.weight, loss, start_below=term.start_below))
+            elif getattr(cls, "all_teachers", False):
+                loss = cls(config, LossSetup(student, teachers=infos))
+                all_of = Term(label, term.weight, loss, None, term.start_below, all_teachers=tuple(names))
+                terms.append(all_of)
+            else:
+                for name, info in infos.items():
+                    loss = cls(config, LossSetup(student, info))
+                    full = label if len(names) == 1 else f"{label}@{name}"
+                    terms.append(Term(full, term.weight / len(names), loss, name, term.start_below))
         return Objective(terms)
 
     def _check(self, loss: str, needs: list[TargetSpec], student: ModelInfo, name: str) -> None:

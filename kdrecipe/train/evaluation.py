@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kdrecipe.data.batches import CutBatches
+from kdrecipe.frames import edit_distance
 from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Progress, Targets
 from kdrecipe.train.log import Meter, normalised
 from kdrecipe.train.objective import Term
@@ -32,7 +33,7 @@ def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
     """Score ``stepper``'s model, each process a part of the split."""
     model, workers = stepper.model, stepper.workers
     terms = stepper.objective.terms
-    supervised = [t for t in terms if t.supervised and t.teacher is None and t.fade_steps is None]
+    supervised = [t for t in terms if t.supervised and not t.teachers and t.fade_steps is None]
     meter = Meter()
     errors = tokens = 0
     model.eval()
@@ -73,13 +74,3 @@ def token_errors(found: Sequence[Sequence[int]], batch: Batch) -> tuple[int, int
             errors += edit_distance(padded[:size], hypothesis)
             length += size
     return errors, length
-
-
-def edit_distance(reference: Sequence[int], hypothesis: Sequence[int]) -> int:
-    """Fewest substitutions, insertions and deletions between two sequences."""
-    row = list(range(len(hypothesis) + 1))
-    for i, wanted in enumerate(reference, start=1):
-        diagonal, row[0] = row[0], i
-        for j, got in enumerate(hypothesis, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (wanted != got))
-    return row[-1]

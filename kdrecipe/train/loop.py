@@ -388,7 +388,7 @@ class _Run:
         options = {k: v for k, v in self.options.model_dump(mode="json").items() if k not in ignored}
         shapes = {name: list(p.shape) for name, p in self.stepper.model.state_dict().items()}
         terms = [
-            (t.name, t.weight, t.teacher, t.start_below, t.fade_steps) for t in self.stepper.objective.terms
+            (t.name, t.weight, t.teachers, t.start_below, t.fade_steps) for t in self.stepper.objective.terms
         ]
         plan = [self.batches.ids, self.batches.seed, self.batches.num_labelled, self.group]
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from kdrecipe.errors import TrainingError
-from kdrecipe.interfaces import Batch, Loss, LossOutput, ModelOutput, Progress, Targets, call_loss
+from kdrecipe.interfaces import (
+    Batch,
+    GivenTargets,
+    Loss,
+    LossOutput,
+    ModelOutput,
+    Progress,
+    Targets,
+    call_loss,
+)
 from kdrecipe.plugin.returned import returned
 
 
@@ -29,10 +38,11 @@ class Term:
         name: in logs, unique within the objective.
         weight: factor of the normalised loss (its sum over its count).
         loss: see :class:`kdrecipe.interfaces.Loss`.
-        teacher: whose targets it gets; None for losses that need none.
+        teacher: whose targets it gets; None for losses that need none, or all teachers'.
         start_below: dev token error below which it begins; None: it is there from the start.
         fade_steps: its weight falls to 0 over the first so many steps, and then it is gone; such a term is no
             part of the loss that is logged and scored on dev. None: it stays.
+        all_teachers: whose targets it gets, all at once, if the loss asks for that.
     """
 
     name: str
@@ -41,6 +51,7 @@ class Term:
     teacher: str | None = None
     start_below: float | None = None
     fade_steps: int | None = None
+    all_teachers: tuple[str, ...] = ()
 
     def share(self, step: int) -> float:
         """Of its weight, at ``step`` (from 1)."""
@@ -51,7 +62,21 @@ class Term:
         """Whether it sees labelled utterances only."""
         return bool(getattr(self.loss, "supervised", False))
 
-    def __call__(self, out: ModelOutput, targets: Targets, batch: Batch, progress: Progress) -> LossOutput:
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """All that it learns from."""
+        return self.all_teachers or (() if self.teacher is None else (self.teacher,))
+
+    def given(
+        self, targets: Mapping[str, Targets], change: Callable[[Tensor], Tensor] | None = None
+    ) -> GivenTargets:
+        """Its part of all teachers' targets, perhaps with every tensor changed."""
+        mine = {n: targets[n].map(change) if change else targets[n] for n in self.teachers}
+        return mine if self.all_teachers else next(iter(mine.values()), Targets())
+
+    def __call__(
+        self, out: ModelOutput, targets: GivenTargets, batch: Batch, progress: Progress
+    ) -> LossOutput:
         """The loss; PluginError if it gives anything else than a LossOutput."""
         found = call_loss(self.loss, out, targets, batch, progress)
         return returned(found, LossOutput, f"loss {self.name!r}", "__call__")
@@ -162,7 +187,7 @@ class Objective:
     def targets(self, teachers: Mapping[str, TargetSource], batch: Batch) -> dict[str, Targets]:
         """What every teacher that a term asks for says about the clean ``batch``, on its device."""
         device = batch.features_BTF.device
-        names = dict.fromkeys(term.teacher for term in self.terms if term.teacher is not None)
+        names = dict.fromkeys(name for term in self.terms for name in term.teachers)
         return {name: teachers[name].targets(batch).map(lambda x: x.to(device)) for name in names}
 
     def evaluate(self, out: ModelOutput, targets: Mapping[str, Targets], batch: Batch) -> list[LossOutput]:
@@ -185,20 +210,14 @@ class Objective:
         num_labelled = int(batch.labelled_B.sum())
         outputs = []
         for term, since, works in zip(self.terms, self._since, self.at_work, strict=True):
-            if not works:
+            progress = self.progress(since)
+            if not works or (term.supervised and num_labelled == 0):
                 outputs.append(LossOutput(out.hidden_BTD.new_zeros(()), 0))
-                continue
-            given, progress = (
-                wide[term.teacher] if term.teacher is not None else Targets(),
-                self.progress(since),
-            )
-            if not term.supervised or num_labelled == len(batch):
-                outputs.append(term(out, given, repeated, progress))
-            elif num_labelled == 0:
-                outputs.append(LossOutput(out.hidden_BTD.new_zeros(()), 0))
+            elif not term.supervised or num_labelled == len(batch):
+                outputs.append(term(out, term.given(wide), repeated, progress))
             else:
                 rows_B = repeated.labelled_B
-                chosen = given.map(lambda x, rows_B=rows_B: x[rows_B])  # type: ignore[misc]
+                chosen = term.given(wide, lambda x, rows_B=rows_B: x[rows_B])  # type: ignore[misc]
                 outputs.append(term(out.select(rows_B), chosen, repeated.select(rows_B), progress))
         return outputs
 

@@ -126,6 +126,10 @@ class HiddenLoss:
         return [TargetSpec("hidden", config.tap)]
 
 
+class Ensemble(Soft):
+    all_teachers = True
+
+
 class Halve:
     """A compressor that may train."""
 
@@ -154,6 +158,7 @@ def plugins():
         ("losses", "ctc", Supervised),
         ("losses", "soft", Soft),
         ("losses", "hidden", HiddenLoss),
+        ("losses", "all", Ensemble),
         ("losses", "views", TwoViews),
         ("compressors", "halve", Halve),
         ("exporters", "onnx", Export),
@@ -561,7 +566,20 @@ MISTAKES = [
     ("systems.kd.distill.losses.1.temperature", 0, "greater than 0", ""),
     ("systems.kd.distill.losses.1.teacher", "kd", "'kd' is not among its teachers", "known: teacher"),
     ("systems.kd.distill.losses.0.teacher", "teacher", "learns nothing from a teacher", "remove it"),
-    ("systems.kd.distill.losses", [{"name": "ctc"}, {"name": "views"}], "no loss learns", "hidden, soft"),
+    ("systems.kd.distill.losses.1", {"name": "all", "teacher": "teacher"}, "all teachers of its", "remove"),
+    (
+        "systems.kd.distill.losses",
+        [{"name": "soft"}] * 2,
+        "losses[1]: a second term 'soft:ctc'",
+        "other heads",
+    ),
+    ("systems.plain.train.losses", [{"name": "ctc"}] * 2, "losses[1]: a second term 'ctc'", "one of both"),
+    (
+        "systems.kd.distill.losses",
+        [{"name": "ctc"}, {"name": "views"}],
+        "no loss learns",
+        "all, hidden",
+    ),
     ("systems.kd.distill.losses", [{"name": "ctc"}], "unlabelled: all losses need labels", ""),
     ("systems.kd.distill.teachers", [], "teachers: is empty", ""),
     ("systems.kd.distill.teachers", ["techer"], "unknown system 'techer'", "did you mean 'teacher'?"),
