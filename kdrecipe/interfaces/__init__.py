@@ -52,7 +52,8 @@ from kdrecipe.interfaces.models import (
     Architecture,
     Head,
     ModelInfo,
-    tap_shifts_s,
+    Tap,
+    taps_of,
 )
 from kdrecipe.interfaces.recognition import (
     Decoder,
@@ -65,6 +66,7 @@ from kdrecipe.interfaces.targets import (
     ALIGNABLE_KINDS,
     FORCED_KINDS,
     FRAME_KINDS,
+    TAP_KINDS,
     VOCABULARY_KINDS,
     Align,
     Hidden,
@@ -85,6 +87,7 @@ __all__ = [
     "FRAME_SAMPLES",
     "SAMPLE_RATE",
     "SOS_EOS_ID",
+    "TAP_KINDS",
     "UNK_ID",
     "VOCABULARY_KINDS",
     "Align",
@@ -119,6 +122,7 @@ __all__ = [
     "Runtime",
     "RuntimeSearch",
     "Speller",
+    "Tap",
     "TargetKind",
     "TargetSpec",
     "Targets",
@@ -126,6 +130,6 @@ __all__ = [
     "TokenTable",
     "call_loss",
     "float_copy",
-    "tap_shifts_s",
+    "taps_of",
     "whole_factor",
 ]

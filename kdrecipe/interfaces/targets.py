@@ -11,10 +11,14 @@ from kdrecipe.interfaces.tensors import map_tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-TargetKind = Literal["frame_logits", "token_logits", "rnnt_lattice", "hidden", "codebooks", "hypotheses"]
+TargetKind = Literal[
+    "frame_logits", "token_logits", "rnnt_lattice", "hidden", "token_hidden", "codebooks", "hypotheses"
+]
 FRAME_KINDS: tuple[TargetKind, ...] = ("frame_logits", "rnnt_lattice", "hidden")
 """Kinds whose targets go by frames, which must fall together with the student's."""
-FORCED_KINDS: tuple[TargetKind, ...] = ("token_logits", "rnnt_lattice")
+TAP_KINDS: tuple[TargetKind, ...] = ("hidden", "token_hidden")
+"""Kinds that are the tensors at declared taps; the others are of heads."""
+FORCED_KINDS: tuple[TargetKind, ...] = ("token_logits", "rnnt_lattice", "token_hidden")
 """Kinds that a teacher can only give along a text."""
 VOCABULARY_KINDS: tuple[TargetKind, ...] = ("frame_logits", "token_logits", "rnnt_lattice")
 """Kinds that are about tokens, which must be the student's."""
@@ -111,7 +115,7 @@ class Posteriors:
 
 @dataclass
 class Hidden:
-    """A teacher's hidden states: values_BTD float32, lens_B int64 valid frames."""
+    """A teacher's hidden states: values_BTD float32, lens_B int64 valid frames (or tokens)."""
 
     values_BTD: Tensor
     lens_B: Tensor
@@ -142,7 +146,7 @@ class Targets:
 
     Args:
         items: the targets.
-        tokens_BU: int64, the texts along which ``token_logits`` and ``rnnt_lattice`` were
+        tokens_BU: int64, the texts along which targets of :data:`FORCED_KINDS` were
             computed: the transcript of a labelled utterance, the teacher's own hypothesis of any
             other; None if there are no such targets.
         token_lens_B: int64, their lengths.
@@ -158,9 +162,9 @@ class Targets:
         assert isinstance(item, Posteriors)
         return item
 
-    def hidden(self, tap: str) -> Hidden:
+    def hidden(self, tap: str, kind: TargetKind = "hidden") -> Hidden:
         """Hidden states at the teacher's ``tap``."""
-        item = self.items[f"hidden:{tap}"]
+        item = self.items[f"{kind}:{tap}"]
         assert isinstance(item, Hidden)
         return item
 

@@ -15,7 +15,6 @@ from kdrecipe.interfaces import (
     LossSetup,
     ModelInfo,
     TargetSpec,
-    tap_shifts_s,
 )
 from kdrecipe.plugin.loader import reason
 from kdrecipe.plugin.registry import Registry
@@ -183,21 +182,12 @@ class FitChecker:
     def _build(self, model: Mapping[str, Any]) -> ModelInfo:
         registry = self.checker._registry
         encoder = build_encoder(registry, model, self.features.num_mel_bins)
-        heads = {name: registry.get("heads", name) for name in model["heads"]}
+        heads = {}
         with _uninitialised():
-            for name, head in heads.items():
-                head(head.Config.model_validate(model["heads"][name]), encoder.output_dim, self.vocab_size)
-        taps = {tap: dim for tap, (_, dim) in encoder.taps().items()}
-        shift_s = round(FEATURE_FRAME_SHIFT_S * encoder.subsampling, 9)
-        return ModelInfo(
-            "the recipe's",
-            self.vocab_size,
-            shift_s,
-            {name: head.target_kinds for name, head in heads.items()},
-            taps,
-            {name: round(shift_s * getattr(head, "subsampling", 1), 9) for name, head in heads.items()},
-            tap_shifts_s(encoder, FEATURE_FRAME_SHIFT_S),
-        )
+            for name, options in model["heads"].items():
+                head = registry.get("heads", name)
+                heads[name] = head(head.Config.model_validate(options), encoder.output_dim, self.vocab_size)
+        return ModelInfo.of_model("the recipe's", self.vocab_size, encoder, heads, FEATURE_FRAME_SHIFT_S)
 
 
 def build_encoder(registry: Registry, model: Mapping[str, Any], num_mel_bins: int) -> Any:

@@ -36,7 +36,9 @@ def in_row(
             where="+".join(piece.id for piece in pieces),
             remedy="set training.augment.join: 0, or targets.mode: live",
         )
-    if spec.kind == "token_logits" or (first.start == 0 and num_features == last.num_frames):
+    if spec.kind in ("token_logits", "token_hidden") or (
+        first.start == 0 and num_features == last.num_frames
+    ):
         return said[0]
     around = num_features - last.start - last.num_frames
     if any(piece.start % stride for piece in pieces) or around % stride:

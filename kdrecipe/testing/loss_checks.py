@@ -340,7 +340,7 @@ def _permuted(item: Posteriors) -> Posteriors:
 def check_empty_selection(case: LossCase) -> None:
     """No valid frame and no label: total and count are 0, and so is the gradient."""
     loss, example = case.build(), case.example()
-    if any(spec.kind == "token_logits" for spec in case.specs()):
+    if any(spec.kind in ("token_logits", "token_hidden") for spec in case.specs()):
         nothing = example.map(lambda x: x[:0])  # without words, too, there is the end of the sentence
     else:
         nothing = example.map(lambda x: x if x.dim() != 1 else torch.zeros_like(x))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import Batch, ModelOutput, TargetKind, TargetSpec
-from kdrecipe.targets.kinds.hidden import HiddenStates
+from kdrecipe.targets.kinds.hidden import HiddenStates, TokenHiddenStates
 from kdrecipe.targets.kinds.lattice import Lattices
 from kdrecipe.targets.kinds.posteriors import FramePosteriors, TokenPosteriors
 from kdrecipe.targets.kinds.weights import FrameWeights
@@ -57,6 +57,7 @@ KINDS: Mapping[TargetKind, Kind] = {
     "token_logits": TokenPosteriors(),
     "rnnt_lattice": Lattices(),
     "hidden": HiddenStates(),
+    "token_hidden": TokenHiddenStates(),
 }
 
 
