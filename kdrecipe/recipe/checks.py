@@ -16,6 +16,7 @@ from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.parsing import SECTION_OF, Parser
 from kdrecipe.recipe.sections import (
     ALL,
+    EMA,
     NONE,
     Corpus,
     Decode,
@@ -188,7 +189,10 @@ class Checker:
     def _labels(self, system: System) -> None:
         """Where labels come from if not from people."""
         path: KeyPath = ("unlabelled", "labels")
-        if system.labels is not None and self._known(system.labels, self._path(system, *path)):
+        if system.labels == EMA:
+            what = f"labels are made before training, when there is no {EMA} yet"
+            self._problem(system, path, what, "name a teacher that is a system")
+        elif system.labels is not None and self._known(system.labels, self._path(system, *path)):
             if system.labels not in system.teachers:
                 what = f"{system.labels!r} is not among its teachers"
                 self._problem(system, path, what, f"teachers: [{system.labels}]")
@@ -231,28 +235,29 @@ class Checker:
         if all(term.weight == 0 for term in system.terms):
             self._problem(system, ("losses",), "all weights are 0: there is nothing to learn")
         self._labels_differ(system)
+        self._warm_start(system)
         taught: set[str] = {system.labels} if system.labels else set()
         for i, term in enumerate(system.terms):
             path = ("losses", i, "teacher")
             if not self.requires(term):
                 if term.teacher is not None:
                     self._problem(system, path, f"{term.name!r} learns nothing from a teacher", "remove it")
-            elif not system.teachers:
+            elif not system.all_teachers:
                 remedy = "make it distill: with teachers: [...], or use another loss"
                 self._problem(system, ("losses", i), f"{term.name!r} needs a teacher", remedy)
-            elif term.teacher is not None and term.teacher not in system.teachers:
-                remedy = did_you_mean(term.teacher, system.teachers)
+            elif term.teacher is not None and term.teacher not in system.all_teachers:
+                remedy = did_you_mean(term.teacher, system.all_teachers)
                 self._problem(system, path, f"{term.teacher!r} is not among its teachers", remedy)
             elif term.teacher is not None and self.takes_all(term):
                 what = f"{term.name!r} learns from all teachers of its system at once"
                 self._problem(system, path, what, "remove teacher:")
             else:
-                taught |= {term.teacher} if term.teacher else set(system.teachers)
-        if system.teachers and not system.labels and not any(self.requires(t) for t in system.terms):
+                taught |= {term.teacher} if term.teacher else set(system.all_teachers)
+        if system.all_teachers and not system.labels and not any(self.requires(t) for t in system.terms):
             losses = [n for n in self._registry.names("losses") if self._can_distill(n)]
             remedy = f"add one of {', '.join(losses)}, or make it train:"
             self._problem(system, ("losses",), "no loss learns from a teacher", remedy)
-        elif taught and (idle := [t for t in system.teachers if t not in taught]):
+        elif taught and (idle := [t for t in system.all_teachers if t not in taught]):
             self._problem(system, ("teachers",), f"no loss learns from {', '.join(idle)}")
         if system.unlabelled and not system.labels and all(self._supervised(t) for t in system.terms):
             remedy = "add a loss that needs no labels, or remove unlabelled:"
@@ -266,6 +271,20 @@ class Checker:
                 what = f"a second term {label!r}"
                 remedy = "let them learn from other heads, layers or teachers, or make one of both"
                 self._problem(system, ("losses", i), what, remedy)
+
+    def _warm_start(self, system: System) -> None:
+        """The average of an untrained model teaches noise."""
+        if system.ema is None or system.init_from is not None:
+            return
+        early = [
+            term
+            for term in system.terms
+            if term.teacher in (None, EMA) and term.start_below is None and self.requires(term)
+        ]
+        if early:
+            what = f"{early[0].name!r} would learn noise from {EMA}, the average of an untrained student"
+            remedy = "init_from: <a trained system>, or start_below: 0.5 on its losses"
+            self._problem(system, ("teachers",), what, remedy)
 
     def _joined(self, system: System) -> None:
         """Utterances can't be joined beside cached targets that follow the text of one of them."""

@@ -21,7 +21,7 @@ from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.bundles import other_tokens
 from kdrecipe.recipe.checks import Checker
 from kdrecipe.recipe.imported import build_teacher, teacher_options
-from kdrecipe.recipe.sections import Features, System, Term, Tokens, uses_lm
+from kdrecipe.recipe.sections import EMA, Features, System, Term, Tokens, uses_lm
 from kdrecipe.recipe.suitable import bundle_model, searches
 
 FEATURE_FRAME_SHIFT_S = 0.01
@@ -72,9 +72,9 @@ class FitChecker:
     def _misfits(self, system: System, term: Term, student: ModelInfo) -> Iterator[Problem]:
         """What is wrong between a term, its student and each of its teachers, one problem for each."""
         needs = self.checker.requires(term)
-        names = ([term.teacher] if term.teacher else list(system.teachers)) if needs else []
+        names = ([term.teacher] if term.teacher else list(system.all_teachers)) if needs else []
         # a bundle that is not there yet is None: not known
-        infos = {name: self._info(self.checker.systems[name]) for name in names}
+        infos = {n: student if n == EMA else self._info(self.checker.systems[n]) for n in names}
         known = {name: info for name, info in infos.items() if info is not None}
         unmet = {name: self._unmet(term, needs, student, name, info) for name, info in known.items()}
         problems = [problem for problem in unmet.values() if problem is not None]
@@ -121,18 +121,17 @@ class FitChecker:
     def _offered(self, name: str, teacher: ModelInfo) -> dict[str, TargetSpec]:
         """What a teacher gives by key. Which tokens stage 2 will make is not known: a list of an imported
         teacher's is compared when it is there, and its size now where the recipe says one."""
-        system = self.checker.systems[name]
-        if not system.is_imported:
+        if name == EMA or not self.checker.systems[name].is_imported:
             return {spec.key: spec for spec in teacher.provides()}
         known = self.tokens.name != "char" and self.tokens.vocab_size is not None
         return {
             spec.key: replace(spec, vocab_id=None, dim=spec.dim if known or spec.vocab_id is None else None)
-            for spec in self._specs[system.name] or ()
+            for spec in self._specs[name] or ()
         }
 
     def _other_tokens(self, name: str) -> str | None:
-        system = self.checker.systems[name]
-        if system.is_imported:
+        system = self.checker.systems.get(name)  # none of the average's own
+        if system is None or system.is_imported:
             return None
         return other_tokens(system, self.tokens) if system.kind == "pretrained" else None
 

@@ -18,10 +18,12 @@ from kdrecipe.errors import did_you_mean
 from kdrecipe.interfaces import Options
 from kdrecipe.recipe.sections import (
     ALL,
+    EMA,
     NONE,
     Claim,
     Corpus,
     Decode,
+    Ema,
     Kind,
     Lm,
     Location,
@@ -129,10 +131,17 @@ class DistillSection(Options):
     data: str | None = None
     unlabelled: str | UnlabelledSection | None = None
     teachers: Annotated[tuple[str, ...], Field(min_length=1)]
+    ema: Ema | None = None
     losses: Mappings
     training: dict[str, Any] = {}
     seeds: Seeds | None = None
     init_from: Start = None
+
+    @model_validator(mode="after")
+    def _average_teaches(self) -> DistillSection:
+        if self.ema is not None and EMA not in self.teachers:
+            raise ValueError(f"ema has options, but is no teacher: write teachers: [..., {EMA}]")
+        return self
 
 
 class CompressSection(Options):
@@ -318,6 +327,8 @@ class Parser(Validator):
     def _system(self, name: str, data: Any, seeds: tuple[int, ...], training: Training) -> System | None:
         path: KeyPath = ("systems", name)
         self._check_name(name, path)
+        if name == EMA:
+            self.problem(path, "as a teacher, this name means a student's own moving average", "rename it")
         if not isinstance(data, dict) or not data:
             self.problem(path, f"is {short(data)}", f"give it one of {', '.join(KINDS)}")
             return None
@@ -346,7 +357,7 @@ class Parser(Validator):
         if section.seeds:
             common["seeds"] = self._distinct(section, (*here, "seeds"))
         terms = [self._term(t, (*here, "losses", i)) for i, t in enumerate(section.losses)]
-        unlabelled = getattr(section, "unlabelled", None)
+        unlabelled, teachers = getattr(section, "unlabelled", None), getattr(section, "teachers", ())
         if isinstance(unlabelled, UnlabelledSection):
             keep = (unlabelled.keep or Keep()) if unlabelled.labels else None
             common |= {"labels": unlabelled.labels, "keep": keep}
@@ -356,7 +367,8 @@ class Parser(Validator):
             model=self._model(section.model, (*here, "model")),
             data=section.data,
             unlabelled=unlabelled,
-            teachers=getattr(section, "teachers", ()),
+            teachers=tuple(t for t in teachers if t != EMA),
+            ema=(section.ema or Ema()) if EMA in teachers else None,
             init_from=section.init_from.system if section.init_from else None,
             init_layers=section.init_from.layers if section.init_from else {},
             terms=tuple(t for t in terms if t is not None),

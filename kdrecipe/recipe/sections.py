@@ -219,6 +219,20 @@ NONE = "none"
 """In place of a subset's name: no utterance's transcript."""
 
 
+EMA = "ema"
+"""In place of a teacher's name: the running average of the student's own weights."""
+
+
+class Ema(Options):
+    """``ema``: the average that a student learns from.
+
+    Args:
+        decay: of the average, per step: it covers about 1 / (1 - decay) steps.
+    """
+
+    decay: float = Field(default=0.999, gt=0, lt=1)
+
+
 def uses_lm(options: Mapping[str, Any]) -> bool:
     """Whether a decoder with these options asks for the recipe's language model."""
     return bool(options.get("lm_weight"))
@@ -499,6 +513,7 @@ class System:
         labels: the teacher whose hypotheses are the labels there; None: only terms without labels see it.
         keep: which of those hypotheses are labels.
         teachers: systems it learns from.
+        ema: of its own weights, which teaches it, too; None: it does not.
         parent: system it is compressed from.
         init_from: system with the same encoder, whose weights it starts with: those of the encoder and
             of the heads that both have; other heads start from random weights.
@@ -521,6 +536,7 @@ class System:
     labels: str | None = None
     keep: Keep | None = None
     teachers: tuple[str, ...] = ()
+    ema: Ema | None = None
     parent: str | None = None
     init_from: str | None = None
     init_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -529,6 +545,11 @@ class System:
     location: Location | None = None
     plugin: Named | None = None
     text: TextForm = field(default_factory=TextForm)
+
+    @property
+    def all_teachers(self) -> tuple[str, ...]:
+        """Whom its losses learn from: its teachers, and :data:`EMA`."""
+        return (*self.teachers, EMA) if self.ema else self.teachers
 
     @property
     def is_imported(self) -> bool:

@@ -107,6 +107,7 @@ def system_inputs(recipe: Recipe, system: System) -> Mapping[str, Any]:
         "labels": system.labels,
         "keep": system.keep.model_dump(mode="json") if system.keep else None,
         "teachers": list(system.teachers),
+        **({"ema": system.ema.model_dump(mode="json")} if system.ema else {}),
         "init_from": system.init_from,
         **({"init_layers": dict(system.init_layers)} if system.init_layers else {}),
         "losses": [

@@ -28,7 +28,7 @@ from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import RecipeError
 from kdrecipe.interfaces import SAMPLE_RATE, Batch, LossSetup, ModelInfo, TargetSpec
 from kdrecipe.model.asr import FeatureNorm, build_model, model_info
-from kdrecipe.recipe.sections import Location
+from kdrecipe.recipe.sections import EMA, Location
 from kdrecipe.recipe.terms import labels_of
 from kdrecipe.stages.inputs import needs_of, utterances_of
 from kdrecipe.stages.labels import kept_of
@@ -37,7 +37,8 @@ from kdrecipe.targets.align import AlignedTargets, Source
 from kdrecipe.targets.cache import TargetCache
 from kdrecipe.targets.live import LiveTargets
 from kdrecipe.train.distribution import local_device
-from kdrecipe.train.loop import Objective, Term, TrainResult, train
+from kdrecipe.train.ema import MovingAverage
+from kdrecipe.train.loop import Objective, TargetSource, Term, TrainResult, train
 
 if TYPE_CHECKING:
     from lhotse.cut import MonoCut
@@ -215,10 +216,10 @@ class Session:
         for term, cls, config, asks, label in zip(
             self.system.terms, losses, configs, needs, labels, strict=True
         ):
-            names = ([term.teacher] if term.teacher else list(self.system.teachers)) if asks else []
+            names = ([term.teacher] if term.teacher else list(self.system.all_teachers)) if asks else []
             for name in names:
                 self._check(term.name, asks, student, name)
-            infos = {name: self.opened[name].info for name in names}
+            infos = {name: student if name == EMA else self.opened[name].info for name in names}
             if not names:
                 loss = cls(config, LossSetup(student))
                 terms.append(Term(label, term.weight, loss, start_below=term.start_below))
@@ -234,7 +235,8 @@ class Session:
         return Objective(terms)
 
     def _check(self, loss: str, needs: list[TargetSpec], student: ModelInfo, name: str) -> None:
-        offered = self.opened[name].provides()
+        own = {spec.key: spec for spec in student.provides()}
+        offered = own if name == EMA else self.opened[name].provides()
         for need in needs:
             spec = student.pinned(need)
             gives = offered.get(need.key)
@@ -250,12 +252,12 @@ class Session:
         """What this system's losses ask of one teacher."""
         return needs_of(self.recipe, self.system, teacher)
 
-    def teachers(self, device: torch.device, student: AsrModel) -> dict[str, Source]:
+    def teachers(self, device: torch.device, student: AsrModel) -> dict[str, TargetSource]:
         """Where the targets come from: the cache of stage 4, or the teacher itself, on ``device``.
 
         Those that have other frames than the student are brought to its own.
         """
-        sources: dict[str, Source] = {}
+        sources: dict[str, TargetSource] = {}
         info = model_info(student, self.tokens.vocab_id)
         for name, opened in self.opened.items():
             needs = [info.pinned(need) for need in self.needs_of(name)]
@@ -266,6 +268,9 @@ class Session:
                 by_key = {need.key: need for need in needs}
                 source = AlignedTargets(source, by_key, opened.provides(), student.frames_of)
             sources[name] = source
+        if self.system.ema is not None and (needs := self.needs_of(EMA)):
+            specs = [replace(info.pinned(need), align=None) for need in needs]
+            sources[EMA] = MovingAverage(self.system.ema.decay, specs)
         return sources
 
     def _source(self, opened: Opened, device: torch.device) -> Source:
@@ -292,7 +297,10 @@ class Session:
         teachers = self.teachers(device, model)
         result = train(
             model,
-            self.batches(training, with_audio=any(source.hears_audio for source in teachers.values())),
+            self.batches(
+                training,
+                with_audio=any(getattr(source, "hears_audio", False) for source in teachers.values()),
+            ),
             objective,
             teachers,
             training,

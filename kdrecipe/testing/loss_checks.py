@@ -41,7 +41,6 @@ from kdrecipe.testing.models import (
 LENS = (9, 6, 7)  # encoder frames
 RELATIVE = 1e-4  # float32 sums in another order
 RELATIVE_BF16 = 0.02
-TWO = ("first", "second")  # teachers
 MIDWAY = Progress(step=41, num_steps=100)  # within schedules
 
 
@@ -84,7 +83,8 @@ class LossCase:
     def models(self) -> LossSetup:
         """The models; by default student and teacher (or two of them) of the same size."""
         if self.setup is None and self.takes_all:
-            return LossSetup(model_info(), teachers=dict.fromkeys(TWO, model_info()))
+            names = getattr(self.cls, "contract_teachers", ("first", "second"))
+            return LossSetup(model_info(), teachers=dict.fromkeys(names, model_info()))
         return self.setup or loss_setup()
 
     @property

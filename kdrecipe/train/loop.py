@@ -22,6 +22,7 @@ from kdrecipe.errors import TrainingError
 from kdrecipe.train.average import WeightAverage
 from kdrecipe.train.checkpoints import Checkpoints
 from kdrecipe.train.distribution import Workers
+from kdrecipe.train.ema import MovingAverage
 from kdrecipe.train.evaluation import DevScore, evaluate
 from kdrecipe.train.flat_start import with_flat_start
 from kdrecipe.train.log import Progress, TrainLog, normalised
@@ -141,6 +142,8 @@ def train(
     model.to(workers.device).train()
     objective.module.to(workers.device).train()
     workers.share_state([*model.state_dict().values(), *objective.module.state_dict().values()])
+    for average in _averages(teachers).values():
+        average.start(model)  # type: ignore[arg-type]
     num_params = sum(p.numel() for p in model.parameters())
     options = options.for_model(num_params, objective.num_views)
     others = [p for _, p in objective.named_parameters()]
@@ -157,6 +160,11 @@ def train(
     finally:
         run.progress.close()
     return run.finish()
+
+
+def _averages(teachers: Mapping[str, TargetSource]) -> dict[str, MovingAverage]:
+    """Teachers that follow the student."""
+    return {name: teacher for name, teacher in teachers.items() if isinstance(teacher, MovingAverage)}
 
 
 class _Run:
@@ -177,6 +185,7 @@ class _Run:
         self.label = ""
         self.checkpoints = Checkpoints(work_dir)
         self.average = WeightAverage(stepper.model) if self.options.average else None
+        self.following = _averages(stepper.teachers)
         self.log = TrainLog(work_dir / "log.jsonl", self.workers.is_first)
         # A step takes this many batches of the plan, all processes together; the last step of an
         # epoch what is left.
@@ -294,6 +303,8 @@ class _Run:
             self.on_step(self.stepper.model, step, self.num_steps)
         if self.average is not None:
             self.average.update(step)
+        for teacher in self.following.values():
+            teacher.update()
         audio_s = sum(self.batches.duration_s(ids) for ids in group)
         self.audio_s += audio_s
         self.interval_audio_s += audio_s
@@ -387,6 +398,7 @@ class _Run:
             ignored.add("dev_every")
         options = {k: v for k, v in self.options.model_dump(mode="json").items() if k not in ignored}
         shapes = {name: list(p.shape) for name, p in self.stepper.model.state_dict().items()}
+        decays = {name: t.decay for name, t in self.following.items()}
         terms = [
             (t.name, t.weight, t.teachers, t.start_below, t.fade_steps) for t in self.stepper.objective.terms
         ]
@@ -395,7 +407,7 @@ class _Run:
             "seed": str(self.seed),
             "options": fingerprint(options),
             "model": fingerprint(shapes),
-            "losses": fingerprint(terms),
+            "losses": fingerprint([terms, decays] if decays else terms),
             "data": fingerprint(plan),
             "number of processes": str(self.workers.world_size),
         }
@@ -417,6 +429,7 @@ class _Run:
                 "optimizer": self.stepper.optimizer.state_dict(),
                 "scaler": self.stepper.scaler.state_dict(),
                 "average": self.average.state_dict() if self.average else None,
+                "teachers": {name: t.state_dict() for name, t in self.following.items()},
                 "meter": numbers,
                 "history": self.history,
                 "cooldown": asdict(self.cooldown) if self.cooldown else None,
@@ -432,6 +445,8 @@ class _Run:
         self.stepper.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        for name, teacher in self.following.items():
+            teacher.load_state_dict(state["teachers"][name])
         self.history = state["history"]
         if state["cooldown"]:
             self.cooldown = Cooldown(**state["cooldown"])

@@ -586,6 +586,9 @@ MISTAKES = [
     ("systems.kd.distill.teachers", ["kd"], "needs itself: kd -> kd", "break the circle"),
     ("systems.kd.distill.teachers", ["small"], "too late to teach", "compressed from"),
     ("systems.kd.distill.teachers", ["teacher", "teacher"], "listed twice", ""),
+    ("systems.kd.distill.teachers", ["teacher", "ema"], "'soft' would learn noise from ema", "init_from"),
+    ("systems.kd.distill.ema", {"decay": 0.9}, "ema has options, but is no teacher", ""),
+    ("systems.ema", {"train": {"model": MODEL}}, "student's own moving average", "rename it"),
     ("systems.kd.distill.unlabelled", "few", "'few' is labelled data already", "different subsets"),
     ("systems.kd.distill.data", ..., "all of the training split is labelled", "different subsets"),
     ("systems.kd.distill.seeds", [1, 9], "", None),  # sound: a teacher with one seed serves all
@@ -802,6 +805,37 @@ def test_a_tap_that_the_teacher_lacks(load):
     assert "needs hidden:encoder.5, the teacher 'teacher' lacks it" in found
     change(data, "systems.teacher.train.model.num_layers", 6)
     load(data)
+
+
+def test_the_students_own_average_teaches_after_a_warm_start(load):
+    data = change(base(), "systems.kd.distill.teachers", ["teacher", "ema"])
+    change(data, "systems.kd.distill.init_from", "plain")
+    change(data, "systems.kd.distill.ema", {"decay": 0.99})
+    system = load(data).systems["kd"]
+    assert (system.teachers, system.all_teachers, system.ema.decay) == (
+        ("teacher",),
+        ("teacher", "ema"),
+        0.99,
+    )
+    change(data, "systems.kd.distill.init_from", ...)
+    change(data, "systems.kd.distill.losses.1.start_below", 0.5)
+    load(data)
+    change(data, "systems.kd.distill.losses.1.start_below", ...)
+    change(data, "systems.kd.distill.losses.1.teacher", "teacher")
+    [found] = problems(load, data)
+    assert "no loss learns from ema" in found
+    change(data, "systems.kd.distill.losses", [{"name": "ctc"}, {"name": "soft", "teacher": "ema"}])
+    change(data, "systems.kd.distill.teachers", ["ema"])
+    change(data, "systems.kd.distill.init_from", "plain")
+    assert load(data).systems["kd"].teachers == ()
+
+
+def test_the_average_has_the_students_own_taps(load):
+    data = change(base(), "systems.kd.distill.teachers", ["ema"])
+    change(data, "systems.kd.distill.init_from", "plain")
+    change(data, "systems.kd.distill.losses.1", {"name": "hidden", "tap": "encoder.9"})
+    [found] = problems(load, data)
+    assert "needs hidden:encoder.9, the teacher 'ema' lacks it" in found
 
 
 def test_a_loss_may_refuse_the_pair(load):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -153,6 +154,27 @@ def test_a_student_finds_its_targets_and_no_others(made, tmp_path):
         source.targets(batches.load(ids))
     with pytest.raises(DataError, match="no cached targets for this cut"):
         Session(recipe, layout, recipe.systems["s1"], 1).teachers(torch.device("cpu"), made_student)
+
+
+def test_a_student_learns_from_its_own_average_and_a_teacher(made, tmp_path):
+    losses = "[{name: ctc}, {name: kl}, {name: askd, steps: 3}]"
+    recipe = recipe_with(
+        tmp_path,
+        "{data: few, teachers: [ema], init_from: teacher, model: *small, losses: [{name: kl}]}",
+        f"{{data: few, teachers: [teacher, ema], init_from: teacher, model: *small, losses: {losses}}}",
+    )
+    alone, both = (recipe.systems[name] for name in ("s0", "s1"))
+    jobs = build_plan(recipe, Layout(tmp_path)).jobs
+    assert jobs["s0/seed1"].needs == ("features", "tokens", "teacher/seed1")
+    assert "targets/teacher/seed1" in jobs["s1/seed1"].needs
+    live = load_recipe(tmp_path, overrides=["targets.mode=live"])
+    for system, names in ((alone, ["kl"]), (both, ["ctc", "kl@teacher", "kl@ema", "askd"])):
+        session = Session(live, made.layout, system, 1)
+        model = session.new_model()
+        result = session.run(model, tmp_path / system.name, live.training)
+        assert result.steps == 1
+        entry = json.loads((tmp_path / system.name / "log.jsonl").read_text().splitlines()[0])
+        assert list(entry["terms"]) == names
 
 
 # ---------------------------------------------------------------- devices
