@@ -90,6 +90,7 @@ class ModelInfo:
         head_shifts_s: name -> seconds per frame of each head; those not named: ``frame_shift_s``.
         tap_shifts_s: name -> seconds per frame of each tap; those not named: ``frame_shift_s``.
         token_taps: name -> D of each declared tap that goes by tokens.
+        dim: width of the encoder's output; 0 where that is not known (of an imported model).
     """
 
     vocab_id: str
@@ -100,6 +101,7 @@ class ModelInfo:
     head_shifts_s: Mapping[str, float] = field(default_factory=dict)
     tap_shifts_s: Mapping[str, float] = field(default_factory=dict)
     token_taps: Mapping[str, int] = field(default_factory=dict)
+    dim: int = 0
 
     @classmethod
     def of_model(
@@ -127,6 +129,7 @@ class ModelInfo:
             head_shifts_s={n: shift_s(own * getattr(head, "subsampling", 1)) for n, head in heads.items()},
             tap_shifts_s={name: shift_s(tap.subsampling or own) for name, tap in by_frames.items()},
             token_taps={name: tap.dim for name, tap in taps.items() if tap.by == "tokens"},
+            dim=encoder.output_dim,
         )
 
     @classmethod
@@ -181,11 +184,11 @@ class ModelInfo:
         """What a loss needs of a teacher, with what follows from this student filled in.
 
         Frames must fall together: with those of the student's head of that name for logits, with
-        those of its encoder's output for hidden states. Logits must count in the same vocabulary.
+        those of its encoder's output for hidden states and codebooks. Logits must count in the same
+        vocabulary.
         """
         if need.kind in FRAME_KINDS and need.frame_shift_s is None:
-            is_hidden = need.kind == "hidden"
-            shift_s = self.frame_shift_s if is_hidden else self.head_shift_s(need.tap)
+            shift_s = self.frame_shift_s if need.kind in TAP_KINDS else self.head_shift_s(need.tap)
             need = replace(need, frame_shift_s=shift_s)
         if need.kind in VOCABULARY_KINDS:
             need = replace(need, dim=self.vocab_size, vocab_id=self.vocab_id)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from kdrecipe.interfaces.tensors import map_tensors
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 TargetKind = Literal[
     "frame_logits", "token_logits", "rnnt_lattice", "hidden", "token_hidden", "codebooks", "hypotheses"
 ]
-FRAME_KINDS: tuple[TargetKind, ...] = ("frame_logits", "rnnt_lattice", "hidden")
+FRAME_KINDS: tuple[TargetKind, ...] = ("frame_logits", "rnnt_lattice", "hidden", "codebooks")
 """Kinds whose targets go by frames, which must fall together with the student's."""
-TAP_KINDS: tuple[TargetKind, ...] = ("hidden", "token_hidden")
-"""Kinds that are the tensors at declared taps; the others are of heads."""
+TAP_KINDS: tuple[TargetKind, ...] = ("hidden", "token_hidden", "codebooks")
+"""Kinds that are the tensors at declared taps, or made of them; the others are of heads."""
 FORCED_KINDS: tuple[TargetKind, ...] = ("token_logits", "rnnt_lattice", "token_hidden")
 """Kinds that a teacher can only give along a text."""
 VOCABULARY_KINDS: tuple[TargetKind, ...] = ("frame_logits", "token_logits", "rnnt_lattice")
@@ -25,8 +25,11 @@ VOCABULARY_KINDS: tuple[TargetKind, ...] = ("frame_logits", "token_logits", "rnn
 
 Align = Literal["mean", "stride", "interpolate"]
 """How frames of one rate become frames of another, see :mod:`kdrecipe.targets.align`."""
-ALIGNABLE_KINDS: tuple[TargetKind, ...] = ("frame_logits", "hidden")
-"""Kinds whose frames may be averaged or left out."""
+ALIGNABLE_KINDS: tuple[TargetKind, ...] = ("frame_logits", "hidden", "codebooks")
+"""Kinds whose frames may be averaged or left out (``codebooks``: left out)."""
+
+CODEBOOK_SIZE = 256
+"""Entries of a codebook: an index is a byte."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class TargetSpec:
     Args:
         kind: what it is.
         tap: the head (``ctc``) for logits, the declared tap (``encoder.3``) for hidden states.
-        dim: size of the last axis: V for logits, D for hidden; None in a need means any.
+        dim: size of the last axis: V for logits, D for hidden, the number of codebooks; None in a need
+            means any.
         frame_shift_s: seconds from one target frame to the next; None in a need means
             the student's own.
         vocab_id: hash of the token list that the last axis counts in; None: not a vocabulary.
@@ -57,8 +61,22 @@ class TargetSpec:
 
     @property
     def key(self) -> str:
-        """Name within :class:`Targets`: kind and tap."""
-        return f"{self.kind}:{self.tap}"
+        """Name within :class:`Targets`: kind and tap, and how many codebooks."""
+        return f"{self.kind}:{self.tap}" + (f"x{self.dim}" if self.kind == "codebooks" else "")
+
+    @property
+    def source(self) -> TargetSpec:
+        """What a teacher must give for this: itself, or the hidden states that codebooks are trained on."""
+        if self.kind != "codebooks":
+            return self
+        return replace(self, kind="hidden", dim=None, dtype="float32")
+
+    def among(self, offered: Mapping[str, TargetSpec]) -> TargetSpec | None:
+        """What meets this need of a teacher's offers by key; None: nothing does."""
+        found = offered.get(self.source.key)
+        if found is None or self.kind != "codebooks":
+            return found
+        return replace(found, kind="codebooks", dim=self.dim)
 
     def mismatch(self, offered: TargetSpec) -> str | None:
         """Why ``offered`` (a teacher's) can't meet this need, or None if it does."""
@@ -122,6 +140,19 @@ class Hidden:
 
 
 @dataclass
+class Codes:
+    """A teacher's hidden states as indices of entries, one in each of N codebooks, whose sum they are near.
+
+    Args:
+        indices_BTN: int64, 0 to :data:`CODEBOOK_SIZE` - 1.
+        lens_B: int64, valid frames.
+    """
+
+    indices_BTN: Tensor
+    lens_B: Tensor
+
+
+@dataclass
 class LatticePosteriors:
     """A teacher's transducer posteriors at temperature 1, at every frame and position of the lattice.
 
@@ -140,6 +171,9 @@ class LatticePosteriors:
     token_lens_B: Tensor
 
 
+TargetItem = Posteriors | Hidden | LatticePosteriors | Codes
+
+
 @dataclass
 class Targets:
     """All that one teacher says about a batch, by :attr:`TargetSpec.key`.
@@ -152,7 +186,7 @@ class Targets:
         token_lens_B: int64, their lengths.
     """
 
-    items: dict[str, Posteriors | Hidden | LatticePosteriors] = field(default_factory=dict)
+    items: dict[str, TargetItem] = field(default_factory=dict)
     tokens_BU: Tensor | None = None
     token_lens_B: Tensor | None = None
 
@@ -166,6 +200,12 @@ class Targets:
         """Hidden states at the teacher's ``tap``."""
         item = self.items[f"{kind}:{tap}"]
         assert isinstance(item, Hidden)
+        return item
+
+    def codes(self, tap: str, num_codebooks: int) -> Codes:
+        """Codebook indices of the teacher's ``tap``."""
+        item = self.items[f"codebooks:{tap}x{num_codebooks}"]
+        assert isinstance(item, Codes)
         return item
 
     def lattice(self, head: str = "rnnt") -> LatticePosteriors:

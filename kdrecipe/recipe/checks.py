@@ -236,6 +236,7 @@ class Checker:
             self._problem(system, ("losses",), "all weights are 0: there is nothing to learn")
         self._labels_differ(system)
         self._warm_start(system)
+        self._codebooks(system)
         taught: set[str] = {system.labels} if system.labels else set()
         for i, term in enumerate(system.terms):
             path = ("losses", i, "teacher")
@@ -271,6 +272,17 @@ class Checker:
                 what = f"a second term {label!r}"
                 remedy = "let them learn from other heads, layers or teachers, or make one of both"
                 self._problem(system, ("losses", i), what, remedy)
+
+    def _codebooks(self, system: System) -> None:
+        """Codebooks are trained in stage 4, of teachers that are there by then."""
+        for i, term in enumerate(system.terms):
+            if not any(need.kind == "codebooks" for need in self.requires(term)):
+                continue
+            for name in [term.teacher] if term.teacher else system.all_teachers:
+                if name == EMA or (name in self.systems and self.systems[name].all_teachers):
+                    what = f"{term.name!r} needs codebooks, which stage 4 trains, and {name!r} comes after it"
+                    remedy = "name a teacher that has no teacher itself (term: teacher: ...)"
+                    self._problem(system, ("losses", i), what, remedy)
 
     def _warm_start(self, system: System) -> None:
         """The average of an untrained model teaches noise."""

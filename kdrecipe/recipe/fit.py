@@ -92,13 +92,15 @@ class FitChecker:
         """What a teacher can't give."""
         offered = self._offered(name, teacher)
         for need in needs:
-            if need.key not in offered:
-                remedy = did_you_mean(need.key, offered)
-                return Problem(f"{term.name!r} needs {need.key}, the teacher {name!r} lacks it", "", remedy)
+            gives = need.among(offered)
+            if gives is None:
+                key = need.source.key
+                remedy = did_you_mean(key, offered)
+                return Problem(f"{term.name!r} needs {key}, the teacher {name!r} lacks it", "", remedy)
             if need.kind in VOCABULARY_KINDS and (why := self._other_tokens(name)) is not None:
                 remedy = "set tokens as they were for the bundle, or use a loss on hidden states (hidden_mse)"
                 return Problem(f"{term.name!r} compares tokens, and {name!r} has {why}", "", remedy)
-            if (why := student.pinned(need).mismatch(offered[need.key])) is not None:
+            if (why := student.pinned(need).mismatch(gives)) is not None:
                 options = self.checker._registry.get("losses", term.name).Config.model_fields
                 remedy = "teacher and student need equal subsampling" if "shift" in why else ""
                 if remedy and need.kind in ALIGNABLE_KINDS and "align" in options:

@@ -30,6 +30,7 @@ from kdrecipe.interfaces import SAMPLE_RATE, Batch, LossSetup, ModelInfo, Target
 from kdrecipe.model.asr import FeatureNorm, build_model, model_info
 from kdrecipe.recipe.sections import EMA, Location
 from kdrecipe.recipe.terms import labels_of
+from kdrecipe.stages.codebooks import with_codebooks
 from kdrecipe.stages.inputs import needs_of, utterances_of
 from kdrecipe.stages.labels import kept_of
 from kdrecipe.stages.teachers import Opened, open_teacher
@@ -188,11 +189,12 @@ class Session:
     @cached_property
     def opened(self) -> dict[str, Opened]:
         """The teachers by system name."""
-        seed_of = self.recipe.seed_of
-        return {
-            name: open_teacher(self.recipe, self.layout, name, seed_of(name, self.seed))
-            for name in self.system.teachers
-        }
+        opened = {}
+        for name in self.system.teachers:
+            seed = self.recipe.seed_of(name, self.seed)
+            bare = open_teacher(self.recipe, self.layout, name, seed)
+            opened[name] = with_codebooks(self.recipe, self.layout, bare, seed)
+        return opened
 
     def objective(self, student: ModelInfo) -> Objective:
         """The weighted terms; a term that names no teacher is shared evenly among all.
@@ -239,7 +241,7 @@ class Session:
         offered = own if name == EMA else self.opened[name].provides()
         for need in needs:
             spec = student.pinned(need)
-            gives = offered.get(need.key)
+            gives = need.among(offered)
             problem = f"needs {need.key}" if gives is None else spec.mismatch(gives)
             if problem:
                 raise RecipeError(
@@ -266,7 +268,9 @@ class Session:
             source = self._source(opened, device)
             if any(need.align is not None for need in needs):
                 by_key = {need.key: need for need in needs}
-                source = AlignedTargets(source, by_key, opened.provides(), student.frames_of)
+                offered = opened.provides()
+                gives = {key: its for key, need in by_key.items() if (its := need.among(offered))}
+                source = AlignedTargets(source, by_key, gives, student.frames_of)
             sources[name] = source
         if self.system.ema is not None and (needs := self.needs_of(EMA)):
             specs = [replace(info.pinned(need), align=None) for need in needs]

@@ -14,6 +14,7 @@ from kdrecipe.stages.layout import Layout
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """One job per teacher and seed whose targets are cached."""
+    from kdrecipe.stages.codebooks import jobs_of
     from kdrecipe.stages.inputs import all_needs, model_plugins, students_of
 
     for teacher in recipe.teaching():
@@ -37,7 +38,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                     layout.targets(teacher, seed),
                     inputs,
                     partial(run, recipe, layout, teacher, seed),
-                    ("features", "tokens", name),
+                    ("features", "tokens", name, *jobs_of(plan, [(teacher, seed)])),
                     resumable=True,
                     in_place=True,
                     alone=False,
@@ -49,15 +50,16 @@ def run(recipe: Recipe, layout: Layout, name: str, seed: int, out: Path) -> None
     """Run the teacher over the training cuts that some student learns from, and no others."""
     from kdrecipe.data.batches import CutBatches
     from kdrecipe.data.tokens import Tokenizer
+    from kdrecipe.stages.codebooks import with_codebooks
     from kdrecipe.stages.inputs import all_needs, students_of
     from kdrecipe.stages.session import target_key, training_data
     from kdrecipe.stages.teachers import Progress, open_teacher
     from kdrecipe.targets.cache import write_targets
     from kdrecipe.train.distribution import local_device
 
-    opened, device = open_teacher(recipe, layout, name, seed), local_device()
+    opened = with_codebooks(recipe, layout, open_teacher(recipe, layout, name, seed), seed)
+    device = local_device()
     opened.load(device)
-    shifts_s = {key: spec.frame_shift_s for key, spec in opened.provides().items()}
     cuts, labelled, unlabelled = training_data(layout, students_of(recipe, name))
     batches = CutBatches(
         cuts,
@@ -68,7 +70,9 @@ def run(recipe: Recipe, layout: Layout, name: str, seed: int, out: Path) -> None
         shuffle=False,
         with_audio=opened.teacher.input == "audio",
     )
-    needs = [replace(n, frame_shift_s=shifts_s[n.key], align=None) for n in all_needs(recipe, name)]
+    offered = opened.provides()
+    gives = [(need, need.among(offered)) for need in all_needs(recipe, name)]
+    needs = [replace(need, frame_shift_s=its.frame_shift_s, align=None) for need, its in gives if its]
     write_targets(
         cuts,
         batches,

@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from kdrecipe.frames import frame_mask, keep_top
 from kdrecipe.interfaces import (
+    CODEBOOK_SIZE,
     FORCED_KINDS,
     UNK_ID,
     Batch,
+    Codes,
     Hidden,
     Lattice,
-    LatticePosteriors,
     LossSetup,
     ModelInfo,
     ModelOutput,
     Options,
     Posteriors,
+    TargetItem,
     TargetKind,
     Targets,
     TargetSpec,
@@ -190,7 +192,7 @@ def model_info(*, vocab_size: int = VOCAB_SIZE, width: int = WIDTH, num_layers: 
     parts = ("", ".q", ".k", ".v")
     taps = {"front": width, **{f"encoder.{i}{x}": width for i in range(num_layers) for x in parts}}
     by_tokens = {f"attention.{i}{x}": width for i in range(num_layers) for x in parts}
-    return ModelInfo("tiny", vocab_size, FRAME_SHIFT_S, HEADS, taps, token_taps=by_tokens)
+    return ModelInfo("tiny", vocab_size, FRAME_SHIFT_S, HEADS, taps, token_taps=by_tokens, dim=WIDTH)
 
 
 def loss_setup() -> LossSetup:
@@ -276,7 +278,7 @@ def targets_like(
 
     Args:
         out: the student's output; its taps all hold the same.
-        specs: the targets; all kinds but ``codebooks`` and ``hypotheses``.
+        specs: the targets; all kinds but ``hypotheses``.
         noise: standard deviation of the difference; 0: the teacher says what the student does.
         teacher: gives the width of its taps; None: :func:`model_info`.
         seed: of the noise.
@@ -286,7 +288,7 @@ def targets_like(
     """
     teacher = teacher or model_info()
     rng = torch.Generator().manual_seed(seed)
-    items: dict[str, Posteriors | Hidden | LatticePosteriors] = {}
+    items: dict[str, TargetItem] = {}
     texts: tuple[Tensor, ...] = ()
     for spec in specs:
         if spec.kind in ("frame_logits", "token_logits"):
@@ -306,6 +308,9 @@ def targets_like(
             spread = noise if same else 1.0
             values_BTD = base_BTD + spread * torch.randn(base_BTD.shape, generator=rng)
             items[spec.key] = Hidden(values_BTD, out.lens_B)
+        elif spec.kind == "codebooks":
+            shape = (*out.hidden_BTD.shape[:2], int(spec.dim or 1))
+            items[spec.key] = Codes(torch.randint(CODEBOOK_SIZE, shape, generator=rng), out.lens_B)
         elif spec.kind == "token_hidden":
             dim, lattice = teacher.token_taps.get(spec.tap, WIDTH), out.lattices["rnnt"]
             shape = (*lattice.lm_BPV.shape[:2], dim)

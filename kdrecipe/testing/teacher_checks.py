@@ -29,6 +29,7 @@ from kdrecipe.interfaces import (
     Hypothesis,
     LatticePosteriors,
     Posteriors,
+    TargetItem,
     Targets,
     TargetSpec,
 )
@@ -178,13 +179,15 @@ def check_declared_shapes(case: TeacherCase) -> None:
     require(set(targets.items) == asked, f"asked for {sorted(asked)}, given {sorted(targets.items)}")
     for spec in case.specs:
         item = targets.items[spec.key]
-        kind = {"hidden": Hidden, "rnnt_lattice": LatticePosteriors}.get(spec.kind, Posteriors)
+        kind = {"hidden": Hidden, "token_hidden": Hidden, "rnnt_lattice": LatticePosteriors}.get(
+            spec.kind, Posteriors
+        )
         require(isinstance(item, kind), f"{spec.key} is a {type(item).__name__}, not a {kind.__name__}")
         for name, values in _tensors(item):
             require(len(values) == len(batch), f"{spec.key}.{name} has {len(values)} rows for {len(batch)}")
             if name.startswith(("values", "log_")):
                 require(values.dtype == torch.float32, f"{spec.key}.{name} is {values.dtype}")
-        if isinstance(item, LatticePosteriors):
+        if not isinstance(item, Hidden | Posteriors):
             continue
         values = item.values_BTD if isinstance(item, Hidden) else item.log_probs_BTK
         require(
@@ -323,7 +326,7 @@ def _only(batch: Batch, row: int) -> Batch:
     )
 
 
-def _tensors(item: Posteriors | Hidden | LatticePosteriors) -> Iterator[tuple[str, Tensor]]:
+def _tensors(item: TargetItem) -> Iterator[tuple[str, Tensor]]:
     return ((name, values) for name, values in vars(item).items() if isinstance(values, Tensor))
 
 

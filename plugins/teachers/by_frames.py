@@ -22,8 +22,8 @@ from kdrecipe.interfaces import (
     Batch,
     Hidden,
     Hypothesis,
-    LatticePosteriors,
     Posteriors,
+    TargetItem,
     Targets,
     TargetSpec,
 )
@@ -75,7 +75,7 @@ class ByFrames:
         keys = [need.key for need in needs]
         said = [say(utterance, keys) for utterance in self._utterances(batch)]
         device = batch.lens_B.device
-        items: dict[str, Posteriors | Hidden | LatticePosteriors] = {}
+        items: dict[str, TargetItem] = {}
         for need in needs:
             rows = [self._finished(need.key, row[need.key]).to(device) for row in said]
             lens_B = torch.tensor([len(row) for row in rows], device=device)

@@ -20,12 +20,11 @@ from kdrecipe.interfaces import (
     SOS_EOS_ID,
     UNK_ID,
     Batch,
-    Hidden,
     Hypothesis,
-    LatticePosteriors,
     Located,
     Options,
     Posteriors,
+    TargetItem,
     Targets,
     TargetSpec,
 )
@@ -89,9 +88,7 @@ class HfCtc:
         """Frame posteriors and hidden states; see :class:`kdrecipe.interfaces.Teacher`."""
         taps = [need.tap for need in needs if need.kind == "hidden"]
         logits_BTV, hidden, lens_B = self._encoder.run(batch, taps)
-        items: dict[str, Posteriors | Hidden | LatticePosteriors] = {
-            need.key: hidden[need.tap] for need in needs if need.kind == "hidden"
-        }
+        items: dict[str, TargetItem] = {need.key: hidden[need.tap] for need in needs if need.kind == "hidden"}
         for need in (need for need in needs if need.kind == "frame_logits"):
             items[need.key] = keep_top(Posteriors(self._log_probs(logits_BTV), lens_B), need.top_k)
         return Targets(items)

@@ -27,10 +27,10 @@ from kdrecipe.interfaces import (
     Batch,
     Hidden,
     Hypothesis,
-    LatticePosteriors,
     Located,
     Options,
     Posteriors,
+    TargetItem,
     Targets,
     TargetSpec,
 )
@@ -156,7 +156,7 @@ class Whisper:
             for tap, values_WTD in tapped.items():
                 kept[tap] += [x_TD[: _num_frames(w)] for x_TD, w in zip(values_WTD, some, strict=True)]
         rows = [window.row for window in windows]
-        items: dict[str, Posteriors | Hidden | LatticePosteriors] = {
+        items: dict[str, TargetItem] = {
             need.key: Hidden(*in_rows(kept[need.tap], rows, len(batch)))
             for need in needs
             if need.kind == "hidden"

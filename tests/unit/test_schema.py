@@ -130,6 +130,12 @@ class Ensemble(Soft):
     all_teachers = True
 
 
+class Coded(HiddenLoss):
+    @staticmethod
+    def requires(config):
+        return [TargetSpec("codebooks", config.tap, 4)]
+
+
 class Halve:
     """A compressor that may train."""
 
@@ -159,6 +165,7 @@ def plugins():
         ("losses", "soft", Soft),
         ("losses", "hidden", HiddenLoss),
         ("losses", "all", Ensemble),
+        ("losses", "coded", Coded),
         ("losses", "views", TwoViews),
         ("compressors", "halve", Halve),
         ("exporters", "onnx", Export),
@@ -828,6 +835,20 @@ def test_the_students_own_average_teaches_after_a_warm_start(load):
     change(data, "systems.kd.distill.teachers", ["ema"])
     change(data, "systems.kd.distill.init_from", "plain")
     assert load(data).systems["kd"].teachers == ()
+
+
+def test_codebooks_are_of_teachers_of_stage_3(load):
+    data = change(base(), "systems.kd.distill.losses.1", {"name": "coded"})
+    load(data)
+    change(data, "systems.kd.distill.losses.1.tap", "encoder.9")
+    [found] = problems(load, data)
+    assert "'coded' needs hidden:encoder.9, the teacher 'teacher' lacks it" in found
+    change(data, "systems.kd.distill.losses.1", {"name": "coded"})
+    second = copy.deepcopy(data["systems"]["kd"])
+    change(data, "systems.second", second)
+    change(data, "systems.second.distill.teachers", ["kd"])
+    [found] = problems(load, data)
+    assert "'coded' needs codebooks, which stage 4 trains, and 'kd' comes after it" in found
 
 
 def test_the_average_has_the_students_own_taps(load):

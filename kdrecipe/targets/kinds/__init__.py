@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import Batch, ModelOutput, TargetKind, TargetSpec
+from kdrecipe.targets.kinds.codebooks import Codebooks
 from kdrecipe.targets.kinds.hidden import HiddenStates, TokenHiddenStates
 from kdrecipe.targets.kinds.lattice import Lattices
 from kdrecipe.targets.kinds.posteriors import FramePosteriors, TokenPosteriors
@@ -58,6 +59,7 @@ KINDS: Mapping[TargetKind, Kind] = {
     "rnnt_lattice": Lattices(),
     "hidden": HiddenStates(),
     "token_hidden": TokenHiddenStates(),
+    "codebooks": Codebooks(),
 }
 
 
