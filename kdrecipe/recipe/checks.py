@@ -23,7 +23,6 @@ from kdrecipe.recipe.sections import (
     Lm,
     Named,
     System,
-    TargetOptions,
     Term,
     depth_first,
     shared_labels,
@@ -47,10 +46,8 @@ class Checker:
         corpus: Corpus | None,
         decode: Decode,
         exports: tuple[Named, ...],
-        targets: TargetOptions,
     ) -> None:
         self.parser = parser
-        self.targets = targets
         self.systems = systems
         self.corpus = corpus
         self.decode = decode
@@ -69,6 +66,7 @@ class Checker:
                 self._data(system)
                 self._terms(system)
                 self._joined(system)
+                self._view(system)
             if system.kind == "compressed":
                 self._fine_tuning(system)
         for circle in depth_first(self.systems)[1]:
@@ -301,7 +299,7 @@ class Checker:
     def _joined(self, system: System) -> None:
         """Utterances can't be joined beside cached targets that follow the text of one of them."""
         augment = system.training.augment
-        if augment is None or augment.join == 0 or self.targets.mode != "cached":
+        if augment is None or augment.join == 0 or system.targets.mode != "cached":
             return
         # targets of teachers that are distilled themselves are never cached
         cached = {n for n in system.teachers if n in self.systems and not self.systems[n].teachers}
@@ -312,6 +310,20 @@ class Checker:
                 what = f"{term.name!r} learns from cached {kind}, which follow the text of one utterance"
                 remedy = "training.augment.join joins utterances: set it to 0 here, or targets.mode: live"
                 self._problem(system, ("losses", i), what, remedy)
+
+    def _view(self, system: System) -> None:
+        """Masks are on features: who hears audio can't hear them."""
+        if system.targets.view != "masked":
+            return
+        path = ("targets", "view")
+        for name in system.teachers:
+            plugin = self.systems[name].plugin if name in self.systems else None
+            if plugin is not None and self._registry.get("teachers", plugin.name).input == "audio":
+                what = f"{name!r} hears audio, and masks are on features"
+                self._problem(system, path, what, "view: clean, or a teacher that hears features")
+        if system.training.spec_augment is None:
+            what = "the student's input is not masked (training.spec_augment: null)"
+            self._problem(system, path, what, "view: clean, or set spec_augment")
 
     def requires(self, term: Term) -> list[TargetSpec]:
         """What a term asks of a teacher."""

@@ -388,11 +388,20 @@ class TargetOptions(Options):
 
     Args:
         mode: ``cached``: teachers of stage 3 speak once, onto disk; ``live``: at every step.
+        view: what teachers hear: ``clean``: the features as they are; ``masked``: the student's own, with its
+            masks; with ``mode: live``.
         top_k: classes kept per frame by losses that have this option and do not set it; null: all.
     """
 
     mode: Literal["cached", "live"] = "cached"
+    view: Literal["clean", "masked"] = "clean"
     top_k: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _masked_live(self) -> TargetOptions:
+        if self.view == "masked" and self.mode != "live":
+            raise ValueError("view: masked goes with mode: live; masks are new at every step")
+        return self
 
 
 class Parity(Options):
@@ -506,6 +515,7 @@ class System:
         kind: what it is.
         seeds: one model is made for each.
         training: the recipe's settings with this system's own put over them.
+        targets: likewise.
         model: ``{name, <options>, heads: {<head>: {...}}}``, defaults filled in; None if it comes
             from elsewhere (compressed, pretrained).
         data: subset of the training split whose transcripts are labels; None: all of it; :data:`NONE`.
@@ -530,6 +540,7 @@ class System:
     kind: Kind
     seeds: tuple[int, ...]
     training: Training
+    targets: TargetOptions = field(default_factory=TargetOptions)
     model: dict[str, Any] | None = None
     data: str | None = None
     unlabelled: str | None = None

@@ -39,9 +39,10 @@ TINY_STEPS = 20
 
 def needed(recipe: Recipe, teacher: str) -> list[TargetSpec]:
     """The codebooks that students ask of a teacher."""
-    from kdrecipe.stages.inputs import all_needs
+    from kdrecipe.stages.inputs import all_needs, students_of
 
-    return [need for need in all_needs(recipe, teacher) if need.kind == "codebooks"]
+    needs = all_needs(recipe, teacher, students_of(recipe, teacher))
+    return [need for need in needs if need.kind == "codebooks"]
 
 
 def job_name(teacher: str, seed: int) -> str:

@@ -279,7 +279,7 @@ class Session:
 
     def _source(self, opened: Opened, device: torch.device) -> Source:
         specs = [replace(need, align=None) for need in self.needs_of(opened.name)]
-        if self.recipe.caches(opened.name):
+        if self.recipe.caches(opened.name, self.system):
             place = self.layout.targets(opened.name, self.recipe.seed_of(opened.name, self.seed))
             key = target_key(opened, self.recipe)
             return TargetCache.open(place, key, specs=specs, cuts=self._data[0])
@@ -312,6 +312,7 @@ class Session:
             seed=self.seed,
             dev=self.dev,
             on_step=on_step,
+            masked_teachers=self.system.targets.view == "masked",
             # Beside others, the process that started this one says whose lines these are.
             label="" if os.environ.get("KDRECIPE_PARENT") else f"{self.system.name}/seed{self.seed}",
             build_optimizer=hook.build_optimizer,

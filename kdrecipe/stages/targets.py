@@ -15,15 +15,16 @@ from kdrecipe.stages.layout import Layout
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """One job per teacher and seed whose targets are cached."""
     from kdrecipe.stages.codebooks import jobs_of
-    from kdrecipe.stages.inputs import all_needs, model_plugins, students_of
+    from kdrecipe.stages.inputs import all_needs, cached_for, model_plugins
 
     for teacher in recipe.teaching():
-        needs = all_needs(recipe, teacher)
-        if not recipe.caches(teacher) or not needs:
+        students = cached_for(recipe, teacher)
+        needs = all_needs(recipe, teacher, students)
+        if not needs:
             continue
         for seed in recipe.systems[teacher].seeds:
             name = f"{teacher}/seed{seed}"
-            parts = {(s.data, s.unlabelled) for s in students_of(recipe, teacher)}
+            parts = {(s.data, s.unlabelled) for s in students}
             inputs = {
                 "specs": [
                     vars(replace(need, align=None)) for need in needs
@@ -51,7 +52,7 @@ def run(recipe: Recipe, layout: Layout, name: str, seed: int, out: Path) -> None
     from kdrecipe.data.batches import CutBatches
     from kdrecipe.data.tokens import Tokenizer
     from kdrecipe.stages.codebooks import with_codebooks
-    from kdrecipe.stages.inputs import all_needs, students_of
+    from kdrecipe.stages.inputs import all_needs, cached_for
     from kdrecipe.stages.session import target_key, training_data
     from kdrecipe.stages.teachers import Progress, open_teacher
     from kdrecipe.targets.cache import write_targets
@@ -60,7 +61,7 @@ def run(recipe: Recipe, layout: Layout, name: str, seed: int, out: Path) -> None
     opened = with_codebooks(recipe, layout, open_teacher(recipe, layout, name, seed), seed)
     device = local_device()
     opened.load(device)
-    cuts, labelled, unlabelled = training_data(layout, students_of(recipe, name))
+    cuts, labelled, unlabelled = training_data(layout, cached_for(recipe, name))
     batches = CutBatches(
         cuts,
         Tokenizer.load(layout.tokens),
@@ -71,7 +72,8 @@ def run(recipe: Recipe, layout: Layout, name: str, seed: int, out: Path) -> None
         with_audio=opened.teacher.input == "audio",
     )
     offered = opened.provides()
-    gives = [(need, need.among(offered)) for need in all_needs(recipe, name)]
+    wanted = all_needs(recipe, name, cached_for(recipe, name))
+    gives = [(need, need.among(offered)) for need in wanted]
     needs = [replace(need, frame_shift_s=its.frame_shift_s, align=None) for need, its in gives if its]
     write_targets(
         cuts,

@@ -104,6 +104,7 @@ def train(
     build_optimizer: OptimizerHook | None = None,
     train_metrics: MetricsHook | None = None,
     device: str | None = None,
+    masked_teachers: bool = False,
 ) -> TrainResult:
     """Train ``model`` in place; on return it holds the running average of its weights.
 
@@ -126,6 +127,7 @@ def train(
         build_optimizer: see :data:`kdrecipe.train.optimisation.OptimizerHook`.
         train_metrics: see :data:`MetricsHook`.
         device: None takes the GPU if there is one.
+        masked_teachers: teachers hear the student's own input, with its masks, in each of its views.
 
     Raises:
         TrainingError: nothing to learn from, not enough memory, or a loss that is not finite.
@@ -149,6 +151,7 @@ def train(
     others = [p for _, p in objective.named_parameters()]
     optimizer = make_optimizer(model, others, options, build_optimizer)
     stepper = Stepper(model, objective, teachers, optimizer, options, workers, seed, work_dir)
+    stepper.masked_teachers = masked_teachers
     run = _Run(stepper, batches, dev, work_dir, seed)
     run.on_step, run.train_metrics, run.show_progress, run.label = on_step, train_metrics, progress, label
     run.resume()
@@ -398,6 +401,7 @@ class _Run:
             ignored.add("dev_every")
         options = {k: v for k, v in self.options.model_dump(mode="json").items() if k not in ignored}
         shapes = {name: list(p.shape) for name, p in self.stepper.model.state_dict().items()}
+        masked = self.stepper.masked_teachers
         decays = {name: t.decay for name, t in self.following.items()}
         terms = [
             (t.name, t.weight, t.teachers, t.start_below, t.fade_steps) for t in self.stepper.objective.terms
@@ -407,7 +411,7 @@ class _Run:
             "seed": str(self.seed),
             "options": fingerprint(options),
             "model": fingerprint(shapes),
-            "losses": fingerprint([terms, decays] if decays else terms),
+            "losses": fingerprint([terms, decays, masked] if decays or masked else terms),
             "data": fingerprint(plan),
             "number of processes": str(self.workers.world_size),
         }

@@ -190,21 +190,25 @@ class Objective:
         names = dict.fromkeys(name for term in self.terms for name in term.teachers)
         return {name: teachers[name].targets(batch).map(lambda x: x.to(device)) for name in names}
 
-    def evaluate(self, out: ModelOutput, targets: Mapping[str, Targets], batch: Batch) -> list[LossOutput]:
+    def evaluate(
+        self, out: ModelOutput, targets: Mapping[str, Targets], batch: Batch, of_views: bool = False
+    ) -> list[LossOutput]:
         """The terms on a batch, none of them normalised yet.
 
         Args:
             out: of the student; with views, one whole copy of the batch after the other.
             targets: by teacher, one row per utterance of ``batch`` (not repeated for views).
             batch: one view.
+            of_views: there is a row of targets per utterance of each view instead.
 
         Returns:
             One output per term; 0 of 0 where a supervised term has no labelled utterance.
         """
         num_views = out.num_views
         repeated = batch.repeat(num_views)
+        copies = 1 if of_views else num_views
         wide = {
-            name: t if num_views == 1 else t.map(lambda x: x.repeat(num_views, *[1] * (x.dim() - 1)))
+            name: t if copies == 1 else t.map(lambda x: x.repeat(copies, *[1] * (x.dim() - 1)))
             for name, t in targets.items()
         }
         num_labelled = int(batch.labelled_B.sum())

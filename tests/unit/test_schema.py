@@ -321,9 +321,11 @@ def test_a_distilled_system_may_teach(load):
     recipe = load(data)
     assert recipe.teaching() == ["teacher"]
     assert recipe.build_order() == ["teacher", "plain", "kd", "grandchild", "small"]
-    assert recipe.caches("teacher")
-    assert not recipe.caches("kd"), "its targets come after stage 4"
-    assert not load(change(data, "targets.mode", "live")).caches("teacher")
+    kd, grandchild = recipe.systems["kd"], recipe.systems["grandchild"]
+    assert recipe.caches("teacher", kd)
+    assert not recipe.caches("kd", grandchild), "its targets come after stage 4"
+    live = load(change(data, "targets.mode", "live"))
+    assert not live.caches("teacher", live.systems["kd"])
 
 
 def test_build_order_does_not_hang_on_the_order_of_the_file(load):
@@ -509,6 +511,9 @@ MISTAKES = [
     ("training.schedule", "cosin", "should be 'wsd', 'cosine'", ""),
     ("training.spec_augment", {"freq_widht": 1}, "freq_widht: unknown key", "did you mean 'freq_width'?"),
     ("training", [1], "training: is [1], it must be a mapping", ""),
+    ("targets.view", "masked", "view: masked goes with mode: live", ""),
+    ("systems.kd.distill.targets", {"view": "masked"}, "view: masked goes with mode: live", ""),
+    ("systems.kd.distill.targets", {"mod": "live"}, "mod: unknown key", "did you mean 'mode'?"),
     ("targets.mode", "cache", "should be 'cached' or 'live'", ""),
     ("parity.slak", 1, "parity.slak: unknown key", "did you mean 'slack'?"),
     ("decode.decoder", {"name": "ctc_greedy"}, "decode.decoder: unknown key", "did you mean 'decoders'?"),
@@ -585,7 +590,7 @@ MISTAKES = [
         "systems.kd.distill.losses",
         [{"name": "ctc"}, {"name": "views"}],
         "no loss learns",
-        "all, hidden",
+        "all, coded",
     ),
     ("systems.kd.distill.losses", [{"name": "ctc"}], "unlabelled: all losses need labels", ""),
     ("systems.kd.distill.teachers", [], "teachers: is empty", ""),
@@ -835,6 +840,18 @@ def test_the_students_own_average_teaches_after_a_warm_start(load):
     change(data, "systems.kd.distill.teachers", ["ema"])
     change(data, "systems.kd.distill.init_from", "plain")
     assert load(data).systems["kd"].teachers == ()
+
+
+def test_a_system_may_have_targets_of_its_own(load):
+    data = change(base(), "systems.kd.distill.targets", {"mode": "live", "view": "masked", "top_k": 3})
+    recipe = load(data)
+    kd = recipe.systems["kd"]
+    assert (kd.targets.mode, kd.targets.view, recipe.targets.mode) == ("live", "masked", "cached")
+    assert kd.terms[1].options["top_k"] == 3
+    assert not recipe.caches("teacher", kd)
+    change(data, "systems.kd.distill.training", {"spec_augment": None})
+    [found] = problems(load, data)
+    assert "the student's input is not masked" in found
 
 
 def test_codebooks_are_of_teachers_of_stage_3(load):

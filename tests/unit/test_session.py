@@ -164,11 +164,11 @@ def test_a_student_learns_from_its_own_average_and_a_teacher(made, tmp_path):
         "{data: few, teachers: [ema], init_from: teacher, model: *small, losses: [{name: kl}]}",
         f"{{data: few, teachers: [teacher, ema], init_from: teacher, model: *small, losses: {losses}}}",
     )
-    alone, both = (recipe.systems[name] for name in ("s0", "s1"))
     jobs = build_plan(recipe, Layout(tmp_path)).jobs
     assert jobs["s0/seed1"].needs == ("features", "tokens", "teacher/seed1")
     assert "targets/teacher/seed1" in jobs["s1/seed1"].needs
     live = load_recipe(tmp_path, overrides=["targets.mode=live"])
+    alone, both = (live.systems[name] for name in ("s0", "s1"))
     for system, names in ((alone, ["kl"]), (both, ["ctc", "kl@teacher", "kl@ema", "askd"])):
         session = Session(live, made.layout, system, 1)
         model = session.new_model()
