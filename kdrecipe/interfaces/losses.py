@@ -21,7 +21,7 @@ class LossOutput:
     """A loss over a batch, not yet normalised.
 
     Args:
-        total: scalar, the *sum* over valid frames, tokens or utterances.
+        total: scalar, the *sum* over valid frames, tokens, utterances or pairs of them.
         count: how many of those there were (0 is allowed: total must then be 0).
         metrics: extra numbers to log, sums as well (the loop divides them by count).
     """
@@ -111,8 +111,9 @@ class Loss(Protocol):
     not kept. Class attributes, all optional: ``supervised = True`` gives it labelled utterances
     only; ``num_views = 2`` asks for two differently augmented copies of each batch; ``all_teachers = True``
     gives it the targets of all teachers at once, a mapping from their names, where others are built once for
-    each. The object's attribute ``taps``, optional too, names the student's taps that it reads from
-    ``out.taps``.
+    each; ``per = "pairs"`` says that it counts all pairs of a batch's rows, each with itself too: of a batch
+    twice as large they are four times as many. The object's attribute ``taps``, optional too, names the
+    student's taps that it reads from ``out.taps``.
 
     A loss whose call has the keyword ``progress`` gets a :class:`Progress`. A method
     ``after_step(value: float, progress: Progress)``, optional, is told the term's total over its count after

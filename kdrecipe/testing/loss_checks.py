@@ -192,7 +192,8 @@ def _other_padding(example: Example) -> Example:
 
 
 def check_doubling(case: LossCase) -> None:
-    """Every utterance twice in the batch: total, count and metrics twice as large."""
+    """Every utterance twice in the batch: total, count and metrics twice as large (of pairs: four times)."""
+    factor = 4 if getattr(case.cls, "per", "") == "pairs" else 2
     loss, example = case.build(), case.example()
     size = len(example.out.lens_B) // example.out.num_views
     rows = torch.cat([torch.arange(size).repeat(2) + size * v for v in range(example.out.num_views)])
@@ -204,7 +205,7 @@ def check_doubling(case: LossCase) -> None:
     pairs |= {f"metric {name}": (once.metrics[name], twice.metrics[name]) for name in once.metrics}
     for name, pair in pairs.items():
         a, b = (float(torch.as_tensor(value).detach()) for value in pair)
-        require(_same(b, 2 * a), f"{name} is {a:.6g}, and {b:.6g} for the doubled batch")
+        require(_same(b, factor * a), f"{name} is {a:.6g}, and {b:.6g} for the doubled batch")
     require(float(once.count) > 0, "count is 0 for a batch with frames and labels")
 
 
