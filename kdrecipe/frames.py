@@ -249,3 +249,13 @@ def frames_needed(tokens_BU: Tensor, token_lens_B: Tensor) -> Tensor:
     doubled = tokens_BU[:, 1:] == tokens_BU[:, :-1]  # (B, max(U - 1, 0))
     within = frame_mask(token_lens_B - 1, doubled.shape[1])
     return token_lens_B + (doubled & within).sum(1)
+
+
+def edit_distance(reference: Sequence[int], hypothesis: Sequence[int]) -> int:
+    """Fewest substitutions, insertions and deletions between two sequences."""
+    row = list(range(len(hypothesis) + 1))
+    for i, wanted in enumerate(reference, start=1):
+        diagonal, row[0] = row[0], i
+        for j, got in enumerate(hypothesis, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (wanted != got))
+    return row[-1]

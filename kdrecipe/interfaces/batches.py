@@ -134,7 +134,7 @@ class ModelOutput:
         lens_B: int64, its valid frames.
         logits: by head name, not normalised; ``ctc``: (B, T, V); ``attention``: (B, U + 1, V), the
             tokens of the batch and the end of the sentence, each given those before it.
-        taps: by declared name, those that were asked for: (B, T, D).
+        taps: by declared name, those that were asked for: (B, T, D), or (B, U + 1, D) of taps by tokens.
         num_views: how many differently augmented copies of the batch follow one another
             along B (1: none; see :meth:`views`).
         lattices: by head name, of heads that are transducers.

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from kdrecipe.interfaces.common import Options
-from kdrecipe.interfaces.targets import FRAME_KINDS, VOCABULARY_KINDS, TargetKind, TargetSpec
+from kdrecipe.interfaces.targets import FRAME_KINDS, TAP_KINDS, VOCABULARY_KINDS, TargetKind, TargetSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+class Tap(NamedTuple):
+    """A declared intermediate tensor. ``(module, D)`` alone stands for one with the frames of the output.
+
+    Args:
+        module: whose output it is, or the first of its outputs: (B, T, D), or (B, H, T, D / H), heads apart.
+        dim: D.
+        subsampling: feature frames per frame; None: as the encoder's output.
+        by: ``frames``; or ``tokens``: there are U + 1 of them, the end of the sentence being one.
+    """
+
+    module: nn.Module
+    dim: int
+    subsampling: int | None = None
+    by: Literal["frames", "tokens"] = "frames"
 
 
 @runtime_checkable
@@ -19,8 +35,6 @@ class Architecture(Protocol):
 
     ``forward(features_BTF, lens_B) -> (hidden_BTD, lens_B)``. Output on valid frames must not
     depend on padding. ``output_len`` gives the output length for a number of feature frames.
-    A method ``tap_subsampling() -> dict[str, int]``, optional, names the taps whose frames are not those
-    of the output, with their number of feature frames per frame.
 
     For starting from another model (``init_from``), optional: class attributes ``layer_list``, the name of
     the ``nn.ModuleList`` of its ``num_layers`` equal layers, of which some may be chosen, and
@@ -33,8 +47,12 @@ class Architecture(Protocol):
     output_dim: int
     subsampling: int
 
-    def taps(self) -> dict[str, tuple[nn.Module, int]]:
-        """Declared intermediate tensors: name -> (module whose output it is, D)."""
+    def taps(self) -> Mapping[str, Tap | tuple[nn.Module, int]]:
+        """Declared intermediate tensors by name.
+
+        A layer with attention declares its queries, keys and values beside its output: ``encoder.3``,
+        ``encoder.3.q``, ``encoder.3.k``, ``encoder.3.v``. Maps of attention are what losses make of them.
+        """
 
     def output_len(self, num_frames: int) -> int:
         """Output frames for ``num_frames`` feature frames."""
@@ -46,8 +64,9 @@ class Head(Protocol):
     ``forward(hidden_BTD, lens_B, batch) -> logits``, a :class:`Lattice`, or None; ``batch`` is None
     where no text is known, and then heads that need one give None. The attribute ``vocab_size``
     is V. A class attribute ``subsampling``, optional, is the number of the encoder's frames per frame of
-    the head's output (1 without it). ``layer_list`` and ``free_options`` are as in :class:`Architecture`;
-    ``token_rows``, optional, names the weights that have a row per token.
+    the head's output (1 without it). A method ``taps()``, optional, is as in :class:`Architecture`; the
+    head's name goes before theirs. ``layer_list`` and ``free_options`` are as there, too; ``token_rows``,
+    optional, names the weights that have a row per token.
     """
 
     Config: ClassVar[type[Options]]
@@ -67,9 +86,11 @@ class ModelInfo:
         frame_shift_s: seconds per output frame.
         heads: name of each head -> the kinds of targets that it can give; the first head is the
             one by which the model is judged.
-        taps: name -> D of each declared tap.
+        taps: name -> D of each declared tap that goes by frames.
         head_shifts_s: name -> seconds per frame of each head; those not named: ``frame_shift_s``.
         tap_shifts_s: name -> seconds per frame of each tap; those not named: ``frame_shift_s``.
+        token_taps: name -> D of each declared tap that goes by tokens.
+        dim: width of the encoder's output; 0 where that is not known (of an imported model).
     """
 
     vocab_id: str
@@ -79,13 +100,44 @@ class ModelInfo:
     taps: Mapping[str, int]
     head_shifts_s: Mapping[str, float] = field(default_factory=dict)
     tap_shifts_s: Mapping[str, float] = field(default_factory=dict)
+    token_taps: Mapping[str, int] = field(default_factory=dict)
+    dim: int = 0
+
+    @classmethod
+    def of_model(
+        cls,
+        vocab_id: str,
+        vocab_size: int,
+        encoder: Architecture,
+        heads: Mapping[str, Any],
+        feature_frame_shift_s: float = 0.01,
+    ) -> ModelInfo:
+        """Of a model's parts, which need not have weights."""
+
+        def shift_s(subsampling: int) -> float:
+            return round(feature_frame_shift_s * subsampling, 9)
+
+        own = encoder.subsampling
+        taps = taps_of(encoder, heads)
+        by_frames = {name: tap for name, tap in taps.items() if tap.by == "frames"}
+        return cls(
+            vocab_id=vocab_id,
+            vocab_size=vocab_size,
+            frame_shift_s=shift_s(own),
+            heads={name: tuple(head.target_kinds) for name, head in heads.items()},
+            taps={name: tap.dim for name, tap in by_frames.items()},
+            head_shifts_s={n: shift_s(own * getattr(head, "subsampling", 1)) for n, head in heads.items()},
+            tap_shifts_s={name: shift_s(tap.subsampling or own) for name, tap in by_frames.items()},
+            token_taps={name: tap.dim for name, tap in taps.items() if tap.by == "tokens"},
+            dim=encoder.output_dim,
+        )
 
     @classmethod
     def of_specs(cls, specs: Sequence[TargetSpec]) -> ModelInfo:
         """Of an imported model, by what it provides."""
         heads: dict[str, tuple[TargetKind, ...]] = {}
         for spec in specs:
-            if spec.kind != "hidden":
+            if spec.kind not in TAP_KINDS:
                 heads[spec.tap] = (*heads.get(spec.tap, ()), spec.kind)
         hidden = [spec for spec in specs if spec.kind == "hidden"]
         counted = next((spec for spec in specs if spec.vocab_id is not None), None)
@@ -96,8 +148,11 @@ class ModelInfo:
             frame_shift_s=next(iter(shifts.values()), 0.0),
             heads=heads,
             taps={spec.tap: int(spec.dim or 0) for spec in hidden},
-            head_shifts_s={s.tap: shifts[s.key] for s in specs if s.kind != "hidden" and s.key in shifts},
+            head_shifts_s={
+                s.tap: shifts[s.key] for s in specs if s.kind not in TAP_KINDS and s.key in shifts
+            },
             tap_shifts_s={s.tap: shifts[s.key] for s in hidden if s.key in shifts},
+            token_taps={spec.tap: int(spec.dim or 0) for spec in specs if spec.kind == "token_hidden"},
         )
 
     def head_shift_s(self, head: str) -> float:
@@ -122,26 +177,28 @@ class ModelInfo:
             for kind in kinds
         ]
         specs += [TargetSpec("hidden", tap, dim, self.tap_shift_s(tap)) for tap, dim in self.taps.items()]
+        specs += [TargetSpec("token_hidden", tap, dim) for tap, dim in self.token_taps.items()]
         return specs
 
     def pinned(self, need: TargetSpec) -> TargetSpec:
         """What a loss needs of a teacher, with what follows from this student filled in.
 
         Frames must fall together: with those of the student's head of that name for logits, with
-        those of its encoder's output for hidden states. Logits must count in the same vocabulary.
+        those of its encoder's output for hidden states and codebooks. Logits must count in the same
+        vocabulary.
         """
         if need.kind in FRAME_KINDS and need.frame_shift_s is None:
-            is_hidden = need.kind == "hidden"
-            shift_s = self.frame_shift_s if is_hidden else self.head_shift_s(need.tap)
+            shift_s = self.frame_shift_s if need.kind in TAP_KINDS else self.head_shift_s(need.tap)
             need = replace(need, frame_shift_s=shift_s)
         if need.kind in VOCABULARY_KINDS:
             need = replace(need, dim=self.vocab_size, vocab_id=self.vocab_id)
         return need
 
 
-def tap_shifts_s(encoder: Architecture, feature_frame_shift_s: float = 0.01) -> dict[str, float]:
-    """Seconds per frame at each tap of an encoder: as its ``tap_subsampling()`` says, else as its output."""
-    other: Mapping[str, int] = encoder.tap_subsampling() if hasattr(encoder, "tap_subsampling") else {}
-    return {
-        tap: round(feature_frame_shift_s * other.get(tap, encoder.subsampling), 9) for tap in encoder.taps()
-    }
+def taps_of(encoder: Architecture, heads: Mapping[str, Any]) -> dict[str, Tap]:
+    """All declared taps of a model: the encoder's, and those of heads after the head's name."""
+    found = {name: Tap(*given) for name, given in encoder.taps().items()}
+    for head_name, head in heads.items():
+        of_head = head.taps() if hasattr(head, "taps") else {}
+        found |= {f"{head_name}.{name}": Tap(*given) for name, given in of_head.items()}
+    return found

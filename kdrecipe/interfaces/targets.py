@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from kdrecipe.interfaces.tensors import map_tensors
@@ -11,10 +11,14 @@ from kdrecipe.interfaces.tensors import map_tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-TargetKind = Literal["frame_logits", "token_logits", "rnnt_lattice", "hidden", "codebooks", "hypotheses"]
-FRAME_KINDS: tuple[TargetKind, ...] = ("frame_logits", "rnnt_lattice", "hidden")
+TargetKind = Literal[
+    "frame_logits", "token_logits", "rnnt_lattice", "hidden", "token_hidden", "codebooks", "hypotheses"
+]
+FRAME_KINDS: tuple[TargetKind, ...] = ("frame_logits", "rnnt_lattice", "hidden", "codebooks")
 """Kinds whose targets go by frames, which must fall together with the student's."""
-FORCED_KINDS: tuple[TargetKind, ...] = ("token_logits", "rnnt_lattice")
+TAP_KINDS: tuple[TargetKind, ...] = ("hidden", "token_hidden", "codebooks")
+"""Kinds that are the tensors at declared taps, or made of them; the others are of heads."""
+FORCED_KINDS: tuple[TargetKind, ...] = ("token_logits", "rnnt_lattice", "token_hidden")
 """Kinds that a teacher can only give along a text."""
 TEXT_KINDS: tuple[TargetKind, ...] = (*FORCED_KINDS, "hypotheses")
 """Kinds that are about the text of one utterance, so that utterances that are joined have none."""
@@ -23,8 +27,11 @@ VOCABULARY_KINDS: tuple[TargetKind, ...] = ("frame_logits", "token_logits", "rnn
 
 Align = Literal["mean", "stride", "interpolate"]
 """How frames of one rate become frames of another, see :mod:`kdrecipe.targets.align`."""
-ALIGNABLE_KINDS: tuple[TargetKind, ...] = ("frame_logits", "hidden")
-"""Kinds whose frames may be averaged or left out."""
+ALIGNABLE_KINDS: tuple[TargetKind, ...] = ("frame_logits", "hidden", "codebooks")
+"""Kinds whose frames may be averaged or left out (``codebooks``: left out)."""
+
+CODEBOOK_SIZE = 256
+"""Entries of a codebook: an index is a byte."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,8 @@ class TargetSpec:
     Args:
         kind: what it is.
         tap: the head (``ctc``) for logits, the declared tap (``encoder.3``) for hidden states.
-        dim: size of the last axis: V for logits, D for hidden; None in a need means any.
+        dim: size of the last axis: V for logits, D for hidden, the number of codebooks; None in a need
+            means any.
         frame_shift_s: seconds from one target frame to the next; None in a need means
             the student's own.
         vocab_id: hash of the token list that the last axis counts in; None: not a vocabulary.
@@ -56,8 +64,22 @@ class TargetSpec:
 
     @property
     def key(self) -> str:
-        """Name within :class:`Targets`: kind and tap."""
-        return f"{self.kind}:{self.tap}"
+        """Name within :class:`Targets`: kind and tap, and how many codebooks."""
+        return f"{self.kind}:{self.tap}" + (f"x{self.dim}" if self.kind == "codebooks" else "")
+
+    @property
+    def source(self) -> TargetSpec:
+        """What a teacher must give for this: itself, or the hidden states that codebooks are trained on."""
+        if self.kind != "codebooks":
+            return self
+        return replace(self, kind="hidden", dim=None, dtype="float32")
+
+    def among(self, offered: Mapping[str, TargetSpec]) -> TargetSpec | None:
+        """What meets this need of a teacher's offers by key; None: nothing does."""
+        found = offered.get(self.source.key)
+        if found is None or self.kind != "codebooks":
+            return found
+        return replace(found, kind="codebooks", dim=self.dim)
 
     def mismatch(self, offered: TargetSpec) -> str | None:
         """Why ``offered`` (a teacher's) can't meet this need, or None if it does."""
@@ -114,9 +136,22 @@ class Posteriors:
 
 @dataclass
 class Hidden:
-    """A teacher's hidden states: values_BTD float32, lens_B int64 valid frames."""
+    """A teacher's hidden states: values_BTD float32, lens_B int64 valid frames (or tokens)."""
 
     values_BTD: Tensor
+    lens_B: Tensor
+
+
+@dataclass
+class Codes:
+    """A teacher's hidden states as indices of entries, one in each of N codebooks, whose sum they are near.
+
+    Args:
+        indices_BTN: int64, 0 to :data:`CODEBOOK_SIZE` - 1.
+        lens_B: int64, valid frames.
+    """
+
+    indices_BTN: Tensor
     lens_B: Tensor
 
 
@@ -160,7 +195,7 @@ class NBest:
         return self.token_lens_BN.new_full(self.token_lens_BN.shape[:1], self.token_lens_BN.shape[1])
 
 
-TargetItem = Posteriors | Hidden | LatticePosteriors | NBest
+TargetItem = Posteriors | Hidden | LatticePosteriors | NBest | Codes
 """A target of one kind, of a batch."""
 
 
@@ -170,7 +205,7 @@ class Targets:
 
     Args:
         items: the targets.
-        tokens_BU: int64, the texts along which ``token_logits`` and ``rnnt_lattice`` were
+        tokens_BU: int64, the texts along which targets of :data:`FORCED_KINDS` were
             computed: the transcript of a labelled utterance, the teacher's own hypothesis of any
             other; None if there are no such targets.
         token_lens_B: int64, their lengths.
@@ -186,10 +221,16 @@ class Targets:
         assert isinstance(item, Posteriors)
         return item
 
-    def hidden(self, tap: str) -> Hidden:
+    def hidden(self, tap: str, kind: TargetKind = "hidden") -> Hidden:
         """Hidden states at the teacher's ``tap``."""
-        item = self.items[f"hidden:{tap}"]
+        item = self.items[f"{kind}:{tap}"]
         assert isinstance(item, Hidden)
+        return item
+
+    def codes(self, tap: str, num_codebooks: int) -> Codes:
+        """Codebook indices of the teacher's ``tap``."""
+        item = self.items[f"codebooks:{tap}x{num_codebooks}"]
+        assert isinstance(item, Codes)
         return item
 
     def lattice(self, head: str = "rnnt") -> LatticePosteriors:

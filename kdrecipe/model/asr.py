@@ -6,6 +6,7 @@ B utterances, T frames, F feature bins, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kdrecipe.errors import Problem, RecipeError
-from kdrecipe.interfaces import Batch, Lattice, ModelInfo, ModelOutput, TargetSpec, tap_shifts_s
+from kdrecipe.interfaces import Batch, Lattice, ModelInfo, ModelOutput, TargetSpec, taps_of
 from kdrecipe.model.taps import capture
 
 if TYPE_CHECKING:
@@ -86,15 +87,20 @@ class AsrModel(nn.Module):
             taps: names of intermediate tensors to keep as well.
             batch: for heads that need the labels (teacher forcing); None outside training.
         """
-        return self.with_heads(self.encode(features_BTF, lens_B, taps=taps), batch)
+        with self.tapped(taps) as kept:
+            out = self.with_heads(self.encode(features_BTF, lens_B), batch)
+        return replace(out, taps=kept)
 
-    def encode(self, features_BTF: Tensor, lens_B: Tensor, *, taps: Sequence[str] = ()) -> ModelOutput:
-        """The encoder's part of :meth:`forward`."""
+    def tapped(self, taps: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
+        """Within, what runs of the model leaves its tensors at ``taps`` in the dict; RecipeError for unknown
+        names."""
         if not taps:
-            return ModelOutput(*self.encoder(self.norm(features_BTF), lens_B))
-        with capture(self.encoder.taps(), taps) as kept:  # type: ignore[operator]
-            hidden_BTD, out_lens_B = self.encoder(self.norm(features_BTF), lens_B)
-        return ModelOutput(hidden_BTD, out_lens_B, taps=kept)
+            return nullcontext({})
+        return capture(taps_of(self.encoder, dict(self.heads.items())), taps)  # type: ignore[arg-type]
+
+    def encode(self, features_BTF: Tensor, lens_B: Tensor) -> ModelOutput:
+        """The encoder's part of :meth:`forward`."""
+        return ModelOutput(*self.encoder(self.norm(features_BTF), lens_B))
 
     def with_heads(self, out: ModelOutput, batch: Batch | None) -> ModelOutput:
         """What :meth:`encode` gave with all heads' outputs added; those that need a text, if there is one."""
@@ -165,13 +171,5 @@ def model_info(model: AsrModel, vocab_id: str, feature_frame_shift_s: float = 0.
     """What losses may know of ``model`` before it runs."""
     encoder: Any = model.encoder
     sizes = [head.vocab_size for head in model.heads.values()]
-    shift_s = feature_frame_shift_s * encoder.subsampling
-    return ModelInfo(
-        vocab_id=vocab_id,
-        vocab_size=int(sizes[0]) if sizes else 0,  # type: ignore[arg-type]
-        frame_shift_s=round(shift_s, 9),
-        heads={name: tuple(head.target_kinds) for name, head in model.heads.items()},  # type: ignore[arg-type]
-        taps={name: dim for name, (_, dim) in encoder.taps().items()},
-        head_shifts_s={n: round(shift_s * getattr(h, "subsampling", 1), 9) for n, h in model.heads.items()},
-        tap_shifts_s=tap_shifts_s(encoder, feature_frame_shift_s),
-    )
+    vocab_size = int(sizes[0]) if sizes else 0  # type: ignore[arg-type]
+    return ModelInfo.of_model(vocab_id, vocab_size, encoder, dict(model.heads.items()), feature_frame_shift_s)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from kdrecipe.errors import PluginError, RecipeError, did_you_mean
+from kdrecipe.interfaces import Tap
 
 
 @contextmanager
-def capture(declared: dict[str, tuple[nn.Module, int]], names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def capture(declared: Mapping[str, Tap], names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Within the block, keep what the modules behind ``names`` give.
 
     Args:
-        declared: an encoder's ``taps()``: name -> (module, D).
+        declared: the model's taps by name.
         names: which of them to keep.
 
     Yields:
@@ -29,19 +30,21 @@ def capture(declared: dict[str, tuple[nn.Module, int]], names: Sequence[str]) ->
     with ExitStack() as hooks:
         for name in names:
             if name not in declared:
-                what = f"the encoder declares no tap {name!r}"
+                what = f"the model declares no tap {name!r}"
                 raise RecipeError(what, remedy=did_you_mean(name, declared))
-            module, dim = declared[name]
-            hook = module.register_forward_hook(_keeper(kept, name, dim))
+            hook = declared[name].module.register_forward_hook(_keeper(kept, name, declared[name].dim))
             hooks.callback(hook.remove)
         yield kept
 
 
 def _keeper(kept: dict[str, Tensor], name: str, dim: int) -> Any:
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        if not isinstance(output, Tensor) or output.dim() != 3 or output.shape[-1] != dim:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        value = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(value, Tensor) and value.dim() == 4:
+            value = value.transpose(1, 2).flatten(2)
+        if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[-1] != dim:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(output).__name__
             raise PluginError(f"tap {name!r} is declared as (B, T, {dim}), its module gave {got}")
-        kept[name] = output
+        kept[name] = value
 
     return keep

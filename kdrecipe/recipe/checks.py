@@ -16,13 +16,13 @@ from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.parsing import SECTION_OF, Parser
 from kdrecipe.recipe.sections import (
     ALL,
+    EMA,
     NONE,
     Corpus,
     Decode,
     Lm,
     Named,
     System,
-    TargetOptions,
     Term,
     depth_first,
     shared_labels,
@@ -30,6 +30,7 @@ from kdrecipe.recipe.sections import (
 )
 from kdrecipe.recipe.starting import misfits
 from kdrecipe.recipe.suitable import bundle_model, head_of, heads_of, measured_exporter, origin_of, searches
+from kdrecipe.recipe.terms import labels_of
 from kdrecipe.recipe.yaml import KeyPath
 
 TRAIN = "train"  # the split that tokens and models are learnt from
@@ -45,10 +46,8 @@ class Checker:
         corpus: Corpus | None,
         decode: Decode,
         exports: tuple[Named, ...],
-        targets: TargetOptions,
     ) -> None:
         self.parser = parser
-        self.targets = targets
         self.systems = systems
         self.corpus = corpus
         self.decode = decode
@@ -68,6 +67,7 @@ class Checker:
                 self._terms(system)
                 self._aligned(system)
                 self._joined(system)
+                self._view(system)
             if system.kind == "compressed":
                 self._fine_tuning(system)
         for circle in depth_first(self.systems)[1]:
@@ -188,7 +188,10 @@ class Checker:
     def _labels(self, system: System) -> None:
         """Where labels come from if not from people."""
         path: KeyPath = ("unlabelled", "labels")
-        if system.labels is not None and self._known(system.labels, self._path(system, *path)):
+        if system.labels == EMA:
+            what = f"labels are made before training, when there is no {EMA} yet"
+            self._problem(system, path, what, "name a teacher that is a system")
+        elif system.labels is not None and self._known(system.labels, self._path(system, *path)):
             if system.labels not in system.teachers:
                 what = f"{system.labels!r} is not among its teachers"
                 self._problem(system, path, what, f"teachers: [{system.labels}]")
@@ -230,25 +233,31 @@ class Checker:
             return  # a term could not be read: already reported
         if all(term.weight == 0 for term in system.terms):
             self._problem(system, ("losses",), "all weights are 0: there is nothing to learn")
+        self._labels_differ(system)
+        self._warm_start(system)
+        self._codebooks(system)
         taught: set[str] = {system.labels} if system.labels else set()
         for i, term in enumerate(system.terms):
             path = ("losses", i, "teacher")
             if not self.requires(term):
                 if term.teacher is not None:
                     self._problem(system, path, f"{term.name!r} learns nothing from a teacher", "remove it")
-            elif not system.teachers:
+            elif not system.all_teachers:
                 remedy = "make it distill: with teachers: [...], or use another loss"
                 self._problem(system, ("losses", i), f"{term.name!r} needs a teacher", remedy)
-            elif term.teacher is not None and term.teacher not in system.teachers:
-                remedy = did_you_mean(term.teacher, system.teachers)
+            elif term.teacher is not None and term.teacher not in system.all_teachers:
+                remedy = did_you_mean(term.teacher, system.all_teachers)
                 self._problem(system, path, f"{term.teacher!r} is not among its teachers", remedy)
+            elif term.teacher is not None and self.takes_all(term):
+                what = f"{term.name!r} learns from all teachers of its system at once"
+                self._problem(system, path, what, "remove teacher:")
             else:
-                taught |= {term.teacher} if term.teacher else set(system.teachers)
-        if system.teachers and not system.labels and not any(self.requires(t) for t in system.terms):
+                taught |= {term.teacher} if term.teacher else set(system.all_teachers)
+        if system.all_teachers and not system.labels and not any(self.requires(t) for t in system.terms):
             losses = [n for n in self._registry.names("losses") if self._can_distill(n)]
             remedy = f"add one of {', '.join(losses)}, or make it train:"
             self._problem(system, ("losses",), "no loss learns from a teacher", remedy)
-        elif taught and (idle := [t for t in system.teachers if t not in taught]):
+        elif taught and (idle := [t for t in system.all_teachers if t not in taught]):
             self._problem(system, ("teachers",), f"no loss learns from {', '.join(idle)}")
         if system.unlabelled and not system.labels and all(self._supervised(t) for t in system.terms):
             remedy = "add a loss that needs no labels, or remove unlabelled:"
@@ -269,10 +278,44 @@ class Checker:
                         )
                         self._problem(system, ("losses", i, "align"), what, "give both losses the same align")
 
+    def _labels_differ(self, system: System) -> None:
+        """Two terms that no log could tell apart."""
+        labels = labels_of(system.terms, [self.requires(term) for term in system.terms])
+        for i, label in enumerate(labels):
+            if label in labels[:i]:
+                what = f"a second term {label!r}"
+                remedy = "let them learn from other heads, layers or teachers, or make one of both"
+                self._problem(system, ("losses", i), what, remedy)
+
+    def _codebooks(self, system: System) -> None:
+        """Codebooks are trained in stage 4, of teachers that are there by then."""
+        for i, term in enumerate(system.terms):
+            if not any(need.kind == "codebooks" for need in self.requires(term)):
+                continue
+            for name in [term.teacher] if term.teacher else system.all_teachers:
+                if name == EMA or (name in self.systems and self.systems[name].all_teachers):
+                    what = f"{term.name!r} needs codebooks, which stage 4 trains, and {name!r} comes after it"
+                    remedy = "name a teacher that has no teacher itself (term: teacher: ...)"
+                    self._problem(system, ("losses", i), what, remedy)
+
+    def _warm_start(self, system: System) -> None:
+        """The average of an untrained model teaches noise."""
+        if system.ema is None or system.init_from is not None:
+            return
+        early = [
+            term
+            for term in system.terms
+            if term.teacher in (None, EMA) and term.start_below is None and self.requires(term)
+        ]
+        if early:
+            what = f"{early[0].name!r} would learn noise from {EMA}, the average of an untrained student"
+            remedy = "init_from: <a trained system>, or start_below: 0.5 on its losses"
+            self._problem(system, ("teachers",), what, remedy)
+
     def _joined(self, system: System) -> None:
         """Utterances can't be joined beside cached targets that follow the text of one of them."""
         augment = system.training.augment
-        if augment is None or augment.join == 0 or self.targets.mode != "cached":
+        if augment is None or augment.join == 0 or system.targets.mode != "cached":
             return
         # targets of teachers that are distilled themselves are never cached
         cached = {n for n in system.teachers if n in self.systems and not self.systems[n].teachers}
@@ -284,6 +327,20 @@ class Checker:
                 remedy = "training.augment.join joins utterances: set it to 0 here, or targets.mode: live"
                 self._problem(system, ("losses", i), what, remedy)
 
+    def _view(self, system: System) -> None:
+        """Masks are on features: who hears audio can't hear them."""
+        if system.targets.view != "masked":
+            return
+        path = ("targets", "view")
+        for name in system.teachers:
+            plugin = self.systems[name].plugin if name in self.systems else None
+            if plugin is not None and self._registry.get("teachers", plugin.name).input == "audio":
+                what = f"{name!r} hears audio, and masks are on features"
+                self._problem(system, path, what, "view: clean, or a teacher that hears features")
+        if system.training.spec_augment is None:
+            what = "the student's input is not masked (training.spec_augment: null)"
+            self._problem(system, path, what, "view: clean, or set spec_augment")
+
     def requires(self, term: Term) -> list[TargetSpec]:
         """What a term asks of a teacher."""
         cls = self._registry.get("losses", term.name)
@@ -294,6 +351,10 @@ class Checker:
             raise
         except Exception as error:
             raise PluginError(f"loss {term.name!r}: its requires() fails: {reason(error)}") from error
+
+    def takes_all(self, term: Term) -> bool:
+        """Whether a term gets the targets of all teachers at once."""
+        return bool(getattr(self._registry.get("losses", term.name), "all_teachers", False))
 
     def _can_distill(self, name: str) -> bool:
         try:

@@ -15,14 +15,13 @@ from kdrecipe.interfaces import (
     LossSetup,
     ModelInfo,
     TargetSpec,
-    tap_shifts_s,
 )
 from kdrecipe.plugin.loader import reason
 from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.bundles import other_tokens
 from kdrecipe.recipe.checks import Checker
 from kdrecipe.recipe.imported import build_teacher, teacher_options
-from kdrecipe.recipe.sections import Features, System, Term, Tokens, uses_lm
+from kdrecipe.recipe.sections import EMA, Features, System, Term, Tokens, uses_lm
 from kdrecipe.recipe.suitable import bundle_model, searches
 
 FEATURE_FRAME_SHIFT_S = 0.01
@@ -52,12 +51,9 @@ class FitChecker:
             if student is None:
                 continue
             for i, term in enumerate(system.terms):
-                needs = self.checker.requires(term)
-                names = [term.teacher] if term.teacher else list(system.teachers)
-                for name in names if needs else [None]:
-                    if problem := self._misfit(term, needs, student, name):
-                        parser, path = self.checker.parser, self.checker._path(system, "losses", i)
-                        parser.problem(path, problem.what, problem.remedy)
+                for problem in self._misfits(system, term, student):
+                    parser, path = self.checker.parser, self.checker._path(system, "losses", i)
+                    parser.problem(path, problem.what, problem.remedy)
 
         self._language_model()
 
@@ -73,52 +69,72 @@ class FitChecker:
                     remedy = "set tokens as they were for the bundle, or lm_weight: 0"
                     self.checker.parser.problem(("decode", "decoders", label, "lm_weight"), what, remedy)
 
-    def _misfit(
-        self, term: Term, needs: list[TargetSpec], student: ModelInfo, name: str | None
+    def _misfits(self, system: System, term: Term, student: ModelInfo) -> Iterator[Problem]:
+        """What is wrong between a term, its student and each of its teachers, one problem for each."""
+        needs = self.checker.requires(term)
+        names = ([term.teacher] if term.teacher else list(system.all_teachers)) if needs else []
+        # a bundle that is not there yet is None: not known
+        infos = {n: student if n == EMA else self._info(self.checker.systems[n]) for n in names}
+        known = {name: info for name, info in infos.items() if info is not None}
+        unmet = {name: self._unmet(term, needs, student, name, info) for name, info in known.items()}
+        problems = [problem for problem in unmet.values() if problem is not None]
+        setups = [LossSetup(student, info) for name, info in known.items() if unmet[name] is None]
+        if not names:
+            setups = [LossSetup(student)]
+        elif self.checker.takes_all(term):
+            setups = [LossSetup(student, teachers=known)] if len(known) == len(names) and not problems else []
+        yield from problems
+        yield from (problem for setup in setups if (problem := self._unbuilt(term, setup)) is not None)
+
+    def _unmet(
+        self, term: Term, needs: list[TargetSpec], student: ModelInfo, name: str, teacher: ModelInfo
     ) -> Problem | None:
-        teacher = self._info(self.checker.systems[name]) if name else None
-        if name and teacher is None:
-            return None  # not known before it is there
-        offered = self._offered(name, teacher) if teacher else {}
+        """What a teacher can't give."""
+        offered = self._offered(name, teacher)
         for need in needs:
-            if need.key not in offered:
-                remedy = did_you_mean(need.key, offered)
-                return Problem(f"{term.name!r} needs {need.key}, the teacher {name!r} lacks it", "", remedy)
-            if name and need.kind in VOCABULARY_KINDS and (why := self._other_tokens(name)) is not None:
+            gives = need.among(offered)
+            if gives is None:
+                key = need.source.key
+                remedy = did_you_mean(key, offered)
+                return Problem(f"{term.name!r} needs {key}, the teacher {name!r} lacks it", "", remedy)
+            if need.kind in VOCABULARY_KINDS and (why := self._other_tokens(name)) is not None:
                 remedy = "set tokens as they were for the bundle, or use a loss on hidden states (hidden_mse)"
                 return Problem(f"{term.name!r} compares tokens, and {name!r} has {why}", "", remedy)
-            if (why := student.pinned(need).mismatch(offered[need.key])) is not None:
+            if (why := student.pinned(need).mismatch(gives)) is not None:
                 options = self.checker._registry.get("losses", term.name).Config.model_fields
                 remedy = "teacher and student need equal subsampling" if "shift" in why else ""
                 if remedy and need.kind in ALIGNABLE_KINDS and "align" in options:
                     remedy = OTHER_RATE
                 remedy = "align: interpolate takes any two rates" if "whole number" in why else remedy
                 return Problem(f"{term.name!r} can't learn from {name!r}: {why}", "", remedy)
+        return None
+
+    def _unbuilt(self, term: Term, setup: LossSetup) -> Problem | None:
+        """Why a loss refuses the models that it stands between."""
         cls = self.checker._registry.get("losses", term.name)
         try:
             with _uninitialised():
-                cls(cls.Config.model_validate(term.options), LossSetup(student, teacher))
+                cls(cls.Config.model_validate(term.options), setup)
         except KdrecipeError as error:
             return Problem(error.problems[0].what, "", error.problems[0].remedy)
         except Exception as error:
             return Problem(f"{term.name!r} can't be built: {reason(error)}")
         return None
 
-    def _offered(self, name: str | None, teacher: ModelInfo) -> dict[str, TargetSpec]:
+    def _offered(self, name: str, teacher: ModelInfo) -> dict[str, TargetSpec]:
         """What a teacher gives by key. Which tokens stage 2 will make is not known: a list of an imported
         teacher's is compared when it is there, and its size now where the recipe says one."""
-        system = self.checker.systems[str(name)]
-        if not system.is_imported:
+        if name == EMA or not self.checker.systems[name].is_imported:
             return {spec.key: spec for spec in teacher.provides()}
         known = self.tokens.name != "char" and self.tokens.vocab_size is not None
         return {
             spec.key: replace(spec, vocab_id=None, dim=spec.dim if known or spec.vocab_id is None else None)
-            for spec in self._specs[system.name] or ()
+            for spec in self._specs[name] or ()
         }
 
     def _other_tokens(self, name: str) -> str | None:
-        system = self.checker.systems[name]
-        if system.is_imported:
+        system = self.checker.systems.get(name)  # none of the average's own
+        if system is None or system.is_imported:
             return None
         return other_tokens(system, self.tokens) if system.kind == "pretrained" else None
 
@@ -168,21 +184,12 @@ class FitChecker:
     def _build(self, model: Mapping[str, Any]) -> ModelInfo:
         registry = self.checker._registry
         encoder = build_encoder(registry, model, self.features.num_mel_bins)
-        heads = {name: registry.get("heads", name) for name in model["heads"]}
+        heads = {}
         with _uninitialised():
-            for name, head in heads.items():
-                head(head.Config.model_validate(model["heads"][name]), encoder.output_dim, self.vocab_size)
-        taps = {tap: dim for tap, (_, dim) in encoder.taps().items()}
-        shift_s = round(FEATURE_FRAME_SHIFT_S * encoder.subsampling, 9)
-        return ModelInfo(
-            "the recipe's",
-            self.vocab_size,
-            shift_s,
-            {name: head.target_kinds for name, head in heads.items()},
-            taps,
-            {name: round(shift_s * getattr(head, "subsampling", 1), 9) for name, head in heads.items()},
-            tap_shifts_s(encoder, FEATURE_FRAME_SHIFT_S),
-        )
+            for name, options in model["heads"].items():
+                head = registry.get("heads", name)
+                heads[name] = head(head.Config.model_validate(options), encoder.output_dim, self.vocab_size)
+        return ModelInfo.of_model("the recipe's", self.vocab_size, encoder, heads, FEATURE_FRAME_SHIFT_S)
 
 
 def build_encoder(registry: Registry, model: Mapping[str, Any], num_mel_bins: int) -> Any:

@@ -183,9 +183,9 @@ class Recipe:
             return dict(self.decode.decoders)
         return searches(heads, self.decode.decoders, self.plugins.registry)
 
-    def caches(self, teacher: str) -> bool:
-        """Whether its targets come from the cache; stage 4 sees only the teachers of stage 3."""
-        return self.targets.mode == "cached" and teacher in self.teaching()
+    def caches(self, teacher: str, student: System) -> bool:
+        """Whether targets for a student come from the cache; stage 4 sees only the teachers of stage 3."""
+        return student.targets.mode == "cached" and teacher in self.teaching()
 
 
 def load_recipe(
@@ -236,7 +236,7 @@ def load_recipe(
     lm = parser.lm()
     systems = parser.systems(seeds, training, targets)
     exports = parser.exports(systems)
-    checker = Checker(parser, systems, corpus, decode, exports, targets)
+    checker = Checker(parser, systems, corpus, decode, exports)
     checker.check()
     check_lm(parser, lm, decode)
     tokens, lm = _with_texts(parser, tokens, lm, systems, corpus)

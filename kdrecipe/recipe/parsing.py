@@ -18,10 +18,12 @@ from kdrecipe.errors import did_you_mean
 from kdrecipe.interfaces import Options
 from kdrecipe.recipe.sections import (
     ALL,
+    EMA,
     NONE,
     Claim,
     Corpus,
     Decode,
+    Ema,
     Kind,
     Lm,
     Location,
@@ -129,10 +131,18 @@ class DistillSection(Options):
     data: str | None = None
     unlabelled: str | UnlabelledSection | None = None
     teachers: Annotated[tuple[str, ...], Field(min_length=1)]
+    ema: Ema | None = None
     losses: Mappings
+    targets: dict[str, Any] = {}
     training: dict[str, Any] = {}
     seeds: Seeds | None = None
     init_from: Start = None
+
+    @model_validator(mode="after")
+    def _average_teaches(self) -> DistillSection:
+        if self.ema is not None and EMA not in self.teachers:
+            raise ValueError(f"ema has options, but is no teacher: write teachers: [..., {EMA}]")
+        return self
 
 
 class CompressSection(Options):
@@ -168,7 +178,7 @@ class TermSection(Options):
 class Parser(Validator):
     """Reads the parts of one document; :attr:`problems` grows meanwhile."""
 
-    _top_k: int | None = None  # of ``targets``, for losses that have the option and do not set it
+    _targets: TargetOptions = TargetOptions()  # the recipe's
 
     # ------------------------------------------------------------ sections
 
@@ -305,7 +315,7 @@ class Parser(Validator):
         self, seeds: tuple[int, ...], training: Training, targets: TargetOptions
     ) -> dict[str, System]:
         """``systems``, those that could be read; a system whose value is null is left out."""
-        self._top_k = targets.top_k
+        self._targets = targets
         data = self.document.data.get("systems")
         if data is None:
             return {}
@@ -318,6 +328,8 @@ class Parser(Validator):
     def _system(self, name: str, data: Any, seeds: tuple[int, ...], training: Training) -> System | None:
         path: KeyPath = ("systems", name)
         self._check_name(name, path)
+        if name == EMA:
+            self.problem(path, "as a teacher, this name means a student's own moving average", "rename it")
         if not isinstance(data, dict) or not data:
             self.problem(path, f"is {short(data)}", f"give it one of {', '.join(KINDS)}")
             return None
@@ -345,8 +357,10 @@ class Parser(Validator):
             return System(**common, parent=section.parent, steps=tuple(s for s in steps if s is not None))
         if section.seeds:
             common["seeds"] = self._distinct(section, (*here, "seeds"))
-        terms = [self._term(t, (*here, "losses", i)) for i, t in enumerate(section.losses)]
-        unlabelled = getattr(section, "unlabelled", None)
+        written = data[key].get("targets")
+        common["targets"] = targets = self._targets_of(written, (*here, "targets"))
+        terms = [self._term(t, (*here, "losses", i), targets.top_k) for i, t in enumerate(section.losses)]
+        unlabelled, teachers = getattr(section, "unlabelled", None), getattr(section, "teachers", ())
         if isinstance(unlabelled, UnlabelledSection):
             keep = (unlabelled.keep or Keep()) if unlabelled.labels else None
             common |= {"labels": unlabelled.labels, "keep": keep}
@@ -356,7 +370,8 @@ class Parser(Validator):
             model=self._model(section.model, (*here, "model")),
             data=section.data,
             unlabelled=unlabelled,
-            teachers=getattr(section, "teachers", ()),
+            teachers=tuple(t for t in teachers if t != EMA),
+            ema=(section.ema or Ema()) if EMA in teachers else None,
             init_from=section.init_from.system if section.init_from else None,
             init_layers=section.init_from.layers if section.init_from else {},
             terms=tuple(t for t in terms if t is not None),
@@ -394,11 +409,11 @@ class Parser(Validator):
             return None
         return {"name": named.name, **named.options, "heads": {n: h.options for n, h in built.items() if h}}
 
-    def _term(self, data: dict[str, Any], path: KeyPath) -> Term | None:
+    def _term(self, data: dict[str, Any], path: KeyPath, top_k: int | None) -> Term | None:
         core = tuple(TermSection.model_fields)
         named = self.named("losses", data, path, beside=core)
         if named is not None and named.options.get("top_k", 0) is None and "top_k" not in data:
-            named.options["top_k"] = self._top_k
+            named.options["top_k"] = top_k
         section = self.validate(TermSection, {k: v for k, v in data.items() if k in core}, path)
         if named is None or section is None:
             return None
@@ -409,11 +424,14 @@ class Parser(Validator):
 
     def _training(self, data: Any, base: Training, path: KeyPath) -> Training:
         """The recipe's settings with ``data`` over them, nested ones too."""
-        if not data:
-            return base
-        if self.validate(Training, data, path) is None:
+        if not data or self.validate(Training, data, path) is None:
             return base
         return Training.model_validate(_over(base.model_dump(), data))
+
+    def _targets_of(self, data: Any, path: KeyPath) -> TargetOptions:
+        """The recipe's ``targets`` with a system's own over them."""
+        whole = {**self._targets.model_dump(), **data} if isinstance(data, dict) else {}
+        return (self.validate(TargetOptions, whole, path) if whole else None) or self._targets
 
     def _inherit(self, systems: dict[str, System], seeds: tuple[int, ...]) -> dict[str, System]:
         """Seeds of teachers (one is enough), seeds and settings of compressed systems (the parent's)."""

@@ -219,6 +219,20 @@ NONE = "none"
 """In place of a subset's name: no utterance's transcript."""
 
 
+EMA = "ema"
+"""In place of a teacher's name: the running average of the student's own weights."""
+
+
+class Ema(Options):
+    """``ema``: the average that a student learns from.
+
+    Args:
+        decay: of the average, per step: it covers about 1 / (1 - decay) steps.
+    """
+
+    decay: float = Field(default=0.999, gt=0, lt=1)
+
+
 def uses_lm(options: Mapping[str, Any]) -> bool:
     """Whether a decoder with these options asks for the recipe's language model."""
     return bool(options.get("lm_weight"))
@@ -374,11 +388,20 @@ class TargetOptions(Options):
 
     Args:
         mode: ``cached``: teachers of stage 3 speak once, onto disk; ``live``: at every step.
+        view: what teachers hear: ``clean``: the features as they are; ``masked``: the student's own, with its
+            masks; with ``mode: live``.
         top_k: classes kept per frame by losses that have this option and do not set it; null: all.
     """
 
     mode: Literal["cached", "live"] = "cached"
+    view: Literal["clean", "masked"] = "clean"
     top_k: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _masked_live(self) -> TargetOptions:
+        if self.view == "masked" and self.mode != "live":
+            raise ValueError("view: masked goes with mode: live; masks are new at every step")
+        return self
 
 
 class Parity(Options):
@@ -492,6 +515,7 @@ class System:
         kind: what it is.
         seeds: one model is made for each.
         training: the recipe's settings with this system's own put over them.
+        targets: likewise.
         model: ``{name, <options>, heads: {<head>: {...}}}``, defaults filled in; None if it comes
             from elsewhere (compressed, pretrained).
         data: subset of the training split whose transcripts are labels; None: all of it; :data:`NONE`.
@@ -499,6 +523,7 @@ class System:
         labels: the teacher whose hypotheses are the labels there; None: only terms without labels see it.
         keep: which of those hypotheses are labels.
         teachers: systems it learns from.
+        ema: of its own weights, which teaches it, too; None: it does not.
         parent: system it is compressed from.
         init_from: system with the same encoder, whose weights it starts with: those of the encoder and
             of the heads that both have; other heads start from random weights.
@@ -515,12 +540,14 @@ class System:
     kind: Kind
     seeds: tuple[int, ...]
     training: Training
+    targets: TargetOptions = field(default_factory=TargetOptions)
     model: dict[str, Any] | None = None
     data: str | None = None
     unlabelled: str | None = None
     labels: str | None = None
     keep: Keep | None = None
     teachers: tuple[str, ...] = ()
+    ema: Ema | None = None
     parent: str | None = None
     init_from: str | None = None
     init_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -529,6 +556,11 @@ class System:
     location: Location | None = None
     plugin: Named | None = None
     text: TextForm = field(default_factory=TextForm)
+
+    @property
+    def all_teachers(self) -> tuple[str, ...]:
+        """Whom its losses learn from: its teachers, and :data:`EMA`."""
+        return (*self.teachers, EMA) if self.ema else self.teachers
 
     @property
     def is_imported(self) -> bool:

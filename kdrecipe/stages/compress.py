@@ -19,6 +19,7 @@ NUM_CALIBRATION_BATCHES = 16
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """One job per compressed system and seed."""
+    from kdrecipe.stages.codebooks import jobs_of
     from kdrecipe.stages.inputs import model_plugins, system_inputs
 
     for name in recipe.build_order():
@@ -35,11 +36,9 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                 "training": dict(system_inputs(recipe, trained)) if trained else None,
                 "fine_tuning": system.training.model_dump(mode="json"),
             }
-            targets = [
-                f"targets/{t}/seed{recipe.seed_of(t, seed)}"
-                for t in (trained.teachers if trained else ())
-                if f"targets/{t}/seed{recipe.seed_of(t, seed)}" in plan.jobs
-            ]
+            taught = [(t, recipe.seed_of(t, seed)) for t in (trained.teachers if trained else ())]
+            named = [f"targets/{t}/seed{its_seed}" for t, its_seed in taught]
+            targets = [job for job in named if job in plan.jobs] + jobs_of(plan, taught)
             plan.add(
                 Job(
                     6,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +29,13 @@ def students_of(recipe: Recipe, teacher: str) -> list[System]:
     return [s for s in recipe.systems.values() if teacher in s.teachers and needs_of(recipe, s, teacher)]
 
 
-def all_needs(recipe: Recipe, teacher: str) -> list[TargetSpec]:
-    """What all systems together ask of ``teacher``: what its cache must hold."""
-    students = students_of(recipe, teacher)
+def cached_for(recipe: Recipe, teacher: str) -> list[System]:
+    """Those of them whose targets come from the cache."""
+    return [system for system in students_of(recipe, teacher) if recipe.caches(teacher, system)]
+
+
+def all_needs(recipe: Recipe, teacher: str, students: Sequence[System]) -> list[TargetSpec]:
+    """What ``students`` together ask of ``teacher``."""
     return merge_specs(need for system in students for need in needs_of(recipe, system, teacher))
 
 
@@ -107,6 +111,8 @@ def system_inputs(recipe: Recipe, system: System) -> Mapping[str, Any]:
         "labels": system.labels,
         "keep": system.keep.model_dump(mode="json") if system.keep else None,
         "teachers": list(system.teachers),
+        **({"view": system.targets.view} if system.targets.view != "clean" else {}),
+        **({"ema": system.ema.model_dump(mode="json")} if system.ema else {}),
         "init_from": system.init_from,
         **({"init_layers": dict(system.init_layers)} if system.init_layers else {}),
         "losses": [

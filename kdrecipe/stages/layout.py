@@ -49,6 +49,9 @@ class Layout:
     def targets(self, teacher: str, seed: int) -> Path:
         return self.root / "targets" / teacher / f"seed{seed}"
 
+    def codebooks(self, teacher: str, seed: int) -> Path:
+        return self.root / "codebooks" / teacher / f"seed{seed}"
+
     def said(self, teacher: str, seed: int) -> Path:
         return self.root / "said" / teacher / f"seed{seed}"
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.stages import (
+    codebooks,
     compress,
     decode,
     export,
@@ -37,6 +38,7 @@ def build_plan(recipe: Recipe, layout: Layout) -> Plan:
     texts.add_jobs(plan, recipe, layout)
     train.add_teachers(plan, recipe, layout)
     guard.add_jobs(plan, recipe, layout)
+    codebooks.add_jobs(plan, recipe, layout)
     targets.add_jobs(plan, recipe, layout)
     labels.add_jobs(plan, recipe, layout)
     train.add_students(plan, recipe, layout)

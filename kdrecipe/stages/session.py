@@ -6,7 +6,6 @@ Teachers, students and fine-tuning under compression all train through :class:`S
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,7 +28,9 @@ from kdrecipe.errors import RecipeError
 from kdrecipe.interfaces import SAMPLE_RATE, Batch, LossSetup, ModelInfo, TargetSpec
 from kdrecipe.jobs.executors import job_label
 from kdrecipe.model.asr import FeatureNorm, build_model, model_info
-from kdrecipe.recipe.sections import Location
+from kdrecipe.recipe.sections import EMA, Location
+from kdrecipe.recipe.terms import labels_of
+from kdrecipe.stages.codebooks import with_codebooks
 from kdrecipe.stages.inputs import needs_of, utterances_of
 from kdrecipe.stages.labels import kept_of
 from kdrecipe.stages.teachers import Opened, open_teacher
@@ -38,6 +39,7 @@ from kdrecipe.targets.align import AlignedTargets
 from kdrecipe.targets.cache import TargetCache
 from kdrecipe.targets.live import LiveTargets
 from kdrecipe.train.distribution import local_device
+from kdrecipe.train.ema import MovingAverage
 from kdrecipe.train.loop import Objective, Term, TrainResult, train
 
 if TYPE_CHECKING:
@@ -188,11 +190,12 @@ class Session:
     @cached_property
     def opened(self) -> dict[str, Opened]:
         """The teachers by system name."""
-        seed_of = self.recipe.seed_of
-        return {
-            name: open_teacher(self.recipe, self.layout, name, seed_of(name, self.seed))
-            for name in self.system.teachers
-        }
+        opened = {}
+        for name in self.system.teachers:
+            seed = self.recipe.seed_of(name, self.seed)
+            bare = open_teacher(self.recipe, self.layout, name, seed)
+            opened[name] = with_codebooks(self.recipe, self.layout, bare, seed)
+        return opened
 
     def objective(self, student: ModelInfo) -> Objective:
         """The weighted terms; a term that names no teacher is shared evenly among all.
@@ -204,29 +207,42 @@ class Session:
         """
         registry = self.recipe.plugins.registry
         terms = []
-        count = Counter(term.name for term in self.system.terms)
-        for term in self.system.terms:
-            cls = registry.get("losses", term.name)
-            config = cls.Config.model_validate(term.options)
-            needs = list(cls.requires(config)) if hasattr(cls, "requires") else []
-            if not needs:
-                loss = cls(config, LossSetup(student))
-                terms.append(Term(term.name, term.weight, loss, None, term.start_below))
-                continue
-            names = [term.teacher] if term.teacher else list(self.system.teachers)
-            loss_name = term.name if count[term.name] == 1 else f"{term.name}:{needs[0].tap}"
+        losses = [registry.get("losses", term.name) for term in self.system.terms]
+        configs = [
+            cls.Config.model_validate(t.options) for cls, t in zip(losses, self.system.terms, strict=True)
+        ]
+        needs = [
+            list(cls.requires(config)) if hasattr(cls, "requires") else []
+            for cls, config in zip(losses, configs, strict=True)
+        ]
+        labels = labels_of(self.system.terms, needs)
+        for term, cls, config, asks, label in zip(
+            self.system.terms, losses, configs, needs, labels, strict=True
+        ):
+            names = ([term.teacher] if term.teacher else list(self.system.all_teachers)) if asks else []
             for name in names:
-                self._check(term.name, needs, student, name)
-                loss = cls(config, LossSetup(student, self.opened[name].info))
-                label = loss_name if len(names) == 1 else f"{loss_name}@{name}"
-                terms.append(Term(label, term.weight / len(names), loss, name, term.start_below))
+                self._check(term.name, asks, student, name)
+            infos = {name: student if name == EMA else self.opened[name].info for name in names}
+            if not names:
+                loss = cls(config, LossSetup(student))
+                terms.append(Term(label, term.weight, loss, start_below=term.start_below))
+            elif getattr(cls, "all_teachers", False):
+                loss = cls(config, LossSetup(student, teachers=infos))
+                all_of = Term(label, term.weight, loss, None, term.start_below, all_teachers=tuple(names))
+                terms.append(all_of)
+            else:
+                for name, info in infos.items():
+                    loss = cls(config, LossSetup(student, info))
+                    full = label if len(names) == 1 else f"{label}@{name}"
+                    terms.append(Term(full, term.weight / len(names), loss, name, term.start_below))
         return Objective(terms)
 
     def _check(self, loss: str, needs: list[TargetSpec], student: ModelInfo, name: str) -> None:
-        offered = self.opened[name].provides()
+        own = {spec.key: spec for spec in student.provides()}
+        offered = own if name == EMA else self.opened[name].provides()
         for need in needs:
             spec = student.pinned(need)
-            gives = offered.get(need.key)
+            gives = need.among(offered)
             problem = f"needs {need.key}" if gives is None else spec.mismatch(gives)
             if problem:
                 raise RecipeError(
@@ -253,13 +269,18 @@ class Session:
             source = self._source(opened, device)
             if any(need.align is not None for need in needs):
                 by_key = {need.key: need for need in needs}
-                source = AlignedTargets(source, by_key, opened.provides(), student.frames_of)
+                offered = opened.provides()
+                gives = {key: its for key, need in by_key.items() if (its := need.among(offered))}
+                source = AlignedTargets(source, by_key, gives, student.frames_of)
             sources[name] = source
+        if self.system.ema is not None and (needs := self.needs_of(EMA)):
+            specs = [replace(info.pinned(need), align=None) for need in needs]
+            sources[EMA] = MovingAverage(self.system.ema.decay, specs)
         return sources
 
     def _source(self, opened: Opened, device: torch.device) -> TargetSource:
         specs = [replace(need, align=None) for need in self.needs_of(opened.name)]
-        if self.recipe.caches(opened.name):
+        if self.recipe.caches(opened.name, self.system):
             place = self.layout.targets(opened.name, self.recipe.seed_of(opened.name, self.seed))
             key = target_key(opened, self.recipe)
             return TargetCache.open(place, key, specs=specs, cuts=self._data[0])
@@ -281,7 +302,10 @@ class Session:
         teachers = self.teachers(device, model)
         result = train(
             model,
-            self.batches(training, with_audio=any(source.hears_audio for source in teachers.values())),
+            self.batches(
+                training,
+                with_audio=any(getattr(source, "hears_audio", False) for source in teachers.values()),
+            ),
             objective,
             teachers,
             training,
@@ -290,6 +314,7 @@ class Session:
             dev=self.dev,
             on_step=on_step,
             label=job_label(f"{self.system.name}/seed{self.seed}"),
+            masked_teachers=self.system.targets.view == "masked",
             build_optimizer=hook.build_optimizer,
             train_metrics=hook.train_metrics,
             device=str(device),

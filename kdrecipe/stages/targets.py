@@ -15,15 +15,17 @@ from kdrecipe.stages.layout import Layout
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """One job per teacher and seed whose targets are cached."""
-    from kdrecipe.stages.inputs import all_needs, model_plugins, students_of
+    from kdrecipe.stages.codebooks import jobs_of
+    from kdrecipe.stages.inputs import all_needs, cached_for, model_plugins
 
     for teacher in recipe.teaching():
-        needs = all_needs(recipe, teacher)
-        if not recipe.caches(teacher) or not needs:
+        students = cached_for(recipe, teacher)
+        needs = all_needs(recipe, teacher, students)
+        if not needs:
             continue
         for seed in recipe.systems[teacher].seeds:
             name = f"{teacher}/seed{seed}"
-            parts = {(s.data, s.unlabelled) for s in students_of(recipe, teacher)}
+            parts = {(s.data, s.unlabelled) for s in students}
             inputs = {
                 "specs": [
                     vars(replace(need, align=None)) for need in needs
@@ -38,7 +40,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                     layout.targets(teacher, seed),
                     inputs,
                     partial(run, recipe, layout, teacher, seed),
-                    ("features", "tokens", name),
+                    ("features", "tokens", name, *jobs_of(plan, [(teacher, seed)])),
                     resumable=True,
                     in_place=True,
                     alone=False,
@@ -50,17 +52,18 @@ def run(recipe: Recipe, layout: Layout, name: str, seed: int, out: Path) -> None
     """Run the teacher over the training cuts that some student learns from, and no others."""
     from kdrecipe.data.batches import CutBatches
     from kdrecipe.data.tokens import Tokenizer
-    from kdrecipe.stages.inputs import all_needs, students_of
+    from kdrecipe.stages.codebooks import with_codebooks
+    from kdrecipe.stages.inputs import all_needs, cached_for
     from kdrecipe.stages.session import target_key, training_data
     from kdrecipe.stages.teachers import open_teacher
     from kdrecipe.targets.cache import write_targets
     from kdrecipe.train.distribution import local_device
     from kdrecipe.train.log import Progress
 
-    opened, device = open_teacher(recipe, layout, name, seed), local_device()
+    opened = with_codebooks(recipe, layout, open_teacher(recipe, layout, name, seed), seed)
+    device = local_device()
     opened.load(device)
-    shifts_s = {key: spec.frame_shift_s for key, spec in opened.provides().items()}
-    cuts, labelled, unlabelled = training_data(layout, students_of(recipe, name))
+    cuts, labelled, unlabelled = training_data(layout, cached_for(recipe, name))
     batches = CutBatches(
         cuts,
         Tokenizer.load(layout.tokens),
@@ -70,8 +73,11 @@ def run(recipe: Recipe, layout: Layout, name: str, seed: int, out: Path) -> None
         shuffle=False,
         with_audio=opened.teacher.input == "audio",
     )
+    offered = opened.provides()
+    wanted = all_needs(recipe, name, cached_for(recipe, name))
+    gives = [(need, need.among(offered)) for need in wanted]
+    needs = [replace(need, frame_shift_s=its.frame_shift_s, align=None) for need, its in gives if its]
     progress = Progress(job_label(f"targets/{name}"), len(batches), unit="utterance")
-    needs = [replace(n, frame_shift_s=shifts_s[n.key], align=None) for n in all_needs(recipe, name)]
     write_targets(
         cuts,
         batches,

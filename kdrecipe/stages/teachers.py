@@ -155,10 +155,10 @@ def _import(
 def _refuse_other_tokens(recipe: Recipe, layout: Layout, system: System, teacher: Teacher, why: str) -> None:
     """What the check of the recipe can't know: which tokens stage 2 makes of the corpus."""
     from kdrecipe.data.tokens import Tokenizer
-    from kdrecipe.stages.inputs import all_needs
+    from kdrecipe.stages.inputs import all_needs, students_of
 
     mine = Tokenizer.load(layout.tokens)
-    asked = {need.key for need in all_needs(recipe, system.name)}
+    asked = {need.key for need in all_needs(recipe, system.name, students_of(recipe, system.name))}
     for spec in teacher.provides():
         if spec.key in asked and spec.vocab_id not in (None, mine.vocab_id):
             raise RecipeError(

@@ -18,6 +18,7 @@ from kdrecipe.plugin.carried import carry, refusal
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.recipe.sections import uses_lm
 from kdrecipe.recipe.starting import misfits, shared_parts
+from kdrecipe.stages.codebooks import jobs_of
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.teachers import import_job, open_teacher
 
@@ -86,6 +87,7 @@ def _needs(plan: Plan, recipe: Recipe, system: System, seed: int) -> tuple[str, 
         needs.append(f"targets/{name}" if f"targets/{name}" in plan.jobs else name)
         if needs[-1] != name:
             needs.append(name)
+        needs += jobs_of(plan, [(teacher, recipe.seed_of(teacher, seed))])
     if system.labels:
         needs.append(f"hypotheses/{system.labels}/seed{recipe.seed_of(system.labels, seed)}")
     if system.init_from:

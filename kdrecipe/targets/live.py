@@ -25,6 +25,7 @@ from kdrecipe.errors import DataError, PluginError
 from kdrecipe.interfaces import (
     BLANK_ID,
     FORCED_KINDS,
+    TAP_KINDS,
     Batch,
     Hypothesis,
     ModelOutput,
@@ -77,11 +78,14 @@ class ModelTeacher:
         """Exact targets for ``batch``, whose features must not be masked: the teacher hears all of them."""
         model = self._model.eval()  # other users of the module may have set it back
         forced = any(spec.kind in FORCED_KINDS for spec in needs)
-        taps = [spec.tap for spec in needs if spec.kind == "hidden"]
-        out = model.encode(batch.features_BTF.float(), batch.lens_B, taps=taps)
+        taps = [spec.tap for spec in needs if spec.kind in TAP_KINDS]
+        with model.tapped(taps) as of_encoder:
+            out = model.encode(batch.features_BTF.float(), batch.lens_B)
         if forced:
             batch = self._with_hypotheses(batch, out)
-        out = model.with_heads(out, batch if forced else None)
+        with model.tapped(taps) as of_heads:
+            out = model.with_heads(out, batch if forced else None)
+        out = replace(out, taps={**of_encoder, **of_heads})
         items = {spec.key: kind_of(spec).of_model(out, batch, spec) for spec in needs}
         return Targets(items, batch.tokens_BU, batch.token_lens_B) if forced else Targets(items)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrecipe.frames import valid_frames
+from kdrecipe.interfaces import taps_of
 from kdrecipe.testing.checks import by_id, check_config_strict, require
 
 INPUT_DIM = 80
@@ -83,31 +84,31 @@ def check_lens_rule(case: ArchitectureCase) -> None:
 def check_taps_declared(case: ArchitectureCase) -> None:
     """Each declared tap is a module of the encoder that gives (B, T, D) with the declared D and frames.
 
-    T is that of the output, or goes by ``tap_subsampling()``, up to the 2 frames that edges may cost.
+    T is that of the output, or goes by the tap's ``subsampling``, up to the 2 frames that edges may cost.
+    Heads may be apart: (B, H, T, D / H).
     """
     encoder = case.build()
-    taps = encoder.taps()
+    taps = taps_of(encoder, {})
     require(len(taps) > 0, "it declares no taps: hidden states can't be distilled into or out of it")
     features_BTF, lens_B = case.features()
     seen: dict[str, Any] = {}
-    for name, (module, _) in taps.items():
-        require(any(module is m for m in encoder.modules()), f"the module of tap {name} is not part of it")
-        module.register_forward_hook(_recorder(seen, name))
+    for name, tap in taps.items():
+        inside = any(tap.module is m for m in encoder.modules())
+        require(inside, f"the module of tap {name} is not part of it")
+        tap.module.register_forward_hook(_recorder(seen, name))
     hidden_BTD, out_lens_B = encoder(features_BTF, lens_B)
-    other = encoder.tap_subsampling() if hasattr(encoder, "tap_subsampling") else {}
-    require(set(other) <= set(taps), f"tap_subsampling() names {sorted(set(other) - set(taps))}, no taps")
-    for name, (_, dim) in taps.items():
+    for name, tap in taps.items():
         require(name in seen, f"the module of tap {name} does not run")
         value = seen[name]
+        if isinstance(value, Tensor) and value.dim() == 4:
+            value = value.transpose(1, 2).flatten(2)
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-        fits = len(shape) == 3 and shape[::2] == (len(LENS), dim)
+        fits = len(shape) == 3 and shape[::2] == (len(LENS), tap.dim)
         given = shape or type(value).__name__
-        require(fits, f"tap {name} is declared as (B, T, {dim}), its module gives {given}")
-        if name in other:
-            told = features_BTF.shape[1] / other[name]
-            require(
-                abs(shape[1] - told) <= 2, f"tap {name} has {shape[1]} frames, tap_subsampling says {told:g}"
-            )
+        require(fits, f"tap {name} is declared as (B, T, {tap.dim}), its module gives {given}")
+        if tap.subsampling is not None:
+            told = features_BTF.shape[1] / tap.subsampling
+            require(abs(shape[1] - told) <= 2, f"tap {name} has {shape[1]} frames, it declares {told:g}")
         else:
             fits = int(out_lens_B.max()) <= shape[1] <= hidden_BTD.shape[1] + 2
             require(fits, f"tap {name} has {shape[1]} frames, the output {hidden_BTD.shape[1]}")

@@ -4,8 +4,9 @@ A check is a plain function of a *case* (a plugin class with its options). It pa
 fails by raising anything, and is skipped by raising :class:`CheckSkipped` with the reason, or by the
 plugin's raising :class:`kdrecipe.errors.MissingExtra`. Its first docstring line says what it demands.
 
-A plugin class may carry two attributes for it: ``contract_options``, the options to check it with
-(small ones for an architecture; the required ones if there are any), and
+A plugin class may carry attributes for it: ``contract_options``, the options to check it with
+(small ones for an architecture; the required ones if there are any); ``contract_teachers``, the names of
+the teachers of a loss that takes all of them, if it looks at names; and
 ``expected_failed_checks``, check id -> reason why this plugin can't pass it. An expected failure
 that passes is reported, too.
 """

@@ -16,13 +16,16 @@ from torch.autograd.gradcheck import GradcheckError, gradcheck
 from kdrecipe.frames import frame_mask, keep_top
 from kdrecipe.interfaces import (
     Batch,
+    GivenTargets,
     LossOutput,
     LossSetup,
     ModelOutput,
     Posteriors,
+    Progress,
     TargetKind,
     Targets,
     TargetSpec,
+    call_loss,
 )
 from kdrecipe.testing.checks import CheckFailed, CheckSkipped, by_id, check_config_strict, require
 from kdrecipe.testing.models import (
@@ -38,6 +41,7 @@ from kdrecipe.testing.models import (
 LENS = (9, 6, 7)  # encoder frames
 RELATIVE = 1e-4  # float32 sums in another order
 RELATIVE_BF16 = 0.02
+MIDWAY = Progress(step=41, num_steps=100)  # within schedules
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,26 @@ class Example:
     """One call's worth of arguments."""
 
     out: ModelOutput
-    targets: Targets
+    targets: GivenTargets
     batch: Batch
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Example:
         """Every tensor changed."""
-        return Example(self.out.map(change), self.targets.map(change), self.batch.map(change))
+        return Example(
+            self.out.map(change), each(self.targets, lambda t: t.map(change)), self.batch.map(change)
+        )
+
+
+def each(targets: GivenTargets, change: Callable[[Targets], Targets]) -> GivenTargets:
+    """One teacher's targets changed, or those of all."""
+    if isinstance(targets, Targets):
+        return change(targets)
+    return {name: change(t) for name, t in targets.items()}
+
+
+def listed(targets: GivenTargets) -> list[Targets]:
+    """The targets of one teacher or of several, as a list."""
+    return [targets] if isinstance(targets, Targets) else list(targets.values())
 
 
 @dataclass(frozen=True)
@@ -63,8 +81,16 @@ class LossCase:
 
     @property
     def models(self) -> LossSetup:
-        """The models; by default student and teacher of the same size."""
+        """The models; by default student and teacher (or two of them) of the same size."""
+        if self.setup is None and self.takes_all:
+            names = getattr(self.cls, "contract_teachers", ("first", "second"))
+            return LossSetup(model_info(), teachers=dict.fromkeys(names, model_info()))
         return self.setup or loss_setup()
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether it gets the targets of all teachers at once."""
+        return bool(getattr(self.cls, "all_teachers", False))
 
     def build(self) -> Any:
         """The loss, the same each time; in evaluation mode if it is a module."""
@@ -95,10 +121,12 @@ class LossCase:
             batch=batch,
             seed=seed,
         )
-        targets = targets_like(
-            out, self.specs(), noise=noise, teacher=self.models.teacher or model_info(), seed=seed + 1
-        )
-        return Example(out, targets, batch.repeat(num_views))
+        infos = self.models.teachers if self.takes_all else {"": self.models.teacher or model_info()}
+        found = {
+            name: targets_like(out, self.specs(), noise=noise, teacher=info, seed=seed + 1 + i)
+            for i, (name, info) in enumerate(infos.items())
+        }
+        return Example(out, found if self.takes_all else found[""], batch.repeat(num_views))
 
     def needs_teacher(self) -> None:
         """Skip the check if the loss has no teacher."""
@@ -108,10 +136,10 @@ class LossCase:
 
 def call(loss: Any, example: Example) -> LossOutput:
     """Call a loss; its answer must be a LossOutput with a scalar total."""
-    result = loss(example.out, example.targets, example.batch)
+    result = call_loss(loss, example.out, example.targets, example.batch, MIDWAY)
     require(isinstance(result, LossOutput), f"it returns {type(result).__name__}, not LossOutput")
     require(result.total.dim() == 0, f"total has shape {tuple(result.total.shape)}, not that of a scalar")
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def cast(example: Example, dtype: torch.dtype) -> Example:
@@ -160,11 +188,12 @@ def _other_padding(example: Example) -> Example:
         return torch.where(keep, more, noise)
 
     batch = replace(example.batch, tokens_BU=change(example.batch.tokens_BU))
-    return Example(example.out.map(change), example.targets.map(change), batch)
+    return Example(example.out.map(change), each(example.targets, lambda t: t.map(change)), batch)
 
 
 def check_doubling(case: LossCase) -> None:
-    """Every utterance twice in the batch: total, count and metrics twice as large."""
+    """Every utterance twice in the batch: total, count and metrics twice as large (of pairs: four times)."""
+    factor = 4 if getattr(case.cls, "per", "") == "pairs" else 2
     loss, example = case.build(), case.example()
     size = len(example.out.lens_B) // example.out.num_views
     rows = torch.cat([torch.arange(size).repeat(2) + size * v for v in range(example.out.num_views)])
@@ -176,7 +205,7 @@ def check_doubling(case: LossCase) -> None:
     pairs |= {f"metric {name}": (once.metrics[name], twice.metrics[name]) for name in once.metrics}
     for name, pair in pairs.items():
         a, b = (float(torch.as_tensor(value).detach()) for value in pair)
-        require(_same(b, 2 * a), f"{name} is {a:.6g}, and {b:.6g} for the doubled batch")
+        require(_same(b, factor * a), f"{name} is {a:.6g}, and {b:.6g} for the doubled batch")
     require(float(once.count) > 0, "count is 0 for a batch with frames and labels")
 
 
@@ -229,12 +258,13 @@ def check_no_gradient_into_targets(case: LossCase) -> None:
     """Nothing flows back into the teacher's targets."""
     case.needs_teacher()
     loss, example = case.build(), case.example()
-    targets = example.targets.map(
+    targets = example.map(
         lambda x: x.detach().clone().requires_grad_(True) if x.is_floating_point() else x
-    )
+    ).targets
     student = leaves(example.out)
     call(loss, Example(student, targets, example.batch)).total.backward()  # type: ignore[no-untyped-call]
-    for key, item in targets.items.items():
+    items = [pair for one in listed(targets) for pair in one.items.items()]
+    for key, item in items:
         for name, value in vars(item).items():
             flows = isinstance(value, Tensor) and value.grad is not None and bool((value.grad != 0).any())
             require(not flows, f"a gradient reaches {name} of {key}: detach it")
@@ -282,16 +312,21 @@ def check_top_k_limit(case: LossCase) -> None:
     """Targets of all classes but one, and the tail, give the total of full targets; so do all, permuted."""
     case.needs_teacher()
     loss, example = case.build(), case.example()
-    full = {k: v for k, v in example.targets.items.items() if isinstance(v, Posteriors)}
+    full = [v for one in listed(example.targets) for v in one.items.values() if isinstance(v, Posteriors)]
     if not full:
         raise CheckSkipped("it reads no posteriors")
-    if any(item.indices_BTK is not None for item in full.values()):
+    if any(item.indices_BTK is not None for item in full):
         raise CheckSkipped("these options ask for top-k targets")
     want = float(call(loss, example).total)
     for what, change in (("all but one class", _all_but_one), ("all classes, permuted", _permuted)):
-        items = {k: change(v) if isinstance(v, Posteriors) else v for k, v in example.targets.items.items()}
-        got = float(call(loss, replace(example, targets=replace(example.targets, items=items))).total)
+        changed = each(example.targets, lambda t, change=change: _with_posteriors(t, change))  # type: ignore[misc]
+        got = float(call(loss, replace(example, targets=changed)).total)
         require(_same(got, want), f"total is {got:.6g} from {what}, and {want:.6g} from full targets")
+
+
+def _with_posteriors(targets: Targets, change: Callable[[Posteriors], Posteriors]) -> Targets:
+    items = {k: change(v) if isinstance(v, Posteriors) else v for k, v in targets.items.items()}
+    return replace(targets, items=items)
 
 
 def _all_but_one(item: Posteriors) -> Posteriors:
@@ -306,7 +341,7 @@ def _permuted(item: Posteriors) -> Posteriors:
 def check_empty_selection(case: LossCase) -> None:
     """No valid frame and no label: total and count are 0, and so is the gradient."""
     loss, example = case.build(), case.example()
-    if any(spec.kind == "token_logits" for spec in case.specs()):
+    if any(spec.kind in ("token_logits", "token_hidden") for spec in case.specs()):
         nothing = example.map(lambda x: x[:0])  # without words, too, there is the end of the sentence
     else:
         nothing = example.map(lambda x: x if x.dim() != 1 else torch.zeros_like(x))

@@ -5,7 +5,8 @@ B utterances, T frames, F feature bins, D width, V vocabulary, U tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from kdrecipe.frames import frame_mask, keep_top
 from kdrecipe.interfaces import (
+    CODEBOOK_SIZE,
     FORCED_KINDS,
     UNK_ID,
     Batch,
+    Codes,
     Hidden,
     Lattice,
     LossSetup,
@@ -28,9 +31,11 @@ from kdrecipe.interfaces import (
     TargetKind,
     Targets,
     TargetSpec,
+    taps_of,
 )
 from kdrecipe.lattice import full_lattice_posteriors
 from kdrecipe.model.heads.ctc import CtcHead, CtcHeadOptions
+from kdrecipe.model.taps import capture
 from kdrecipe.targets.kinds.hypotheses import n_best
 
 VOCAB_SIZE = 6
@@ -117,17 +122,17 @@ class TinyModel(nn.Module):
         batch: Batch | None = None,
     ) -> ModelOutput:
         """All that the model computes for a batch."""
-        return self.with_heads(self.encode(features_BTF, lens_B, taps=taps), batch)
+        with self.tapped(taps) as kept:
+            out = self.with_heads(self.encode(features_BTF, lens_B), batch)
+        return replace(out, taps=kept)
 
-    def encode(self, features_BTF: Tensor, lens_B: Tensor, *, taps: Sequence[str] = ()) -> ModelOutput:
+    def tapped(self, taps: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
+        """Within, what runs leaves its tensors at ``taps`` in the dict."""
+        return capture(taps_of(self.encoder, dict(self.heads.items())), taps)  # type: ignore[arg-type]
+
+    def encode(self, features_BTF: Tensor, lens_B: Tensor) -> ModelOutput:
         """The encoder's part of it."""
-        kept: dict[str, Tensor] = {}
-        declared: dict[str, tuple[nn.Module, int]] = self.encoder.taps()  # type: ignore[operator]
-        hooks = [declared[name][0].register_forward_hook(_keep(kept, name)) for name in taps]
-        hidden_BTD, lens_B = self.encoder(features_BTF, lens_B)
-        for hook in hooks:
-            hook.remove()
-        return ModelOutput(hidden_BTD, lens_B, taps=kept)
+        return ModelOutput(*self.encoder(features_BTF, lens_B))
 
     def with_heads(self, out: ModelOutput, batch: Batch | None) -> ModelOutput:
         """The heads' part of it."""
@@ -141,13 +146,6 @@ class TinyModel(nn.Module):
         chosen: Any = self.heads[head or next(iter(self.heads))]
         tokens: list[list[int]] = chosen.greedy(out.hidden_BTD, out.lens_B)
         return tokens
-
-
-def _keep(kept: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        kept[name] = output
-
-    return hook
 
 
 def tiny_model(seed: int = 0) -> TinyModel:
@@ -190,9 +188,12 @@ def random_batch(
 
 
 def model_info(*, vocab_size: int = VOCAB_SIZE, width: int = WIDTH, num_layers: int = 24) -> ModelInfo:
-    """A description of a model with every head and the taps ``front``, ``encoder.0``, ``encoder.1``, ..."""
-    taps = {"front": width, **{f"encoder.{i}": width for i in range(num_layers)}}
-    return ModelInfo("tiny", vocab_size, FRAME_SHIFT_S, HEADS, taps)
+    """A description of a model with every head and the taps ``front``, ``encoder.0``, ``encoder.0.q``, ...
+    and, by tokens, ``attention.0``, ``attention.0.q``, ..."""
+    parts = ("", ".q", ".k", ".v")
+    taps = {"front": width, **{f"encoder.{i}{x}": width for i in range(num_layers) for x in parts}}
+    by_tokens = {f"attention.{i}{x}": width for i in range(num_layers) for x in parts}
+    return ModelInfo("tiny", vocab_size, FRAME_SHIFT_S, HEADS, taps, token_taps=by_tokens, dim=WIDTH)
 
 
 def loss_setup() -> LossSetup:
@@ -214,7 +215,7 @@ def random_output(
 
     Args:
         lens: encoder frames of each utterance.
-        taps: names to fill.
+        taps: names to fill; those by tokens with ``batch`` only.
         num_padding: frames behind the longest utterance.
         num_views: different copies of the batch, one after the other.
         info: gives vocabulary and widths; None: :func:`model_info`.
@@ -229,13 +230,19 @@ def random_output(
         d: torch.randn(rows, num_frames, d, generator=rng) for d in sorted({*info.taps.values(), WIDTH})
     }
     lens_B = torch.tensor(list(lens) * num_views)
-    tapped = {name: hidden[info.taps[name]].clone() for name in taps}
+    tapped = {name: hidden[info.taps[name]].clone() for name in taps if name in info.taps}
     out = ModelOutput(hidden[WIDTH].clone(), lens_B, {"ctc": logits_BTV}, tapped, num_views)
     if batch is not None:
         batch = batch.repeat(num_views)
         num_positions = batch.tokens_BU.shape[1] + 1
         out.logits["attention"] = 2 * torch.randn(rows, num_positions, info.vocab_size, generator=rng)
         out.lattices["rnnt"] = _random_lattice(num_frames, lens_B, batch, info.vocab_size, rng)
+        by_tokens = {
+            d: torch.randn(rows, num_positions, d, generator=rng) for d in {*info.token_taps.values()}
+        }
+        out.taps |= {
+            name: by_tokens[info.token_taps[name]].clone() for name in taps if name in info.token_taps
+        }
     return out
 
 
@@ -306,6 +313,16 @@ def targets_like(
             spread = noise if same else 1.0
             values_BTD = base_BTD + spread * torch.randn(base_BTD.shape, generator=rng)
             items[spec.key] = Hidden(values_BTD, out.lens_B)
+        elif spec.kind == "codebooks":
+            shape = (*out.hidden_BTD.shape[:2], int(spec.dim or 1))
+            items[spec.key] = Codes(torch.randint(CODEBOOK_SIZE, shape, generator=rng), out.lens_B)
+        elif spec.kind == "token_hidden":
+            dim, lattice = teacher.token_taps.get(spec.tap, WIDTH), out.lattices["rnnt"]
+            shape = (*lattice.lm_BPV.shape[:2], dim)
+            same = [x.detach() for x in out.taps.values() if x.shape == shape]
+            base_BPD = same[0] if same else torch.zeros(shape)
+            values_BPD = base_BPD + (noise if same else 1.0) * torch.randn(base_BPD.shape, generator=rng)
+            items[spec.key] = Hidden(values_BPD, lattice.token_lens_B + 1)
         else:
             raise ValueError(f"there are no random targets of kind {spec.kind!r}")
     if any(spec.kind in FORCED_KINDS for spec in specs):

@@ -172,7 +172,12 @@ def check_batch_invariance(case: TeacherCase) -> None:
         require(texts is None or case.texts(alone) == [texts[row]], f"the hypothesis of {row} changes alone")
 
 
-_ITEMS: dict[str, type] = {"hidden": Hidden, "rnnt_lattice": LatticePosteriors, "hypotheses": NBest}
+_ITEMS: dict[str, type] = {
+    "hidden": Hidden,
+    "token_hidden": Hidden,
+    "rnnt_lattice": LatticePosteriors,
+    "hypotheses": NBest,
+}
 
 
 def check_declared_shapes(case: TeacherCase) -> None:
@@ -189,7 +194,7 @@ def check_declared_shapes(case: TeacherCase) -> None:
             require(len(values) == len(batch), f"{spec.key}.{name} has {len(values)} rows for {len(batch)}")
             if name.startswith(("values", "log_")):
                 require(values.dtype == torch.float32, f"{spec.key}.{name} is {values.dtype}")
-        if isinstance(item, LatticePosteriors | NBest):
+        if not isinstance(item, Hidden | Posteriors):
             continue
         values = item.values_BTD if isinstance(item, Hidden) else item.log_probs_BTK
         require(

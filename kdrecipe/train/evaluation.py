@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from kdrecipe.data.batches import CutBatches
-from kdrecipe.interfaces import Batch, Loss, LossOutput, ModelOutput, Targets
+from kdrecipe.frames import edit_distance
+from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Progress, Targets
 from kdrecipe.train.log import Meter, normalised
+from kdrecipe.train.objective import Term
 from kdrecipe.train.step import Stepper
 
 
@@ -31,7 +33,7 @@ def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
     """Score ``stepper``'s model, each process a part of the split."""
     model, workers = stepper.model, stepper.workers
     terms = stepper.objective.terms
-    supervised = [t for t in terms if t.supervised and t.teacher is None and t.fade_steps is None]
+    supervised = [t for t in terms if t.supervised and not t.teachers and t.fade_steps is None]
     meter = Meter()
     errors = tokens = 0
     model.eval()
@@ -42,7 +44,7 @@ def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
             out = model(batch.features_BTF, batch.lens_B, taps=stepper.objective.taps, batch=batch)
         out = out.map(lambda x: x.float() if x.is_floating_point() else x)
         for term in supervised:
-            meter.add([term.name], [_supervised_loss(term.loss, out, batch)])
+            meter.add([term.name], [_supervised_loss(term, out, batch, stepper.objective.progress(0))])
         with stepper.autocast():
             found = model.greedy(out)  # type: ignore[operator]
         wrong, length = token_errors(found, batch)
@@ -55,10 +57,10 @@ def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
     return DevScore(loss, errors / tokens if tokens else None)
 
 
-def _supervised_loss(loss: Loss, out: ModelOutput, batch: Batch) -> LossOutput:
+def _supervised_loss(term: Term, out: ModelOutput, batch: Batch, progress: Progress) -> LossOutput:
     if bool(batch.labelled_B.all()):
-        return loss(out, Targets(), batch)
-    return loss(out.select(batch.labelled_B), Targets(), batch.select(batch.labelled_B))
+        return term(out, Targets(), batch, progress)
+    return term(out.select(batch.labelled_B), Targets(), batch.select(batch.labelled_B), progress)
 
 
 def token_errors(found: Sequence[Sequence[int]], batch: Batch) -> tuple[int, int]:
@@ -72,13 +74,3 @@ def token_errors(found: Sequence[Sequence[int]], batch: Batch) -> tuple[int, int
             errors += edit_distance(padded[:size], hypothesis)
             length += size
     return errors, length
-
-
-def edit_distance(reference: Sequence[int], hypothesis: Sequence[int]) -> int:
-    """Fewest substitutions, insertions and deletions between two sequences."""
-    row = list(range(len(hypothesis) + 1))
-    for i, wanted in enumerate(reference, start=1):
-        diagonal, row[0] = row[0], i
-        for j, got in enumerate(hypothesis, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (wanted != got))
-    return row[-1]

@@ -23,6 +23,7 @@ from kdrecipe.targets import TargetSource
 from kdrecipe.train.average import WeightAverage
 from kdrecipe.train.checkpoints import Checkpoints
 from kdrecipe.train.distribution import Workers
+from kdrecipe.train.ema import MovingAverage
 from kdrecipe.train.evaluation import DevScore, evaluate
 from kdrecipe.train.flat_start import with_flat_start
 from kdrecipe.train.log import Progress, TrainLog, normalised
@@ -104,6 +105,7 @@ def train(
     build_optimizer: OptimizerHook | None = None,
     train_metrics: MetricsHook | None = None,
     device: str | None = None,
+    masked_teachers: bool = False,
 ) -> TrainResult:
     """Train ``model`` in place; on return it holds the running average of its weights.
 
@@ -126,6 +128,7 @@ def train(
         build_optimizer: see :data:`kdrecipe.train.optimisation.OptimizerHook`.
         train_metrics: see :data:`MetricsHook`.
         device: None takes the GPU if there is one.
+        masked_teachers: teachers hear the student's own input, with its masks, in each of its views.
 
     Raises:
         TrainingError: nothing to learn from, not enough memory, or a loss that is not finite.
@@ -142,11 +145,14 @@ def train(
     model.to(workers.device).train()
     objective.module.to(workers.device).train()
     workers.share_state([*model.state_dict().values(), *objective.module.state_dict().values()])
+    for average in _averages(teachers).values():
+        average.start(model)  # type: ignore[arg-type]
     num_params = sum(p.numel() for p in model.parameters())
     options = options.for_model(num_params, objective.num_views)
     others = [p for _, p in objective.named_parameters()]
     optimizer = make_optimizer(model, others, options, build_optimizer)
     stepper = Stepper(model, objective, teachers, optimizer, options, workers, seed, work_dir)
+    stepper.masked_teachers = masked_teachers
     run = _Run(stepper, batches, dev, work_dir, seed)
     run.on_step, run.train_metrics, run.show_progress, run.label = on_step, train_metrics, progress, label
     run.resume()
@@ -158,6 +164,11 @@ def train(
     finally:
         run.progress.close()
     return run.finish()
+
+
+def _averages(teachers: Mapping[str, TargetSource]) -> dict[str, MovingAverage]:
+    """Teachers that follow the student."""
+    return {name: teacher for name, teacher in teachers.items() if isinstance(teacher, MovingAverage)}
 
 
 class _Run:
@@ -178,12 +189,14 @@ class _Run:
         self.label = ""
         self.checkpoints = Checkpoints(work_dir)
         self.average = WeightAverage(stepper.model) if self.options.average else None
+        self.following = _averages(stepper.teachers)
         self.log = TrainLog(work_dir / "log.jsonl", self.workers.is_first)
         # A step takes this many batches of the plan, all processes together; the last step of an
         # epoch what is left.
         self.group = self.options.accumulate * self.workers.world_size
         self.num_steps = self._steps_of(range(self.options.epochs))
         """Of the whole run; until it is known when a run with ``schedule: wsd`` ends, the most it can be."""
+        stepper.objective.num_steps = self.num_steps
         # in a short run, no more than a tenth
         self.warmup_steps = min(self.options.warmup_steps, max(1, self.num_steps // 10))
         self.cooldown: Cooldown | None = None
@@ -267,7 +280,7 @@ class _Run:
         masks, augment = self.stepper.masks, self.options.augment
         self.stepper.masks_begun = masks is not None and has_begun(masks.start_below, lowest)
         self.scenes_begun = augment is not None and has_begun(augment.start_below, lowest)
-        self.stepper.objective.begin(lowest)
+        self.stepper.objective.begin([(e["step"], e.get("dev_ter")) for e in self.history])
 
     def longest(self) -> Batch:
         """The batch that needs the most memory."""
@@ -294,6 +307,8 @@ class _Run:
             self.on_step(self.stepper.model, step, self.num_steps)
         if self.average is not None:
             self.average.update(step)
+        for teacher in self.following.values():
+            teacher.update()
         audio_s = sum(self.batches.duration_s(ids) for ids in group)
         self.audio_s += audio_s
         self.interval_audio_s += audio_s
@@ -387,15 +402,17 @@ class _Run:
             ignored.add("dev_every")
         options = {k: v for k, v in self.options.model_dump(mode="json").items() if k not in ignored}
         shapes = {name: list(p.shape) for name, p in self.stepper.model.state_dict().items()}
+        masked = self.stepper.masked_teachers
+        decays = {name: t.decay for name, t in self.following.items()}
         terms = [
-            (t.name, t.weight, t.teacher, t.start_below, t.fade_steps) for t in self.stepper.objective.terms
+            (t.name, t.weight, t.teachers, t.start_below, t.fade_steps) for t in self.stepper.objective.terms
         ]
         plan = [self.batches.ids, self.batches.seed, self.batches.num_labelled, self.group]
         return {
             "seed": str(self.seed),
             "options": fingerprint(options),
             "model": fingerprint(shapes),
-            "losses": fingerprint(terms),
+            "losses": fingerprint([terms, decays, masked] if decays or masked else terms),
             "data": fingerprint(plan),
             "number of processes": str(self.workers.world_size),
         }
@@ -417,6 +434,7 @@ class _Run:
                 "optimizer": self.stepper.optimizer.state_dict(),
                 "scaler": self.stepper.scaler.state_dict(),
                 "average": self.average.state_dict() if self.average else None,
+                "teachers": {name: t.state_dict() for name, t in self.following.items()},
                 "meter": numbers,
                 "history": self.history,
                 "cooldown": asdict(self.cooldown) if self.cooldown else None,
@@ -432,6 +450,8 @@ class _Run:
         self.stepper.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        for name, teacher in self.following.items():
+            teacher.load_state_dict(state["teachers"][name])
         self.history = state["history"]
         if state["cooldown"]:
             self.cooldown = Cooldown(**state["cooldown"])

@@ -38,11 +38,19 @@ _PROVISIONAL_COUNT = 1000.0  # about a step's: keeps gradients in fp16's range
 
 @dataclass
 class Micro:
-    """A micro-batch, its teachers' targets, and its number among all of the step's."""
+    """A micro-batch, its teachers' targets, and its number among all of the step's.
+
+    Args:
+        batch: one view.
+        targets: by teacher; a row for each utterance, or for each utterance of each view.
+        slot: the number.
+        of_views: whether there are targets for each view.
+    """
 
     batch: Batch
     targets: dict[str, Targets]
     slot: int
+    of_views: bool = False
 
 
 @dataclass
@@ -88,6 +96,8 @@ class Stepper:
         self.seed = seed
         self.work_dir = work_dir
         self.meter = Meter()
+        self.masked_teachers = False
+        """Whether teachers hear the student's masks; see :func:`kdrecipe.train.loop.train`."""
         self.names = [term.name for term in objective.terms]
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.dtype = autocast_dtype(options.precision, workers.device)
@@ -109,14 +119,25 @@ class Stepper:
         """
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.at_step(step)
-        micros = [self._micro(batch, slot) for slot, batch in enumerate(batches)]
+        micros = [self._micro(batch, slot, step) for slot, batch in enumerate(batches)]
         with memory_errors(batches, self.options):
             outputs, seen = self.backward(micros, step, keep)
         self.workers.sum_gradients(self.parameters)
         norm = self._update(outputs, batches, step)
+        if self.objective.listens:
+            self.objective.after_step(self._values(outputs))
         for output in outputs:
             self.meter.add(self.names, output)
         return norm, seen
+
+    def _values(self, outputs: Sequence[Sequence[LossOutput]]) -> list[float]:
+        """Total over count of each term in the whole step, on all processes."""
+        totals, device = torch.zeros_like(self.weights), self.workers.device
+        for found in outputs:
+            totals += torch.stack([o.total.detach().to(device, torch.float64) for o in found])
+        counts = self._sum_counts(outputs)
+        values: list[float] = (self.workers.sum(totals) / counts.clamp(min=1e-9)).tolist()
+        return values
 
     @property
     def weights(self) -> Tensor:
@@ -248,12 +269,20 @@ class Stepper:
         """weight / count, 0 where a term saw nothing in the whole step."""
         return torch.where(counts > 0, self.weights / counts.clamp(min=1e-9), torch.zeros_like(counts))
 
-    def _micro(self, batch: Batch, slot: int) -> Micro:
+    def _micro(self, batch: Batch, slot: int, step: int = 0) -> Micro:
         device = self.workers.device
         moved = batch if device.type == "cpu" else batch.map(lambda x: x.to(device, non_blocking=True))
-        targets = self.objective.targets(self.teachers, moved)
         number = slot * self.workers.world_size + self.workers.rank
-        return Micro(along_with(moved, targets), targets, number)
+        if not self.masked_teachers:
+            targets = self.objective.targets(self.teachers, moved)
+            return Micro(along_with(moved, targets), targets, number)
+        num_views = self.objective.num_views
+        features_BTF = self._augmented(moved, seed_step(self.seed, step, number))
+        heard = replace(moved.repeat(num_views), features_BTF=features_BTF)
+        targets = self.objective.targets(self.teachers, heard)
+        if num_views > 1:
+            _refuse_own_words(moved, targets)
+        return Micro(along_with(moved, targets), targets, number, of_views=True)
 
     def _forward(self, micro: Micro, step: int) -> tuple[list[LossOutput], ModelOutput]:
         """The terms of a micro-batch; the same random numbers whenever asked."""
@@ -269,7 +298,7 @@ class Stepper:
             )
         # Losses compute in float32: sums over frames lose too much in 8 or 11 bits.
         out = replace(out.map(full_precision), num_views=self.objective.num_views)
-        return self.objective.evaluate(out, micro.targets, micro.batch), out
+        return self.objective.evaluate(out, micro.targets, micro.batch, micro.of_views), out
 
     def _augmented(self, batch: Batch, number: int) -> Tensor:
         """Every view's features, masked on its own, one view after the other."""
@@ -350,6 +379,18 @@ def memory_errors(batches: Sequence[Batch], options: Training) -> Iterator[None]
 
 def _detached(output: LossOutput) -> LossOutput:
     return replace(output, total=output.total.detach())
+
+
+def _refuse_own_words(batch: Batch, targets: Mapping[str, Targets]) -> None:
+    """Teachers may hear other words in each view, and a decoder follows one text."""
+    named = [name for name, t in targets.items() if t.tokens_BU is not None]
+    if named and not bool(batch.labelled_B.all()):
+        raise TrainingError(
+            f"{named[0]} hears other words in each masked view of an unlabelled utterance, and a student's "
+            "decoder can follow one text only",
+            where="targets.view",
+            remedy="view: clean, or no loss that compares views (cr_ctc) beside losses along a text",
+        )
 
 
 def along_with(batch: Batch, targets: Mapping[str, Targets]) -> Batch:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
 from kdrecipe.frames import frame_mask
-from kdrecipe.interfaces import Options
+from kdrecipe.interfaces import Options, Tap
 from kdrecipe.layers import Dropout, FeedForward
 
 from .layers import ConvFront, ConvModule, RotaryPositions, SelfAttention
@@ -73,7 +73,8 @@ class ConformerLayer(nn.Module):
 class Conformer(nn.Module):
     """Conformer encoder; subsamples by 4.
 
-    Taps: ``front`` (the front end's output) and ``encoder.0`` ... ``encoder.<num_layers - 1>``.
+    Taps: ``front`` (the front end's output), ``encoder.0`` ... ``encoder.<num_layers - 1>``, and of each
+    layer's attention ``encoder.0.q``, ``.k``, ``.v``, queries and keys with their positions.
     Under bf16 autocast on a CPU, the residual stream is bf16 as well (the norms end each layer, so
     it does not grow); ``benchmarks/train_speed.py --check-loss`` compares what that trains to.
 
@@ -114,10 +115,13 @@ class Conformer(nn.Module):
             x = layer(x, mask_BT, positions)
         return x, lens_B
 
-    def taps(self) -> dict[str, tuple[nn.Module, int]]:
-        """Declared intermediate tensors: name -> (module whose output it is, D)."""
-        layers = {f"encoder.{i}": (layer, self.output_dim) for i, layer in enumerate(self.layers)}
-        return {"front": (self.front.dropout, self.output_dim), **layers}
+    def taps(self) -> dict[str, Tap]:
+        """Declared intermediate tensors."""
+        found = {"front": Tap(self.front.dropout, self.output_dim)}
+        for i, layer in enumerate(self.layers):
+            attention: Any = layer.attention
+            found |= {f"encoder.{i}": Tap(layer, self.output_dim), **attention.taps(f"encoder.{i}")}
+        return found
 
     def output_len(self, num_frames: int) -> int:
         """Output frames for ``num_frames`` feature frames."""

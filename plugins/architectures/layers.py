@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdrecipe.frames import frame_mask
+from kdrecipe.interfaces import Tap
 from kdrecipe.layers import Dropout, attend, attention_bias
 
 
@@ -90,6 +91,12 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
+        self.q, self.k, self.v = nn.Identity(), nn.Identity(), nn.Identity()  # see taps()
+
+    def taps(self, name: str) -> dict[str, Tap]:
+        """Queries and keys as they are multiplied, values, after the name of the layer."""
+        dim = self.out.in_features
+        return {f"{name}.{x}": Tap(getattr(self, x), dim) for x in "qkv"}
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         """(B, T, D) to (B, T, D); ``positions`` from :class:`RotaryPositions`."""
@@ -99,8 +106,9 @@ class SelfAttention(nn.Module):
         cos, sin = (y.to(v.dtype) for y in positions)
         turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=2)
         qk = turned.unflatten(-1, (2, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5).flatten(4)
-        v = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        y = attend(qk[0], qk[1], v, attention_bias(mask_BT, v.dtype)[:, None, None, :])
+        q, k = self.q(qk[0]), self.k(qk[1])
+        v = self.v(v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
+        y = attend(q, k, v, attention_bias(mask_BT, v.dtype)[:, None, None, :])
         y_BTD: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return y_BTD
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdrecipe import hookimpl
 from kdrecipe.frames import frame_mask
-from kdrecipe.interfaces import Options
+from kdrecipe.interfaces import Options, Tap
 from kdrecipe.layers import Dropout, FeedForward, attend, attention_bias
 
 from .whisper_features import RANGE, log_mel
@@ -74,15 +74,27 @@ class WhisperLayer(nn.Module):
         self.out = nn.Linear(config.dim, config.dim)
         self.ff = FeedForward(config.dim, config.ff_dim or 4 * config.dim, config.dropout, nn.GELU())
         self.dropout = Dropout(config.dropout)
+        self.given = nn.ModuleDict({name: nn.Identity() for name in ("out", "q", "k", "v")})  # see taps()
 
-    def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor, num_frames: int) -> Tensor:
+        """(B, T, D) to (B, T, D), of which the first ``num_frames`` are not silence."""
         qkv = self.qkv(self.norm_attention(x_BTD)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        for name, heads in (("q", q), ("k", k), ("v", v)):
+            self.given[name](heads[:, :, :num_frames])
         y = attend(q, k, v, attention_bias(mask_BT, v.dtype)[:, None, None, :])
         x = x_BTD + self.dropout(self.out(y.transpose(1, 2).flatten(2)))
         y_BTD: Tensor = x + self.dropout(self.ff(x))
+        self.given["out"](y_BTD[:, :num_frames])
         return y_BTD
+
+    def taps(self, name: str) -> dict[str, Tap]:
+        """What comes before the silence, by the name of the layer."""
+        dim = self.out.in_features
+        return {
+            name if x == "out" else f"{name}.{x}": Tap(module, dim, subsampling=2)
+            for x, module in self.given.items()
+        }
 
 
 class WhisperEncoder(nn.Module):
@@ -94,8 +106,8 @@ class WhisperEncoder(nn.Module):
     recipe's features, the one before and the one at hand: Whisper's are centred between them. As Whisper
     does, values are then raised to 80 dB below the utterance's largest.
 
-    Taps: ``encoder.0`` ... ``encoder.<num_layers - 1>``, before the final norm and the pooling, a frame per
-    0.02 s as Whisper's own.
+    Taps: ``encoder.0`` ... ``encoder.<num_layers - 1>``, before the final norm and the pooling, and of each
+    layer's attention ``encoder.0.q``, ``.k``, ``.v``; a frame per 0.02 s as Whisper's own.
 
     Args:
         config: its options.
@@ -130,7 +142,6 @@ class WhisperEncoder(nn.Module):
         self.conv2 = nn.Conv1d(dim, dim, 3, stride=2, padding=1)
         self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(WhisperLayer(config) for _ in range(config.num_layers))
-        self.without_silence = nn.ModuleList(nn.Identity() for _ in self.layers)  # see taps()
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,9 +150,8 @@ class WhisperEncoder(nn.Module):
         x = self.dropout(x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype))
         mask_BT = frame_mask(_halved(lens_B + self.num_silent), x.shape[1])
         num_frames, lens_B = (features_BTF.shape[1] + 1) // 2, _halved(lens_B)
-        for layer, given in zip(self.layers, self.without_silence, strict=True):
-            x = layer(x, mask_BT)
-            given(x[:, :num_frames])
+        for layer in self.layers:
+            x = layer(x, mask_BT, num_frames)
         x = self.norm(x[:, :num_frames])
         if self.pooling == 1:
             return x, lens_B
@@ -205,13 +215,12 @@ class WhisperEncoder(nn.Module):
         error = torch.cat([f[: len(y)] for f, y in zip(found_TM, wanted, strict=True)]) - wanted_TM
         return float(error.square().mean().sqrt() / wanted_TM.std(0).square().mean().sqrt())
 
-    def taps(self) -> dict[str, tuple[nn.Module, int]]:
-        """Declared intermediate tensors: name -> (module whose output it is, D)."""
-        return {f"encoder.{i}": (given, self.output_dim) for i, given in enumerate(self.without_silence)}
-
-    def tap_subsampling(self) -> dict[str, int]:
-        """Feature frames per frame at each tap."""
-        return dict.fromkeys(self.taps(), 2)
+    def taps(self) -> dict[str, Tap]:
+        """Declared intermediate tensors."""
+        found: dict[str, Tap] = {}
+        for i, layer in enumerate(self.layers):
+            found |= layer.taps(f"encoder.{i}")  # type: ignore[operator]
+        return found
 
     def output_len(self, num_frames: int) -> int:
         """Output frames for ``num_frames`` feature frames."""

@@ -6,11 +6,21 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from kdrecipe import hookimpl
 from kdrecipe.frames import full_precision, valid_frames
-from kdrecipe.interfaces import Batch, LossOutput, LossSetup, ModelOutput, Options, Targets, TargetSpec
+from kdrecipe.interfaces import (
+    Batch,
+    LossOutput,
+    LossSetup,
+    ModelOutput,
+    Options,
+    Progress,
+    Targets,
+    TargetSpec,
+)
 
 
 class CrCtc:
@@ -36,7 +46,13 @@ class CrCtc:
     }
 
     class Config(Options):
-        """``cr_ctc`` has no options."""
+        """Options of ``cr_ctc``.
+
+        Args:
+            warmup_steps: in which its weight rises from 0, counted from the step at which it begins.
+        """
+
+        warmup_steps: int = Field(0, ge=0)
 
     def __init__(self, config: Config, setup: LossSetup) -> None:
         self.config = config
@@ -47,10 +63,14 @@ class CrCtc:
         """Nothing: the student teaches itself."""
         return []
 
-    def __call__(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
+    def __call__(
+        self, out: ModelOutput, targets: Targets, batch: Batch, *, progress: Progress | None = None
+    ) -> LossOutput:
         """Sum over the valid frames of one view; see the class."""
         a_NV, b_NV = (_log_probs(view) for view in out.views())
         total = (_kl(a_NV.detach(), b_NV) + _kl(b_NV.detach(), a_NV)) / 2
+        if progress is not None:
+            total = total * progress.share(self.config.warmup_steps)
         agree = (a_NV.argmax(-1) == b_NV.argmax(-1)).sum()
         return LossOutput(total, len(a_NV), {"agree": agree})
 

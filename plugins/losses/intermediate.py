@@ -28,7 +28,7 @@ from kdrecipe.interfaces import (
 )
 
 from .hidden import check_tap_frames
-from .posteriors import compare, kl, require_same_tokens
+from .posteriors import compare, kl
 
 
 class InterOptions(Options):
@@ -120,7 +120,7 @@ class InterCtcKl(_InterLoss):
 
     def __init__(self, config: Config, setup: LossSetup) -> None:
         super().__init__(config, setup)
-        require_same_tokens(setup, self.name)
+        setup.require_same_tokens(self.name)
 
     @staticmethod
     def requires(config: Config) -> list[TargetSpec]:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kdrecipe.errors import RecipeError
 from kdrecipe.frames import all_classes, blank_probs, frame_log_probs, frame_mask, keep_top, valid_frames
 from kdrecipe.interfaces import (
     BLANK_ID,
@@ -125,7 +124,7 @@ class PosteriorLoss:
     def __init__(self, config: Any, setup: LossSetup) -> None:
         self.config = config
         setup.require_head(config.head, self.name)
-        require_same_tokens(setup, self.name)
+        setup.require_same_tokens(self.name)
 
     @staticmethod
     def requires(config: Any) -> list[TargetSpec]:
@@ -158,21 +157,6 @@ class PosteriorLoss:
     def divergence(self, both: Compared) -> Tensor:
         """(N,) of each frame; least where both say the same."""
         raise NotImplementedError
-
-
-def require_same_tokens(setup: LossSetup, loss: str) -> None:
-    """Refuse a teacher with other tokens.
-
-    Raises:
-        RecipeError: naming both vocabularies.
-    """
-    student, teacher = setup.student, setup.teacher
-    if teacher is not None and teacher.vocab_id != student.vocab_id:
-        raise RecipeError(
-            f"{loss} compares what both say of the same tokens; the student's are {student.vocab_id} "
-            f"({student.vocab_size}), the teacher's {teacher.vocab_id} ({teacher.vocab_size})",
-            remedy="train both on the same tokens (stage 2), or use a loss on hidden states (hidden_mse)",
-        )
 
 
 def compare(logits_BTV: Tensor, lens_B: Tensor, teacher: Posteriors, temperature: float = 1.0) -> Compared:

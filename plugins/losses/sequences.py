@@ -27,7 +27,6 @@ from kdrecipe.interfaces import (
     TargetSpec,
 )
 
-from .posteriors import require_same_tokens
 from .spikes import best_classes
 
 
@@ -68,7 +67,7 @@ class CtcBestPath:
     def __init__(self, config: Config, setup: LossSetup) -> None:
         self.config = config
         setup.require_head("ctc", "ctc_best_path")
-        require_same_tokens(setup, "ctc_best_path")
+        setup.require_same_tokens("ctc_best_path")
 
     @staticmethod
     def requires(config: Config) -> list[TargetSpec]:
@@ -112,7 +111,7 @@ class CtcNBest:
     def __init__(self, config: Config, setup: LossSetup) -> None:
         self.config = config
         setup.require_head("ctc", "ctc_nbest")
-        require_same_tokens(setup, "ctc_nbest")
+        setup.require_same_tokens("ctc_nbest")
 
     @staticmethod
     def requires(config: Config) -> list[TargetSpec]:
@@ -176,7 +175,7 @@ class CtcFullSum:
     def __init__(self, config: Config, setup: LossSetup) -> None:
         self.config = config
         setup.require_head("ctc", "ctc_full_sum")
-        require_same_tokens(setup, "ctc_full_sum")
+        setup.require_same_tokens("ctc_full_sum")
 
     @staticmethod
     def requires(config: Config) -> list[TargetSpec]:

@@ -28,7 +28,7 @@ from kdrecipe.interfaces import (
     TargetSpec,
 )
 
-from .posteriors import compare, kl, require_same_tokens
+from .posteriors import compare, kl
 
 
 class GuidedCtc:
@@ -65,7 +65,7 @@ class GuidedCtc:
     def __init__(self, config: Config, setup: LossSetup) -> None:
         self.config = config
         setup.require_head("ctc", "guided_ctc")
-        require_same_tokens(setup, "guided_ctc")
+        setup.require_same_tokens("guided_ctc")
 
     @staticmethod
     def requires(config: Config) -> list[TargetSpec]:
@@ -132,7 +132,7 @@ class ShiftedKl:
     def __init__(self, config: Config, setup: LossSetup) -> None:
         self.config = config
         setup.require_head("ctc", "shifted_kl")
-        require_same_tokens(setup, "shifted_kl")
+        setup.require_same_tokens("shifted_kl")
 
     @staticmethod
     def requires(config: Config) -> list[TargetSpec]:

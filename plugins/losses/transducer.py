@@ -38,7 +38,6 @@ from kdrecipe.lattice import (
 )
 from kdrecipe.lattice.paths import lattice_log_likelihood
 
-from .posteriors import require_same_tokens
 from .sequences import distances
 
 
@@ -82,7 +81,7 @@ class RnntKlLoss:
     def __init__(self, config: Config, setup: LossSetup) -> None:
         self.config = config
         setup.require_head("rnnt", "rnnt_kl")
-        require_same_tokens(setup, "rnnt_kl")
+        setup.require_same_tokens("rnnt_kl")
 
     @staticmethod
     def requires(config: Config) -> list[TargetSpec]:
@@ -194,7 +193,7 @@ class RnntFullSum:
     def __init__(self, config: Config, setup: LossSetup) -> None:
         self.config = config
         setup.require_head("rnnt", "rnnt_full_sum")
-        require_same_tokens(setup, "rnnt_full_sum")
+        setup.require_same_tokens("rnnt_full_sum")
 
     @staticmethod
     def requires(config: Config) -> list[TargetSpec]:

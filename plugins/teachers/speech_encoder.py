@@ -102,6 +102,7 @@ class SpeechEncoder:
             and described.get("feat_extract_norm", "group") == "layer"
             and bool(extractor.get("return_attention_mask"))
         )
+        self._has_parts = kind != "wav2vec2-conformer"  # whose positions enter between keys and scores
         self._kernels: Sequence[int] = described.get("conv_kernel", (10, 3, 3, 3, 3, 2, 2))
         self._strides: Sequence[int] = described.get("conv_stride", (5, 2, 2, 2, 2, 2, 2))
         self.frame_shift_s: float = prod(self._strides) / SAMPLE_RATE
@@ -112,8 +113,10 @@ class SpeechEncoder:
         self._model: Any = None
 
     def hidden_specs(self) -> list[TargetSpec]:
-        """``encoder.N``, the output of block N, and ``encoder.out``, what the encoder as a whole gives."""
-        taps = [*(f"encoder.{i}" for i in range(self._num_layers)), OUT]
+        """``encoder.N``, the output of block N, ``encoder.N.q``, ``.k`` and ``.v`` of its attention, and
+        ``encoder.out``, what the encoder as a whole gives."""
+        parts = ("", ".q", ".k", ".v") if self._has_parts else ("",)
+        taps = [*(f"encoder.{i}{x}" for i in range(self._num_layers) for x in parts), OUT]
         return [TargetSpec("hidden", tap, self._width, self.frame_shift_s) for tap in taps]
 
     def load(self, device: torch.device) -> None:
@@ -174,6 +177,8 @@ class SpeechEncoder:
             samples_BS = normalised(samples_BS, mask_BS)
         encoder = getattr(self._model, self._model.base_model_prefix, self._model).encoder
         modules = {OUT: encoder, **{f"encoder.{i}": layer for i, layer in enumerate(encoder.layers)}}
+        for i, layer in enumerate(encoder.layers if self._has_parts else ()):
+            modules |= {f"encoder.{i}.{x}": getattr(layer.attention, f"{x}_proj") for x in "qkv"}
         mask = {"attention_mask": mask_BS.long()} if self._masks else {}
         with torch.autocast(device.type, enabled=False), tapped(modules, taps) as kept:
             out = self._model(input_values=samples_BS, **mask)

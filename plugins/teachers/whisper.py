@@ -70,9 +70,10 @@ class WhisperOptions(Options):
 class Whisper:
     """Whisper: encoder states, token posteriors along a text, hypotheses.
 
-    Taps: ``encoder.N``, what block N adds up to, and ``encoder.out``, the normed output of the last, every
-    0.02 s: an utterance's own frames, without those of Whisper's padding to 30 s. Longer audio is heard in
-    windows that end where it is quiet, and their frames and words follow one another.
+    Taps: ``encoder.N``, what block N adds up to, ``encoder.N.q``, ``.k`` and ``.v`` of its attention, and
+    ``encoder.out``, the normed output of the last, every 0.02 s: an utterance's own frames, without those of
+    Whisper's padding to 30 s. Longer audio is heard in windows that end where it is quiet, and their frames
+    and words follow one another.
 
     Token posteriors (``attention``) are over Whisper's own tokens, the end's last. They go along the text
     of a labelled utterance, which begins with a space as Whisper writes it, or its own hypothesis.
@@ -122,7 +123,8 @@ class Whisper:
         if self._found.model is None:
             return []
         config = self._found.model.config
-        taps = [*(f"encoder.{i}" for i in range(config["encoder_layers"])), OUT]
+        parts = ("", ".q", ".k", ".v")
+        taps = [*(f"encoder.{i}{x}" for i in range(config["encoder_layers"]) for x in parts), OUT]
         hidden = [TargetSpec("hidden", tap, config["d_model"], FRAME_SHIFT_S) for tap in taps]
         pieces = self._found.pieces
         return [*hidden, TargetSpec("token_logits", HEAD, len(pieces), vocab_id=vocab_id(pieces))]

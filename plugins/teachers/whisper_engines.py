@@ -96,6 +96,8 @@ class TransformersWhisper:
         ).input_features.to(self._device)
         encoder = self._model.get_encoder()
         modules = {f"encoder.{i}": layer for i, layer in enumerate(encoder.layers)}
+        for i, layer in enumerate(encoder.layers):
+            modules |= {f"encoder.{i}.{x}": getattr(layer.self_attn, f"{x}_proj") for x in "qkv"}
         with tapped({**modules, "encoder.out": encoder.layer_norm}, taps) as kept:
             hidden_WTD: Tensor = encoder(features).last_hidden_state
         return hidden_WTD, kept

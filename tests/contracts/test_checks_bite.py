@@ -23,6 +23,7 @@ from kdrecipe.interfaces import (
     Options,
     Posteriors,
     Prepared,
+    Tap,
     Targets,
     TargetSpec,
 )
@@ -234,13 +235,13 @@ class EarlyTap(TinyEncoder):
 
 
 class DeclaredEarlyTap(EarlyTap):
-    def tap_subsampling(self):
-        return {"early": 1}
+    def taps(self):
+        return {**super().taps(), "early": Tap(self.early, self.input_dim, subsampling=1)}
 
 
 class WronglyDeclaredEarlyTap(EarlyTap):
-    def tap_subsampling(self):
-        return {"early": 2}
+    def taps(self):
+        return {**super().taps(), "early": Tap(self.early, self.input_dim, subsampling=2)}
 
 
 class SecretState(TinyEncoder):

@@ -351,6 +351,7 @@ MODELS: list[type[BaseModel]] = [
     sections.Subset,
     sections.Features,
     sections.Tokens,
+    sections.Ema,
     sections.Training,
     sections.SpecAugment,
     sections.Augment,

@@ -182,7 +182,7 @@ systems:
       model: *m
       losses:
         - {name: hidden_mse, layers: {encoder.0: encoder.1}, align: mean, teacher: teacher}
-        - {name: hidden_mse, layers: {encoder.1: encoder.1}, align: stride, teacher: teacher}
+        - {name: hidden_l1_cos, layers: {encoder.1: encoder.1}, align: stride, teacher: teacher}
         - {name: kl}
 """
 

@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kdrecipe.errors import PluginError, RecipeError
+from kdrecipe.interfaces import Tap
 from kdrecipe.layers import MASKED, Dropout, attend
 from kdrecipe.model.asr import AsrModel, FeatureNorm, build_model, model_info
+from kdrecipe.model.heads.attention import AttentionHead, AttentionHeadOptions
 from kdrecipe.model.heads.ctc import CtcHead
 from kdrecipe.model.taps import capture
+from kdrecipe.testing.models import random_batch
 from kdrecipe_plugins.architectures import conformer, transformer
 from kdrecipe_plugins.architectures.conformer import Conformer
 from kdrecipe_plugins.architectures.layers import ConvFront, RotaryPositions, SelfAttention
@@ -125,12 +128,46 @@ def test_every_output_frame_sees_the_last_feature_frame() -> None:
 def test_taps_are_captured_only_when_asked(model: AsrModel) -> None:
     x, lens = features(2, 30), torch.tensor([30, 22])
     declared = model.encoder.taps()  # type: ignore[operator]
-    assert list(declared) == ["front", "encoder.0", "encoder.1"]
+    layers = [name for name in declared if name[-1] not in "qkv"]
+    assert layers == ["front", "encoder.0", "encoder.1"]
+    assert len(declared) == 9
     assert model(x, lens).taps == {}
     out = model(x, lens, taps=["encoder.1", "front"])
     assert {k: tuple(v.shape) for k, v in out.taps.items()} == {"encoder.1": (2, 8, 16), "front": (2, 8, 16)}
     assert all(v.requires_grad for v in out.taps.values())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("architecture", ["conformer", "transformer"])
+def test_attention_can_be_made_of_queries_keys_and_values(architecture: str) -> None:
+    model = tiny(architecture).eval()
+    lens = torch.tensor([30, 22])
+    seen: list[Tensor] = []
+    attention = model.encoder.layers[0].attention  # type: ignore[index,union-attr]
+    attention.out.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    out = model(features(2, 30), lens, taps=["encoder.0.q", "encoder.0.k", "encoder.0.v"])
+    heads, length = attention.num_heads, int(out.lens_B[1])
+    q, k, v = (out.taps[f"encoder.0.{x}"][1, :length].unflatten(-1, (heads, -1)) for x in "qkv")
+    scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
+    found = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).flatten(1)
+    torch.testing.assert_close(found, seen[0][1, :length], atol=1e-5, rtol=1e-4)
+
+
+def test_a_decoders_taps_go_by_tokens() -> None:
+    torch.manual_seed(0)
+    head = AttentionHead(AttentionHeadOptions(num_layers=2, num_heads=2), 16, 9)
+    model = AsrModel(tiny("transformer").encoder, {"attention": head}, FeatureNorm(BINS)).eval()
+    batch = random_batch([30, 22], input_dim=BINS, vocab_size=9, num_tokens=[4, 2])
+    names = ["encoder.1", "attention.1", *(f"attention.0.{x}" for x in "qkv")]
+    out = model(batch.features_BTF, batch.lens_B, taps=names, batch=batch)
+    assert {out.taps[n].shape[1] for n in names[1:]} == {5}  # the end of the sentence is one more
+    assert out.taps["encoder.1"].shape[1] == 8
+    torch.testing.assert_close(head.output(out.taps["attention.1"]), out.logits["attention"])
+    info = model_info(model, "x")
+    assert info.token_taps["attention.0.q"] == 16
+    assert "attention.0.q" not in info.taps
+    with pytest.raises(RecipeError, match=r"no tap 'attention\.0\.x'"):
+        model(batch.features_BTF, batch.lens_B, taps=["attention.0.x"], batch=batch)
 
 
 def test_last_tap_of_conformer_is_its_output() -> None:
@@ -149,7 +186,7 @@ def test_tap_of_another_shape_than_declared_is_an_error() -> None:
     layer = nn.Linear(4, 5)
     with (
         pytest.raises(PluginError, match=r"'mid'.*\(B, T, 4\).*\(2, 3, 5\)"),
-        capture({"mid": (layer, 4)}, ["mid"]),
+        capture({"mid": Tap(layer, 4)}, ["mid"]),
     ):
         layer(torch.zeros(2, 3, 4))
 
@@ -279,7 +316,8 @@ def test_model_info_and_size() -> None:
         0.04,
         {"ctc": ("frame_logits",)},
     )
-    assert info.taps == {"front": 16, "encoder.0": 16, "encoder.1": 16}
+    layers = [f"encoder.{i}{x}" for i in range(2) for x in ("", ".q", ".k", ".v")]
+    assert info.taps == dict.fromkeys(["front", *layers], 16)
     assert {s.key for s in info.provides()} == {"frame_logits:ctc"} | {f"hidden:{t}" for t in info.taps}
     assert model.num_params == sum(p.numel() for p in model.parameters())
 

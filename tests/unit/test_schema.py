@@ -126,6 +126,16 @@ class HiddenLoss:
         return [TargetSpec("hidden", config.tap)]
 
 
+class Ensemble(Soft):
+    all_teachers = True
+
+
+class Coded(HiddenLoss):
+    @staticmethod
+    def requires(config):
+        return [TargetSpec("codebooks", config.tap, 4)]
+
+
 class Halve:
     """A compressor that may train."""
 
@@ -154,6 +164,8 @@ def plugins():
         ("losses", "ctc", Supervised),
         ("losses", "soft", Soft),
         ("losses", "hidden", HiddenLoss),
+        ("losses", "all", Ensemble),
+        ("losses", "coded", Coded),
         ("losses", "views", TwoViews),
         ("compressors", "halve", Halve),
         ("exporters", "onnx", Export),
@@ -309,9 +321,11 @@ def test_a_distilled_system_may_teach(load):
     recipe = load(data)
     assert recipe.teaching() == ["teacher"]
     assert recipe.build_order() == ["teacher", "plain", "kd", "grandchild", "small"]
-    assert recipe.caches("teacher")
-    assert not recipe.caches("kd"), "its targets come after stage 4"
-    assert not load(change(data, "targets.mode", "live")).caches("teacher")
+    kd, grandchild = recipe.systems["kd"], recipe.systems["grandchild"]
+    assert recipe.caches("teacher", kd)
+    assert not recipe.caches("kd", grandchild), "its targets come after stage 4"
+    live = load(change(data, "targets.mode", "live"))
+    assert not live.caches("teacher", live.systems["kd"])
 
 
 def test_build_order_does_not_hang_on_the_order_of_the_file(load):
@@ -497,6 +511,9 @@ MISTAKES = [
     ("training.schedule", "cosin", "should be 'wsd', 'cosine'", ""),
     ("training.spec_augment", {"freq_widht": 1}, "freq_widht: unknown key", "did you mean 'freq_width'?"),
     ("training", [1], "training: is [1], it must be a mapping", ""),
+    ("targets.view", "masked", "view: masked goes with mode: live", ""),
+    ("systems.kd.distill.targets", {"view": "masked"}, "view: masked goes with mode: live", ""),
+    ("systems.kd.distill.targets", {"mod": "live"}, "mod: unknown key", "did you mean 'mode'?"),
     ("targets.mode", "cache", "should be 'cached' or 'live'", ""),
     ("parity.slak", 1, "parity.slak: unknown key", "did you mean 'slack'?"),
     ("decode.decoder", {"name": "ctc_greedy"}, "decode.decoder: unknown key", "did you mean 'decoders'?"),
@@ -561,13 +578,29 @@ MISTAKES = [
     ("systems.kd.distill.losses.1.temperature", 0, "greater than 0", ""),
     ("systems.kd.distill.losses.1.teacher", "kd", "'kd' is not among its teachers", "known: teacher"),
     ("systems.kd.distill.losses.0.teacher", "teacher", "learns nothing from a teacher", "remove it"),
-    ("systems.kd.distill.losses", [{"name": "ctc"}, {"name": "views"}], "no loss learns", "hidden, soft"),
+    ("systems.kd.distill.losses.1", {"name": "all", "teacher": "teacher"}, "all teachers of its", "remove"),
+    (
+        "systems.kd.distill.losses",
+        [{"name": "soft"}] * 2,
+        "losses[1]: a second term 'soft:ctc'",
+        "other heads",
+    ),
+    ("systems.plain.train.losses", [{"name": "ctc"}] * 2, "losses[1]: a second term 'ctc'", "one of both"),
+    (
+        "systems.kd.distill.losses",
+        [{"name": "ctc"}, {"name": "views"}],
+        "no loss learns",
+        "all, coded",
+    ),
     ("systems.kd.distill.losses", [{"name": "ctc"}], "unlabelled: all losses need labels", ""),
     ("systems.kd.distill.teachers", [], "teachers: is empty", ""),
     ("systems.kd.distill.teachers", ["techer"], "unknown system 'techer'", "did you mean 'teacher'?"),
     ("systems.kd.distill.teachers", ["kd"], "needs itself: kd -> kd", "break the circle"),
     ("systems.kd.distill.teachers", ["small"], "too late to teach", "compressed from"),
     ("systems.kd.distill.teachers", ["teacher", "teacher"], "listed twice", ""),
+    ("systems.kd.distill.teachers", ["teacher", "ema"], "'soft' would learn noise from ema", "init_from"),
+    ("systems.kd.distill.ema", {"decay": 0.9}, "ema has options, but is no teacher", ""),
+    ("systems.ema", {"train": {"model": MODEL}}, "student's own moving average", "rename it"),
     ("systems.kd.distill.unlabelled", "few", "'few' is labelled data already", "different subsets"),
     ("systems.kd.distill.data", ..., "all of the training split is labelled", "different subsets"),
     ("systems.kd.distill.seeds", [1, 9], "", None),  # sound: a teacher with one seed serves all
@@ -784,6 +817,63 @@ def test_a_tap_that_the_teacher_lacks(load):
     assert "needs hidden:encoder.5, the teacher 'teacher' lacks it" in found
     change(data, "systems.teacher.train.model.num_layers", 6)
     load(data)
+
+
+def test_the_students_own_average_teaches_after_a_warm_start(load):
+    data = change(base(), "systems.kd.distill.teachers", ["teacher", "ema"])
+    change(data, "systems.kd.distill.init_from", "plain")
+    change(data, "systems.kd.distill.ema", {"decay": 0.99})
+    system = load(data).systems["kd"]
+    assert (system.teachers, system.all_teachers, system.ema.decay) == (
+        ("teacher",),
+        ("teacher", "ema"),
+        0.99,
+    )
+    change(data, "systems.kd.distill.init_from", ...)
+    change(data, "systems.kd.distill.losses.1.start_below", 0.5)
+    load(data)
+    change(data, "systems.kd.distill.losses.1.start_below", ...)
+    change(data, "systems.kd.distill.losses.1.teacher", "teacher")
+    [found] = problems(load, data)
+    assert "no loss learns from ema" in found
+    change(data, "systems.kd.distill.losses", [{"name": "ctc"}, {"name": "soft", "teacher": "ema"}])
+    change(data, "systems.kd.distill.teachers", ["ema"])
+    change(data, "systems.kd.distill.init_from", "plain")
+    assert load(data).systems["kd"].teachers == ()
+
+
+def test_a_system_may_have_targets_of_its_own(load):
+    data = change(base(), "systems.kd.distill.targets", {"mode": "live", "view": "masked", "top_k": 3})
+    recipe = load(data)
+    kd = recipe.systems["kd"]
+    assert (kd.targets.mode, kd.targets.view, recipe.targets.mode) == ("live", "masked", "cached")
+    assert kd.terms[1].options["top_k"] == 3
+    assert not recipe.caches("teacher", kd)
+    change(data, "systems.kd.distill.training", {"spec_augment": None})
+    [found] = problems(load, data)
+    assert "the student's input is not masked" in found
+
+
+def test_codebooks_are_of_teachers_of_stage_3(load):
+    data = change(base(), "systems.kd.distill.losses.1", {"name": "coded"})
+    load(data)
+    change(data, "systems.kd.distill.losses.1.tap", "encoder.9")
+    [found] = problems(load, data)
+    assert "'coded' needs hidden:encoder.9, the teacher 'teacher' lacks it" in found
+    change(data, "systems.kd.distill.losses.1", {"name": "coded"})
+    second = copy.deepcopy(data["systems"]["kd"])
+    change(data, "systems.second", second)
+    change(data, "systems.second.distill.teachers", ["kd"])
+    [found] = problems(load, data)
+    assert "'coded' needs codebooks, which stage 4 trains, and 'kd' comes after it" in found
+
+
+def test_the_average_has_the_students_own_taps(load):
+    data = change(base(), "systems.kd.distill.teachers", ["ema"])
+    change(data, "systems.kd.distill.init_from", "plain")
+    change(data, "systems.kd.distill.losses.1", {"name": "hidden", "tap": "encoder.9"})
+    [found] = problems(load, data)
+    assert "needs hidden:encoder.9, the teacher 'ema' lacks it" in found
 
 
 def test_a_loss_may_refuse_the_pair(load):

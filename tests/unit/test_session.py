@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from kdrecipe.model.bundle import Bundle
 from kdrecipe.model.start import Lender
 from kdrecipe.plugin.loader import load_plugins
 from kdrecipe.recipe.load import load_recipe
+from kdrecipe.stages import codebooks as stage_4_codebooks
 from kdrecipe.stages import session as session_module
 from kdrecipe.stages import targets as stage_4
 from kdrecipe.stages import tokens as stage_2
@@ -153,6 +155,53 @@ def test_a_student_finds_its_targets_and_no_others(made, tmp_path):
         source.targets(batches.load(ids))
     with pytest.raises(DataError, match="no cached targets for this cut"):
         Session(recipe, layout, recipe.systems["s1"], 1).teachers(torch.device("cpu"), made_student)
+
+
+def test_a_student_learns_from_its_own_average_and_a_teacher(made, tmp_path):
+    losses = "[{name: ctc}, {name: kl}, {name: askd, steps: 3}]"
+    recipe = recipe_with(
+        tmp_path,
+        "{data: few, teachers: [ema], init_from: teacher, model: *small, losses: [{name: kl}]}",
+        f"{{data: few, teachers: [teacher, ema], init_from: teacher, model: *small, losses: {losses}}}",
+    )
+    jobs = build_plan(recipe, Layout(tmp_path)).jobs
+    assert jobs["s0/seed1"].needs == ("features", "tokens", "teacher/seed1")
+    assert "targets/teacher/seed1" in jobs["s1/seed1"].needs
+    live = load_recipe(tmp_path, overrides=["targets.mode=live"])
+    alone, both = (live.systems[name] for name in ("s0", "s1"))
+    for system, names in ((alone, ["kl"]), (both, ["ctc", "kl@teacher", "kl@ema", "askd"])):
+        session = Session(live, made.layout, system, 1)
+        model = session.new_model()
+        result = session.run(model, tmp_path / system.name, live.training)
+        assert result.steps == 1
+        entry = json.loads((tmp_path / system.name / "log.jsonl").read_text().splitlines()[0])
+        assert list(entry["terms"]) == names
+
+
+def test_codebooks_are_trained_before_the_targets_and_belong_to_their_teacher(made, tmp_path):
+    losses = "[{name: ctc}, {name: mvq, layer: encoder.0, num_codebooks: 2}]"
+    recipe = recipe_with(tmp_path, f"{{data: few, teachers: [teacher], model: *small, losses: {losses}}}")
+    layout = Layout(tmp_path / "made")
+    layout.root.mkdir()
+    for name in ("features", "tokens", "systems"):
+        (layout.root / name).symlink_to(made.layout.root / name)
+    jobs = build_plan(recipe, layout).jobs
+    codebooks, targets = jobs["codebooks/teacher/seed1"], jobs["targets/teacher/seed1"]
+    assert (codebooks.stage, targets.stage) == (4, 4)
+    assert "codebooks/teacher/seed1" in targets.needs
+    assert "codebooks/teacher/seed1" in jobs["s0/seed1"].needs
+    stage_4_codebooks.run(recipe, layout, "teacher", 1, 2, codebooks.out)
+    targets.run(targets.out)
+    shards = Shards(targets.out)
+    arrays = shards.arrays(next(iter(shards)), "codebooks:encoder.0x2/")
+    assert arrays["codes"].dtype == np.uint8
+    session = Session(recipe, layout, recipe.systems["s0"], 1)
+    result = session.run(session.new_model(), tmp_path / "s0", recipe.training)
+    assert result.steps == 1
+    record = read_json(codebooks.out / "codebooks.json")
+    write_json(codebooks.out / "codebooks.json", {**record, "teacher": "another"})
+    with pytest.raises(RecipeError, match="codebooks are of another teacher than 'teacher'"):
+        Session(recipe, layout, recipe.systems["s0"], 1).opened  # noqa: B018  (a cached property)
 
 
 # ---------------------------------------------------------------- devices

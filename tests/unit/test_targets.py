@@ -286,8 +286,14 @@ def test_hidden_states_beyond_float16_are_refused(cuts, tmp_path):
 
 
 def test_unknown_kinds_are_refused():
-    with pytest.raises(DataError, match="codebooks"):
-        LiveTargets(ModelTeacher(tiny_model()), [TargetSpec("codebooks", "encoder.0")])
+    with pytest.raises(DataError, match="thoughts"):
+        LiveTargets(ModelTeacher(tiny_model()), [TargetSpec("thoughts", "encoder.0")])
+
+
+def test_a_model_alone_has_no_codebooks():
+    live = LiveTargets(ModelTeacher(tiny_model()), [TargetSpec("codebooks", "encoder.0", 2)])
+    with pytest.raises(DataError, match="codebooks that are trained on the teacher's hidden states"):
+        live.targets(random_batch())
 
 
 def test_merged_specs_serve_everybody():

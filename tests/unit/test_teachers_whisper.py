@@ -107,12 +107,16 @@ def test_hidden_states_are_those_of_the_encoder(english, reference):
     batch = utterances()
     teacher = whisper(english)
     needs = [spec for spec in teacher.provides() if spec.kind == "hidden"]
-    assert [need.tap for need in needs] == ["encoder.0", "encoder.1", "encoder.out"]
+    layers = [f"encoder.{i}{x}" for i in range(2) for x in ("", ".q", ".k", ".v")]
+    assert [need.tap for need in needs] == [*layers, "encoder.out"]
     targets = teacher.targets(batch, needs)
     model, _, features = reference[english]
     for row, frames in enumerate([57, 24, 45]):  # half of the feature frames, rounded up
         out = model.get_encoder()(features(batch, row), output_hidden_states=True)
         wanted = {"encoder.0": out.hidden_states[1], "encoder.out": out.last_hidden_state}
+        layer = model.get_encoder().layers[1]
+        keys = layer.self_attn.k_proj(layer.self_attn_layer_norm(out.hidden_states[1]))
+        wanted["encoder.1.k"] = keys
         for tap, states in wanted.items():
             hidden = targets.hidden(tap)
             assert hidden.lens_B[row] == frames

@@ -20,11 +20,12 @@ from train_toys import Calm, Imitate, ToyTeacher, toy_batches, toy_model, toy_ob
 
 from kdrecipe.data.batches import CutBatches
 from kdrecipe.errors import KdrecipeError, TrainingError
+from kdrecipe.frames import edit_distance
 from kdrecipe.interfaces import LossOutput
 from kdrecipe.recipe.sections import Augment, SpecAugment
 from kdrecipe.train import loop
 from kdrecipe.train.distribution import Workers
-from kdrecipe.train.evaluation import DevScore, edit_distance
+from kdrecipe.train.evaluation import DevScore
 from kdrecipe.train.loop import Objective, Term
 from kdrecipe.train.optimisation import (
     Cooldown,
@@ -556,7 +557,7 @@ def test_without_dev_or_any_other_loss_nothing_waits(tmp_path):
     spied([Term("u", 1.0, Spy()), Term("late", 1.0, spy, start_below=0.5)], tmp_path)
     assert len(spy.seen) > 1
     objective = Objective([Term("late", 1.0, Spy(), start_below=0.5)])
-    objective.begin(None)
+    objective.begin([])
     assert objective.at_work == [True]
 
 

@@ -107,14 +107,21 @@ def test_longer_audio_is_heard_in_windows():
 def test_encoder_gives_what_transformers_give(whisper):
     theirs, directory = whisper
     features_BMT = torch.randn(2, 80, 3000, generator=torch.Generator().manual_seed(1)).clamp(-0.9, 0.9)
+    projected = {}
+    for x in "qkv":
+        module = getattr(theirs.model.encoder.layers[1].self_attn, f"{x}_proj")
+        module.register_forward_hook(lambda m, args, y, x=x: projected.update({x: y}))
     want = theirs.model.encoder(features_BMT, output_hidden_states=True)
     model = taken_over(directory)
-    out = model.encode(features_BMT.mT, torch.tensor([3000, 3000]), taps=["encoder.0", "encoder.1"])
+    taps = ["encoder.0", "encoder.1", "encoder.1.q", "encoder.1.k", "encoder.1.v"]
+    out = model(features_BMT.mT, torch.tensor([3000, 3000]), taps=taps)
     assert out.lens_B.tolist() == [1500, 1500]
     torch.testing.assert_close(out.hidden_BTD, want.last_hidden_state, atol=1e-4, rtol=1e-4)
     for number in (0, 1):
         found = out.taps[f"encoder.{number}"]
         torch.testing.assert_close(found, want.hidden_states[number + 1], atol=1e-4, rtol=1e-4)
+    for x, values in projected.items():
+        torch.testing.assert_close(out.taps[f"encoder.1.{x}"], values, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

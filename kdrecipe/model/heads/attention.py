@@ -29,6 +29,7 @@ from kdrecipe.interfaces import (
     LossSetup,
     ModelOutput,
     Options,
+    Tap,
     TargetKind,
     Targets,
     TargetSpec,
@@ -120,6 +121,7 @@ class DecoderLayer(nn.Module):
         self.norm_self = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out_self = nn.Linear(dim, dim)
+        self.given = nn.ModuleDict({name: nn.Identity() for name in "qkv"})  # see AttentionHead.taps()
         self.norm_cross = nn.LayerNorm(dim)
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(input_dim, 2 * dim)
@@ -154,7 +156,8 @@ class DecoderLayer(nn.Module):
             memory: of :meth:`memory`.
             memory_bias_N11T: on the scores of frames.
         """
-        q, k, v = (self.split(y) for y in self.qkv(self.norm_self(x_NPD)).chunk(3, dim=-1))
+        parts = zip("qkv", self.qkv(self.norm_self(x_NPD)).chunk(3, dim=-1), strict=True)
+        q, k, v = (self.given[name](self.split(y)) for name, y in parts)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         y = attend(q, k, v, bias).transpose(1, 2).flatten(2)
@@ -247,6 +250,15 @@ class AttentionHead(nn.Module):
         end_NP1 = F.linear(x_NPD, self.end_D[None])
         before_end, after_end = logits_NPV[..., :SOS_EOS_ID], logits_NPV[..., SOS_EOS_ID + 1 :]
         return torch.cat([before_end, end_NP1, after_end], dim=-1)
+
+    def taps(self) -> dict[str, Tap]:
+        """Of each layer its output, ``0``, and ``0.q``, ``0.k``, ``0.v`` of its attention to tokens."""
+        found: dict[str, Tap] = {}
+        for i, layer in enumerate(self.layers):
+            given: Any = layer.given
+            found[str(i)] = Tap(layer, self.dim, by="tokens")
+            found |= {f"{i}.{name}": Tap(module, self.dim, by="tokens") for name, module in given.items()}
+        return found
 
     # ------------------------------------------------------------ search
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import Batch, ModelOutput, TargetKind, TargetSpec
-from kdrecipe.targets.kinds.hidden import HiddenStates
+from kdrecipe.targets.kinds.codebooks import Codebooks
+from kdrecipe.targets.kinds.hidden import HiddenStates, TokenHiddenStates
 from kdrecipe.targets.kinds.hypotheses import Hypotheses
 from kdrecipe.targets.kinds.lattice import Lattices
 from kdrecipe.targets.kinds.posteriors import FramePosteriors, TokenPosteriors
@@ -59,6 +60,8 @@ KINDS: Mapping[TargetKind, Kind] = {
     "rnnt_lattice": Lattices(),
     "hidden": HiddenStates(),
     "hypotheses": Hypotheses(),
+    "token_hidden": TokenHiddenStates(),
+    "codebooks": Codebooks(),
 }
 
 

@@ -1,4 +1,4 @@
-"""Hidden states. B utterances, T frames, D width."""
+"""Hidden states. B utterances, T frames (or tokens), D width."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from kdrecipe.errors import DataError
 from kdrecipe.interfaces import Batch, Hidden, ModelOutput, TargetSpec
 from kdrecipe.targets.kinds.storing import array, as_stored, padded
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class HiddenStates:
-    """``hidden``: what is at a tap of the encoder."""
+    """``hidden``: what is at a tap that goes by frames."""
 
     def of_model(self, out: ModelOutput, batch: Batch, spec: TargetSpec) -> Hidden:
         return Hidden(out.taps[spec.tap], out.lens_B)
@@ -37,3 +38,13 @@ class HiddenStates:
 
     def weighted(self, item: Hidden, weights: FrameWeights) -> Hidden:
         return Hidden(weights.mean(item.values_BTD), weights.lens_B)
+
+
+class TokenHiddenStates(HiddenStates):
+    """``token_hidden``: what is at a tap of a decoder, at every token of a text and at its end."""
+
+    def of_model(self, out: ModelOutput, batch: Batch, spec: TargetSpec) -> Hidden:
+        return Hidden(out.taps[spec.tap], batch.token_lens_B + 1)
+
+    def weighted(self, item: Hidden, weights: FrameWeights) -> Hidden:
+        raise DataError("token_hidden goes by tokens, not by frames: there is nothing to align")
