@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kdrecipe.artifacts import fingerprint, sha256_file, write_jsonl_gz
 from kdrecipe.corpus.audio_checks import audio_path, check_overlaps, check_recording
 from kdrecipe.corpus.problems import NAMES_SHOWN, DataProblem, OnError, as_left_out, notes_of, settle
 from kdrecipe.interfaces import SAMPLE_RATE, Prepared, TokenTable
-from kdrecipe.text import clean, control_characters, odd_characters, shown
+from kdrecipe.text import clean, control_characters, lower, odd_characters, shown, upper
 
 if TYPE_CHECKING:
     from lhotse.audio import RecordingSet
@@ -79,8 +79,28 @@ def sample(prepared: Prepared, max_utterances: int) -> Prepared:
     return replace(prepared, splits=splits, notes=[*prepared.notes, note])
 
 
+def in_case(prepared: Prepared, case: Literal["lower", "upper"]) -> Prepared:
+    """A corpus with all transcripts in small letters or in capitals, as each one's language has them."""
+    from lhotse.supervision import SupervisionSet
+
+    change = {"lower": lower, "upper": upper}[case]
+
+    def changed(sup: Any) -> Any:
+        return replace(sup, text=change(sup.text, sup.language)) if sup.text else sup
+
+    splits = {
+        split: (recordings, SupervisionSet.from_segments(map(changed, _items(supervisions))))
+        for split, (recordings, supervisions) in prepared.splits.items()
+    }
+    return replace(prepared, splits=splits, notes=[*prepared.notes, f"all transcripts in {case} case"])
+
+
 def validate_corpus(
-    prepared: Prepared, *, sampling_rate: int = SAMPLE_RATE, num_workers: int = 1
+    prepared: Prepared,
+    *,
+    sampling_rate: int = SAMPLE_RATE,
+    num_workers: int = 1,
+    without_text: Collection[str] = (),
 ) -> list[DataProblem]:
     """Look at all transcripts and decode all audio.
 
@@ -88,6 +108,7 @@ def validate_corpus(
         prepared: a corpus plugin's result; not changed.
         sampling_rate: in Hz, what every recording must have.
         num_workers: threads that decode.
+        without_text: splits in which a transcript may be missing.
 
     Returns:
         What is wrong, besides ``prepared.problems``, and notes; several per utterance if need be.
@@ -103,7 +124,7 @@ def validate_corpus(
                 problems.append(DataProblem(what, sup.id, kind="duplicate_id", id=sup.id))
             seen.setdefault(sup.id, split)
             sups_of.setdefault(sup.recording_id, []).append(sup)
-            problems += _check_supervision(sup, by_id.get(sup.recording_id))
+            problems += _check_supervision(sup, by_id.get(sup.recording_id), split not in without_text)
         used = {i: sups for i, sups in sups_of.items() if i in by_id}
         check = partial(check_recording, sampling_rate=sampling_rate)
         with ThreadPoolExecutor(max(1, num_workers)) as pool:
@@ -117,7 +138,7 @@ def _items(manifest: Any) -> list[Any]:
     return list(manifest)
 
 
-def _check_supervision(sup: Any, recording: Any | None) -> list[DataProblem]:
+def _check_supervision(sup: Any, recording: Any | None, needs_text: bool) -> list[DataProblem]:
     """Faults of one transcript."""
     where = audio_path(recording) if recording is not None else sup.recording_id
     text, found = sup.text or "", []
@@ -127,7 +148,7 @@ def _check_supervision(sup: Any, recording: Any | None) -> list[DataProblem]:
         what = f"{sup.start:.2f} to {sup.end:.2f} s of {recording.duration:.2f} s"
         if recording.duration > 0:  # an empty recording is reported as such
             found.append(DataProblem(what, where, kind="beyond_audio", id=sup.id))
-    if not clean(text):
+    if needs_text and not clean(text):
         found.append(DataProblem("", where, kind="empty_text", id=sup.id))
     if controls := control_characters(text):
         what = f"{sup.id}: {shown(dict.fromkeys(controls))}"
@@ -150,6 +171,13 @@ def transcripts(manifest_dir: Path, split: str, ids: Collection[str] | None = No
     wanted = None if ids is None else set(ids)
     sups = _items(SupervisionSet.from_file(path))
     return [s.text for s in sups if s.text and s.text.strip() and (wanted is None or s.id in wanted)]
+
+
+def check_texts(cuts: CutSet) -> list[DataProblem]:
+    """A problem per cut that has no transcript, ``id`` being the cut's id."""
+    silent = [c for c in _items(cuts) if not any(clean(sup.text or "") for sup in c.supervisions)]
+    where = {c.id: audio_path(c.recording) if c.has_recording else c.id for c in silent}
+    return [DataProblem("", place, kind="empty_text", id=cut_id) for cut_id, place in where.items()]
 
 
 def check_lengths(

@@ -72,7 +72,7 @@ from kdrecipe.interfaces.targets import (
     TargetSpec,
     whole_factor,
 )
-from kdrecipe.interfaces.teachers import Teacher
+from kdrecipe.interfaces.teachers import Spelling, Teacher, TokenTeacher
 
 __all__ = [
     "ALIGNABLE_KINDS",
@@ -114,11 +114,13 @@ __all__ = [
     "Runtime",
     "RuntimeSearch",
     "Speller",
+    "Spelling",
     "TargetKind",
     "TargetSpec",
     "Targets",
     "Teacher",
     "TokenTable",
+    "TokenTeacher",
     "float_copy",
     "tap_shifts_s",
     "whole_factor",

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from kdrecipe.errors import MissingExtra, Problem, RecipeError
+from kdrecipe.recipe.imported import teacher_options
 from kdrecipe.recipe.sections import uses_lm
 
 if TYPE_CHECKING:
@@ -23,10 +24,13 @@ def missing(recipe: Recipe) -> list[Problem]:
                 location.path()
         except RecipeError as error:
             problems += error.problems
-    for location in (system.location for system in recipe.systems.values()):
+    for system in recipe.systems.values():
         try:
-            if location is not None and not (location.path() / "bundle.json").is_file():
-                problems.append(Problem(f"there is no bundle {location.path()}", location.where))
+            if system.is_imported:
+                teacher_options(recipe.plugins.registry, system)  # what is not there, its check has told
+            elif (path := system.bundle) is not None and not (path / "bundle.json").is_file():
+                where = system.location.where if system.location else ""
+                problems.append(Problem(f"there is no bundle {path}", where))
         except RecipeError as error:
             problems += error.problems
     try:

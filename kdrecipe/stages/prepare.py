@@ -28,6 +28,8 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
         "plugin": recipe.plugins.registry.fingerprint("corpora", corpus.name),
         "root": str(root.resolve()) if root else None,  # the manifests name audio by absolute path
         "raw": raw_digest(root) if root and root.is_dir() else None,
+        **({"case": corpus.case} if corpus.case != "keep" else {}),
+        **({"without_text": found} if (found := _without_text(recipe)) else {}),
     }
     plan.add(
         Job(
@@ -59,7 +61,7 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
             mistakes and ``corpus.on_error`` is ``stop``.
     """
     from kdrecipe.corpus.fields import without_malformed
-    from kdrecipe.corpus.manifests import audio_digests, finish, sample, validate_corpus
+    from kdrecipe.corpus.manifests import audio_digests, finish, in_case, sample, validate_corpus
 
     corpus = recipe.corpus
     if root is not None and not root.is_dir():
@@ -83,7 +85,9 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
     prepared = without_malformed(prepared)
     if corpus.max_utterances is not None:
         prepared = sample(prepared, corpus.max_utterances)
-    prepared.problems += validate_corpus(prepared)
+    if corpus.case != "keep":
+        prepared = in_case(prepared, corpus.case)
+    prepared.problems += validate_corpus(prepared, without_text=_without_text(recipe))
     summary = finish(prepared, out, corpus.on_error)
     # The manifests may come out as they were while the audio did not: whoever reads them must know.
     write_json(out / "audio.json", audio_digests(out))
@@ -94,6 +98,12 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
         print(f"  left out: {len(summary.left_out)} (listed in {out / 'summary.json'})")
     for note in summary.notes:
         print(f"  note: {note}")
+
+
+def _without_text(recipe: Recipe) -> list[str]:
+    """Splits in which not all need a transcript: where a system hears some without. Stage 2 looks at those
+    whose transcripts are used."""
+    return [TRAIN] if any(system.unlabelled is not None for system in recipe.systems.values()) else []
 
 
 def _check_splits(recipe: Recipe, prepared: Prepared) -> None:

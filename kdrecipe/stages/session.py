@@ -87,8 +87,9 @@ class Session:
     def _said(self, unlabelled: set[str]) -> dict[str, str]:
         """Utterance -> what a teacher recognised, of those that are labels; says how many that are."""
         assert self.system.labels is not None
+        assert self.system.keep is not None
         seed = self.recipe.seed_of(self.system.labels, self.seed)
-        kept, texts = kept_of(self.layout, self.system, seed, unlabelled)
+        kept, texts = kept_of(self.layout, self.system.labels, seed, self.system.keep, unlabelled)
         for line in kept.lines():
             print(f"  {self.system.name}/seed{self.seed}: {line}", flush=True)
         self.labels_report = {
@@ -189,7 +190,7 @@ class Session:
         """The teachers by system name."""
         seed_of = self.recipe.seed_of
         return {
-            name: open_teacher(self.recipe, self.layout, name, seed_of(name, self.seed))
+            name: open_teacher(self.recipe, self.layout, name, seed_of(name, self.seed), self.tokens)
             for name in self.system.teachers
         }
 
@@ -329,7 +330,8 @@ def training_data(layout: Layout, systems: Iterable[System]) -> tuple[CutSet, se
     """
     cuts = load_cuts(layout.features, "train")
     subsets = read_json(layout.features / "subsets.json")
-    left_out = read_json(layout.tokens / "left_out.json")
+    place = layout.tokens / "left_out.json"
+    left_out = read_json(place) if place.exists() else []  # before there are tokens, nothing is
     labelled: set[str] = set()
     unlabelled: set[str] = set()
     for system in systems:

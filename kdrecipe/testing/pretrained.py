@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 WHISPER_WINDOW_S = 2
 MEL_BINS = 16
+MAX_POSITIONS = 24
 CTC_TOKENS = (
     "<pad>",
     "<s>",
@@ -34,54 +35,65 @@ CTC_TOKENS = (
 )
 
 
-def save_whisper(directory: Path, *, languages: Sequence[str] = (), seed: int = 0) -> Path:
+def save_whisper(
+    directory: Path,
+    *,
+    languages: Sequence[str] = (),
+    seed: int = 0,
+    merges: Sequence[tuple[str, str]] = (),
+    config: Mapping[str, Any] | None = None,
+) -> Path:
     """A Whisper that hears 2 s and writes single bytes, with tokeniser and feature extractor.
 
     Args:
         directory: made here, and returned.
         languages: codes of those that it knows; none: it is English-only.
         seed: of the weights.
+        merges: of its byte-level BPE, the first first; their tokens follow the bytes.
+        config: options of transformers' ``WhisperConfig`` in place of the small ones.
 
     Raises:
         ImportError: transformers is not installed.
     """
     transformers: Any = importlib.import_module("transformers")
     letters = sorted(importlib.import_module("tokenizers").pre_tokenizers.ByteLevel.alphabet())
+    letters += [a + b for a, b in merges]
     special = [f"<|{name}|>" for name in ("endoftext", "startoftranscript", *(languages or ("en",)))]
     special += [f"<|{name}|>" for name in ("translate", "transcribe", "startoflm", "startofprev")]
     special += ["<|nospeech|>", "<|notimestamps|>"]
     ids = {token: i for i, token in enumerate([*letters, *special])}
     tokenizer = transformers.WhisperTokenizer(
-        vocab=ids, merges=[], unk_token=special[0], bos_token=special[0], eos_token=special[0]
+        vocab=ids, merges=list(merges), unk_token=special[0], bos_token=special[0], eos_token=special[0]
     )
     tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
-    config = transformers.WhisperConfig(
-        vocab_size=len(ids),
-        num_mel_bins=MEL_BINS,
-        d_model=16,
-        encoder_layers=2,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_source_positions=50 * WHISPER_WINDOW_S,
-        max_target_positions=24,
-        init_std=0.5,  # tokens far from ties, and different ones in different audio
-        decoder_start_token_id=ids["<|startoftranscript|>"],
-        pad_token_id=ids[special[0]],
-        bos_token_id=ids[special[0]],
-        eos_token_id=ids[special[0]],
-    )
+    options: dict[str, Any] = {
+        "vocab_size": len(ids),
+        "num_mel_bins": MEL_BINS,
+        "d_model": 16,
+        "encoder_layers": 2,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "max_source_positions": 50 * WHISPER_WINDOW_S,
+        "max_target_positions": MAX_POSITIONS,
+        "init_std": 0.5,  # tokens far from ties, and different ones in different audio
+        "decoder_start_token_id": ids["<|startoftranscript|>"],
+        "pad_token_id": ids[special[0]],
+        "bos_token_id": ids[special[0]],
+        "eos_token_id": ids[special[0]],
+    }
+    made = transformers.WhisperConfig(**{**options, **(config or {})})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.WhisperForConditionalGeneration(config)
+        model = transformers.WhisperForConditionalGeneration(made)
     settings: dict[str, Any] = {
         "is_multilingual": bool(languages),
         "no_timestamps_token_id": ids["<|notimestamps|>"],
         "suppress_tokens": [*range(10), *(ids[token] for token in special[1:])],
         "begin_suppress_tokens": [ids[letters[11]], ids[special[0]]],
-        "max_length": config.max_target_positions,
+        "max_length": min(MAX_POSITIONS, made.max_target_positions),
         "return_timestamps": False,
     }
     if languages:
@@ -93,7 +105,8 @@ def save_whisper(directory: Path, *, languages: Sequence[str] = (), seed: int = 
     written.pop("_from_model_config", None)  # transformers would not read what it does not know
     path.write_text(json.dumps({**written, **settings}))
     tokenizer.save_pretrained(directory)
-    extractor = transformers.WhisperFeatureExtractor(feature_size=MEL_BINS, chunk_length=WHISPER_WINDOW_S)
+    window_s = made.max_source_positions // 50
+    extractor = transformers.WhisperFeatureExtractor(feature_size=made.num_mel_bins, chunk_length=window_s)
     extractor.save_pretrained(directory)
     return directory
 
