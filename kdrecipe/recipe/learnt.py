@@ -22,7 +22,7 @@ from kdrecipe.recipe.sections import (
 )
 from kdrecipe.recipe.yaml import KeyPath
 
-LearntT = TypeVar("LearntT", bound=Learnt)
+LearntT = TypeVar("LearntT", Tokens, Lm)
 
 
 def check_lm(parser: Parser, lm: Lm | None, decode: Decode) -> None:

@@ -173,43 +173,35 @@ class Features(Options):
         return value if 1.0 in value else tuple(sorted((*value, 1.0)))
 
 
-class Learnt(Options):
-    """What is learnt from text that all systems may see: tokens, language models.
-
-    Args:
-        data: subset whose transcripts it is learnt from, or ``all``; null: see :func:`shared_labels`.
-            In a checked recipe, null is the whole training split, unless there are ``labels``.
-        labels: imported teacher whose hypotheses it is learnt from instead.
-    """
-
-    data: str | None = None
-    labels: str | None = None
-
-    @model_validator(mode="after")
-    def _one_text(self) -> Learnt:
-        if self.data is not None and self.labels is not None:
-            raise ValueError("data names transcripts, labels hypotheses: give one of them")
-        return self
+def _one_text(data: str | None, labels: str | None) -> None:
+    if data is not None and labels is not None:
+        raise ValueError("data names transcripts, labels hypotheses: give one of them")
 
 
-class Tokens(Learnt):
+class Tokens(Options):
     """``tokens``: SentencePiece, or what a teacher has.
 
     Args:
         name: ``bpe``, ``unigram`` or ``char``; ``from_teacher``: byte-level BPE of an imported teacher.
         vocab_size: number of tokens, the three special ones included; optional for ``char``; the text's
             own number for ``from_teacher``.
+        data: subset whose transcripts they are learnt from, or ``all``; null: see :func:`shared_labels`.
+            In a checked recipe, null is the whole training split, unless there are ``labels``.
+        labels: imported teacher whose hypotheses they are learnt from instead.
         teacher: of ``from_teacher``: the system whose tokens they are.
         keep: of ``from_teacher``: ``seen``: those that the text uses, and all bytes.
     """
 
     name: Literal["bpe", "unigram", "char", "from_teacher"]
     vocab_size: int | None = Field(default=None, ge=5, le=65536)
+    data: str | None = None
+    labels: str | None = None
     teacher: str | None = None
     keep: Literal["seen"] = "seen"
 
     @model_validator(mode="after")
     def _options_of_name(self) -> Tokens:
+        _one_text(self.data, self.labels)
         if self.name in ("bpe", "unigram") and self.vocab_size is None:
             raise ValueError(f"{self.name} needs a vocab_size")
         if self.name != "from_teacher":
@@ -222,20 +214,33 @@ class Tokens(Learnt):
         return self
 
 
-class Lm(Learnt):
+class Lm(Options):
     """``lm``: n-grams over tokens and over words, for searches; the orders are what KenLM reads as it comes
     from PyPI.
 
     Args:
         order: n over tokens.
         word_order: n over words.
+        data: as of :class:`Tokens`.
+        labels: as of :class:`Tokens`.
         text: a text file to estimate them from instead, a sentence per line.
     """
 
     name: Literal["ngram"] = "ngram"
     order: int = Field(default=6, ge=2, le=6)
     word_order: int = Field(default=3, ge=2, le=6)
+    data: str | None = None
+    labels: str | None = None
     text: Place = None
+
+    @model_validator(mode="after")
+    def _text_of_one(self) -> Lm:
+        _one_text(self.data, self.labels)
+        return self
+
+
+Learnt = Tokens | Lm
+"""What is learnt from text that all systems may see."""
 
 
 ALL = "all"

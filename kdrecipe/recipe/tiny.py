@@ -18,6 +18,7 @@ from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.parsing import KINDS
 from kdrecipe.recipe.sections import Corpus, Lm, Parity, Training
 from kdrecipe.recipe.yaml import Document, KeyPath
+from kdrecipe.score.keep import Keep
 
 NAME = "tiny"
 WHERE = f"--profile {NAME}"
@@ -39,6 +40,8 @@ _LOOSE_PARITY = {
     "max_wer_increase_int8": 100,
     "max_deletion_increase_int8": 100,
 }
+# The labels of a random teacher, as in tests, would all be dropped.
+_KEEP_ALL = [name for name in Keep.model_fields if name != "digits"]
 _SUBSETS: Mapping[str, Mapping[str, int]] = {
     "speakers": {"speakers": 2},
     "utterances": {"utterances": 8},
@@ -67,8 +70,9 @@ class _Shrinking:
                 self.limit((key,), limits, model)
         for key, value in _LOOSE_PARITY.items():
             self.put(("parity", key), value)
-        if not any(self.at(("systems", name, "pretrained")) for name in self.keys(("systems",))):
-            self.put(("tokens", "name"), "char")  # an imported model has a vocabulary already
+        bundles = any(self.at(("systems", n, "pretrained", "bundle")) for n in self.keys(("systems",)))
+        if not bundles and self.at(("tokens", "name")) != "from_teacher":  # these have their tokens already
+            self.put(("tokens", "name"), "char")
             self.put(("tokens", "vocab_size"), None)
         self.first_seed(("seeds",))
         self.plugin("corpora", ("corpus",))
@@ -85,6 +89,8 @@ class _Shrinking:
         own = self.keys((*path, "training"))
         self.limit((*path, "training"), {k: v for k, v in _TRAINING.items() if k in own}, None)
         self.first_seed((*path, "seeds"))
+        if self.at((*path, "unlabelled", "labels")) is not None:
+            self.put((*path, "unlabelled", "keep"), dict.fromkeys(_KEEP_ALL) | {"digits": False})
         kept = self.first_layers(path) if self.starts_imported(path) else []
         if "encoder" not in kept:
             self.plugin("architectures", (*path, "model"))
