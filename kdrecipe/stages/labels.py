@@ -20,6 +20,7 @@ from kdrecipe.artifacts import read_json, write_atomic, write_json
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe, System
+from kdrecipe.recipe.sections import Learnt
 from kdrecipe.score.keep import Keep
 from kdrecipe.stages.layout import Layout
 from kdrecipe.text import read_lines
@@ -149,6 +150,30 @@ def texts_of(recipe: Recipe, layout: Layout, teacher: str) -> list[str]:
         ids = subsets.get(student.unlabelled)  # None: all of the training split
         texts.append(kept_of(layout, teacher, seed, student.keep or Keep(), ids)[1])
     return [text for cut, text in texts[0].items() if all(cut in other for other in texts)]
+
+
+def training_texts(recipe: Recipe, layout: Layout, learnt: Learnt) -> list[str]:
+    """What tokens or a language model are learnt from: transcripts, or hypotheses of a teacher."""
+    from kdrecipe.corpus.manifests import transcripts
+
+    if learnt.labels is not None:
+        return texts_of(recipe, layout, learnt.labels)
+    ids = read_json(layout.features / "subsets.json")[learnt.data] if learnt.data else None
+    return transcripts(layout.manifests, "train", ids)
+
+
+def hypotheses_jobs(recipe: Recipe, learnt: Learnt) -> tuple[str, ...]:
+    """The job that writes what is learnt from, if these are hypotheses."""
+    if learnt.labels is None:
+        return ()
+    return (f"hypotheses/{learnt.labels}/seed{recipe.systems[learnt.labels].seeds[0]}",)
+
+
+def labels_inputs(recipe: Recipe, learnt: Learnt) -> list[Any]:
+    """Which hypotheses are learnt from."""
+    students = students_of(recipe, learnt.labels) if learnt.labels else []
+    keeps = [(s.unlabelled, s.keep.model_dump(mode="json") if s.keep else None) for s in students]
+    return sorted(keeps, key=str)
 
 
 def kept_of(

@@ -15,9 +15,9 @@ from kdrecipe.errors import DataError, RecipeError
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Lm, Recipe
+from kdrecipe.stages.labels import hypotheses_jobs, labels_inputs, training_texts
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.needed import missing_kenlm
-from kdrecipe.stages.tokens import hypotheses_jobs, labels_inputs, training_texts
 from kdrecipe.text import clean, read_lines
 
 if TYPE_CHECKING:

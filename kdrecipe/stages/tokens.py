@@ -13,7 +13,7 @@ from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.imported import build_teacher, tokenizer_file
 from kdrecipe.recipe.load import Recipe
-from kdrecipe.recipe.sections import Learnt
+from kdrecipe.stages.labels import hypotheses_jobs, labels_inputs, training_texts
 from kdrecipe.stages.layout import Layout
 
 LENGTHS = range(50, 450)  # feature frames, at which encoders are asked what they leave of them
@@ -69,33 +69,6 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
     print(f"  {len(tokenizer)} tokens, from {len(texts)} {what}{left_out}", flush=True)
     if note:
         print(f"  note: {note}", flush=True)
-
-
-def training_texts(recipe: Recipe, layout: Layout, learnt: Learnt) -> list[str]:
-    """What tokens or a language model are learnt from: transcripts, or hypotheses of a teacher."""
-    from kdrecipe.corpus.manifests import transcripts
-    from kdrecipe.stages.labels import texts_of
-
-    if learnt.labels is not None:
-        return texts_of(recipe, layout, learnt.labels)
-    ids = read_json(layout.features / "subsets.json")[learnt.data] if learnt.data else None
-    return transcripts(layout.manifests, "train", ids)
-
-
-def hypotheses_jobs(recipe: Recipe, learnt: Learnt) -> tuple[str, ...]:
-    """The job that writes what is learnt from, if these are hypotheses."""
-    if learnt.labels is None:
-        return ()
-    return (f"hypotheses/{learnt.labels}/seed{recipe.systems[learnt.labels].seeds[0]}",)
-
-
-def labels_inputs(recipe: Recipe, learnt: Learnt) -> list[Any]:
-    """Which hypotheses are learnt from."""
-    from kdrecipe.stages.labels import students_of
-
-    students = students_of(recipe, learnt.labels) if learnt.labels else []
-    keeps = [(s.unlabelled, s.keep.model_dump(mode="json") if s.keep else None) for s in students]
-    return sorted(keeps, key=str)
 
 
 def own_tokens(recipe: Recipe) -> Path:

@@ -14,8 +14,10 @@ from runs import kdrecipe, write_recipe
 from kdrecipe.artifacts import read_json
 from kdrecipe.data.byte_bpe import Merges, words
 from kdrecipe.data.tokens import Tokenizer
+from kdrecipe.errors import RecipeError
 from kdrecipe.model.bundle import Bundle
 from kdrecipe.plugin.loader import load_plugins
+from kdrecipe.recipe.load import load_recipe
 from kdrecipe.targets.cache import OWN, text_key
 from kdrecipe.targets.shards import Shards
 from kdrecipe.testing.corpus import make_corpus
@@ -32,6 +34,7 @@ corpus:
   name: manifests
   root: "${CORPUS_ROOT}"
   case: lower
+  splits: {train: train, test: test}  # a dev would mean a baseline to judge the teacher by
   subsets: {few: {utterances: 3}, rest: {except: few}}
 features: {name: fbank, num_mel_bins: 80}
 tokens: {name: from_teacher, teacher: whisper}
@@ -75,7 +78,6 @@ def place(tmp_path_factory) -> Path:
     """Corpus and recipe."""
     directory = tmp_path_factory.mktemp("trimmed")
     make_corpus(directory / "corpus", num_speakers=4, utterances_per_speaker=4)
-    without(directory / "corpus", directory / "no_dev", "dev_*")  # saves the baseline that judges teachers
     recipe = write_recipe(directory / "one", RECIPE)
     save_whisper(recipe / "whisper", merges=MERGES, config={"max_target_positions": 80})
     return directory
@@ -89,18 +91,9 @@ def site(place) -> Path:
     return place / "work"
 
 
-def without(corpus: Path, other: Path, pattern: str) -> Path:
-    """Another corpus of the same files but some."""
-    other.mkdir()
-    for path in corpus.iterdir():
-        if not path.match(pattern):
-            (other / path.name).symlink_to(path)
-    return other
-
-
 def run(place: Path, work: str, *more: str):
     command = ("run", place / "one", "--work", place / work, "--jobs", "1", *more)
-    return kdrecipe(*command, CORPUS_ROOT=place / "no_dev")
+    return kdrecipe(*command, CORPUS_ROOT=place / "corpus")
 
 
 def transcripts(work: Path, split: str = "train") -> dict[str, str]:
@@ -165,7 +158,6 @@ def test_a_student_starts_with_the_rows_of_its_tokens(site, place):
     """Before training, the rows of its tokens are those of Whisper's embedding."""
     from safetensors.torch import load_file
 
-    from kdrecipe.recipe.load import load_recipe
     from kdrecipe.stages import train
     from kdrecipe.stages.layout import Layout
     from kdrecipe.stages.session import Session
@@ -231,9 +223,14 @@ parity:
 def silent(place) -> Path:
     """The same corpus without a single training transcript, and a recipe that needs none, after a run."""
     text = SILENT.replace("  subsets: {few: {utterances: 3}, rest: {except: few}}\n", "")
+    text = text.replace("splits: {train: train, test: test}", "splits: {train: train, dev: dev, test: test}")
     recipe = write_recipe(place / "silent", text.replace("path: whisper", "path: ../one/whisper"))
     name = "train_supervisions.jsonl.gz"
-    corpus = without(place / "corpus", place / "unheard", name)
+    corpus = place / "unheard"
+    corpus.mkdir()
+    for path in (place / "corpus").iterdir():
+        if path.name != name:
+            (corpus / path.name).symlink_to(path)
     rows = map(json.loads, gzip.decompress((place / "corpus" / name).read_bytes()).decode().splitlines())
     lines = [json.dumps({**row, "text": ""}) for row in rows]
     (corpus / name).write_bytes(gzip.compress("\n".join([*lines, ""]).encode()))
@@ -314,8 +311,8 @@ def test_mistakes_are_found_by_check(place, tmp_path, change, what, remedy):
     recipe = write_recipe(
         tmp_path / "one", text.replace("path: whisper", f"path: {place / 'one' / 'whisper'}")
     )
-    done = kdrecipe("check", recipe, CORPUS_ROOT=place / "corpus")
-    assert done.status == 2, done.said
-    assert what in done.said
-    assert remedy in done.said
-    assert "recipe.yaml:" in done.said
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe)
+    problem = next(p for p in caught.value.problems if what in p.what)
+    assert remedy in problem.remedy
+    assert "recipe.yaml:" in problem.where
