@@ -19,6 +19,7 @@ from kdrecipe.stages import STAGES
 
 if TYPE_CHECKING:
     from kdrecipe.recipe.load import Recipe
+    from kdrecipe.recipe.sections import Learnt
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -155,9 +156,10 @@ def _summary(recipe: Recipe, profiles: Sequence[str]) -> None:
         seeds = " ".join(map(str, system.seeds))
         needs = f"from {', '.join(system.needs)}" if system.needs else ""
         click.echo(f"  {name:20s} {system.kind:10s} stage {stage}, seeds {seeds:10s} {needs}".rstrip())
-    click.echo(f"  tokens from {_transcripts(recipe.tokens.data)}")
+    trimmed = f"of {recipe.tokens.teacher}, " if recipe.tokens.teacher else ""
+    click.echo(f"  tokens {trimmed}from {_texts(recipe.tokens)}")
     if recipe.lm is not None and recipe.lm.text is None:
-        click.echo(f"  language model from {_transcripts(recipe.lm.data)}")
+        click.echo(f"  language model from {_texts(recipe.lm)}")
     for problem in missing(recipe):
         where = f" ({problem.where})" if problem.where else ""
         remedy = f": {problem.remedy}" if problem.remedy else ""
@@ -166,8 +168,10 @@ def _summary(recipe: Recipe, profiles: Sequence[str]) -> None:
     click.echo(f"{recipe.name}: no mistakes found{also}")
 
 
-def _transcripts(subset: str | None) -> str:
-    return f"the transcripts of the subset {subset}" if subset else "all training transcripts"
+def _texts(learnt: Learnt) -> str:
+    if learnt.labels is not None:
+        return f"hypotheses of {learnt.labels}"
+    return f"the transcripts of the subset {learnt.data}" if learnt.data else "all training transcripts"
 
 
 @cli.command()

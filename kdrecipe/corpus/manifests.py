@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kdrecipe.artifacts import fingerprint, sha256_file, write_jsonl_gz
 from kdrecipe.corpus.audio_checks import audio_path, check_overlaps, check_recording
 from kdrecipe.corpus.problems import NAMES_SHOWN, DataProblem, OnError, as_left_out, notes_of, settle
 from kdrecipe.interfaces import SAMPLE_RATE, Prepared, TokenTable
-from kdrecipe.text import clean, control_characters, odd_characters, shown
+from kdrecipe.text import clean, control_characters, lower, odd_characters, shown, upper
 
 if TYPE_CHECKING:
     from lhotse.audio import RecordingSet
@@ -77,6 +77,22 @@ def sample(prepared: Prepared, max_utterances: int) -> Prepared:
         splits[split] = (RecordingSet.from_recordings(recs), SupervisionSet.from_segments(sups))
     note = f"a sample: at most {max_utterances} utterances of each split"
     return replace(prepared, splits=splits, notes=[*prepared.notes, note])
+
+
+def in_case(prepared: Prepared, case: Literal["lower", "upper"]) -> Prepared:
+    """A corpus with all transcripts in small letters or in capitals, as each one's language has them."""
+    from lhotse.supervision import SupervisionSet
+
+    change = {"lower": lower, "upper": upper}[case]
+
+    def changed(sup: Any) -> Any:
+        return replace(sup, text=change(sup.text, sup.language)) if sup.text else sup
+
+    splits = {
+        split: (recordings, SupervisionSet.from_segments(map(changed, _items(supervisions))))
+        for split, (recordings, supervisions) in prepared.splits.items()
+    }
+    return replace(prepared, splits=splits, notes=[*prepared.notes, f"all transcripts in {case} case"])
 
 
 def validate_corpus(
@@ -155,6 +171,13 @@ def transcripts(manifest_dir: Path, split: str, ids: Collection[str] | None = No
     wanted = None if ids is None else set(ids)
     sups = _items(SupervisionSet.from_file(path))
     return [s.text for s in sups if s.text and s.text.strip() and (wanted is None or s.id in wanted)]
+
+
+def check_texts(cuts: CutSet) -> list[DataProblem]:
+    """A problem per cut that has no transcript, ``id`` being the cut's id."""
+    silent = [c for c in _items(cuts) if not any(clean(sup.text or "") for sup in c.supervisions)]
+    where = {c.id: audio_path(c.recording) if c.has_recording else c.id for c in silent}
+    return [DataProblem("", place, kind="empty_text", id=cut_id) for cut_id, place in where.items()]
 
 
 def check_lengths(

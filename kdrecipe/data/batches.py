@@ -37,7 +37,7 @@ class CutBatches:
 
     Args:
         cuts: with features computed.
-        tokenizer: for the labels.
+        tokenizer: for the labels; None: there are none.
         batch_duration_s: utterances in a batch times the longest one's duration stays at or
             below this, except for an utterance that is longer on its own.
         seed: of the plans.
@@ -56,7 +56,7 @@ class CutBatches:
     def __init__(
         self,
         cuts: Iterable[Cut],
-        tokenizer: TokenTable,
+        tokenizer: TokenTable | None,
         *,
         batch_duration_s: float,
         seed: int,
@@ -81,6 +81,8 @@ class CutBatches:
             for cut in listed
             if (labelled_ids is None or cut.id in labelled_ids) and transcript_of(cut)
         }
+        if tokenizer is None:
+            self._labelled.clear()
         self._labels: dict[str, list[int]] = {}
         budget = None if cache is None else MemoryBudget(cache)
         self._features: Kept[Tensor] = Kept(budget)
@@ -205,6 +207,7 @@ class CutBatches:
         )
 
     def _encode(self, row: str, text: str) -> list[int]:
+        assert self.tokenizer is not None, "without tokens there are no labels"
         if row not in self._cuts:  # joined anew each time
             return self.tokenizer.encode(text)
         if row not in self._labels:

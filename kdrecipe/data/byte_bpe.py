@@ -156,7 +156,7 @@ class ByteBpe:
     def pieces(self) -> list[str]:
         """Names of the tokens from id 3, as runtimes read them: the bytes ``<0x00>`` to ``<0xFF>``, which
         sherpa-onnx knows if they stand in a row, then texts, of which ``▁`` begins a word."""
-        return [f"<0x{byte:02X}>" for byte in range(256)] + [_name(s) or s for s in self._symbols[256:]]
+        return list(map(piece, self._symbols))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a clean text."""
@@ -178,11 +178,18 @@ class ByteBpe:
         return {}
 
 
+def piece(symbol: str) -> str:
+    """How a list names a token: ``<0x61>`` of a byte, else its text, or the symbol where it is none."""
+    if len(symbol) == 1 and symbol in _bytes_of_symbols():
+        return f"<0x{_bytes_of_symbols()[symbol]:02X}>"
+    return _name(symbol) or symbol
+
+
 def _name(symbol: str) -> str | None:
     """A token as a list can have it, or None: no text of its own, or one that would be taken for another."""
     try:
         text = as_bytes(symbol).decode()
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, KeyError):  # part of a letter; no byte symbol at all
         return None
     name = text.replace(" ", WORD_START, 1) if text.startswith(" ") else text
     odd = " " in name or WORD_START in text or re.fullmatch("<0x[0-9A-F]{2}>", text)

@@ -179,6 +179,12 @@ class Tokenizer:
         """Content of ``tokens.txt``."""
         return tokens_txt(self.pieces)
 
+    @property
+    def origin(self) -> list[int | None] | None:
+        """By id, the id of the teacher that the tokens were trimmed from, None of those that it lacks; None:
+        they were learnt."""
+        return self.model.origin if isinstance(self.model, ByteBpe) else None
+
     def __len__(self) -> int:
         return len(self.pieces)
 

@@ -82,7 +82,7 @@ from kdrecipe.interfaces.targets import (
     TargetSpec,
     whole_factor,
 )
-from kdrecipe.interfaces.teachers import Teacher
+from kdrecipe.interfaces.teachers import Spelling, Teacher, TokenTeacher
 
 __all__ = [
     "ALIGNABLE_KINDS",
@@ -131,6 +131,7 @@ __all__ = [
     "Runtime",
     "RuntimeSearch",
     "Speller",
+    "Spelling",
     "Tap",
     "TargetItem",
     "TargetKind",
@@ -138,6 +139,7 @@ __all__ = [
     "Targets",
     "Teacher",
     "TokenTable",
+    "TokenTeacher",
     "call_loss",
     "float_copy",
     "taps_of",

@@ -5,7 +5,8 @@ B utterances, S audio samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
@@ -39,6 +40,8 @@ class Teacher(Protocol):
         files: all files that it consists of; their content identifies it, their size is its size.
         num_params: parameters, after :meth:`load`; None where that can't be known (a runtime's model).
 
+    One with tokens of its own that a recipe may take over is a :class:`TokenTeacher`.
+
     Two more attributes are optional: ``num_mel_bins``, of a teacher that hears features, and ``runtime``, the
     name and version of what its hypotheses run in where that is not torch: then its speed is in the table.
     """
@@ -70,3 +73,30 @@ class Teacher(Protocol):
         Raises:
             DataError: it recognises nothing (a bare encoder).
         """
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a teacher spells texts by those of its tokens that a recipe keeps.
+
+    Args:
+        encode: the teacher's own ids of a transcript.
+        as_transcript: what it recognised, as the recipe's transcripts are written.
+    """
+
+    encode: Callable[[str], list[int]]
+    as_transcript: Callable[[str], str]
+
+
+class TokenTeacher(Teacher, Protocol):
+    """A teacher whose tokens a recipe may take over (``tokens: {name: from_teacher}``).
+
+    Attributes:
+        tokenizer_file: a ``tokenizer.json`` of Hugging Face's with byte-level BPE, whose ids are the classes
+            of ``token_logits``; None: it is not there.
+        spelling: set by who asks for targets; then ``token_logits`` go along transcripts, and along the
+            teacher's own hypotheses, as this spells them. None: as its own tokeniser does.
+    """
+
+    tokenizer_file: Path | None
+    spelling: Spelling | None

@@ -38,6 +38,8 @@ def other_tokens(system: System, tokens: Tokens) -> str | None:
     pieces = _pieces(system)
     if pieces is None:
         return None
+    if tokens.name == "from_teacher":
+        return None if f"<0x{0:02X}>" in pieces else f"{len(pieces)} tokens that are no teacher's"
     if tokens.name == "char":
         if long := next((p for p in pieces[NUM_SPECIALS:] if len(p) > 1), None):
             return f"{len(pieces)} tokens such as {long!r}, the recipe has characters"

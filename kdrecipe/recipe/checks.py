@@ -20,13 +20,10 @@ from kdrecipe.recipe.sections import (
     NONE,
     Corpus,
     Decode,
-    Lm,
     Named,
     System,
     Term,
     depth_first,
-    shared_labels,
-    uses_lm,
 )
 from kdrecipe.recipe.starting import misfits
 from kdrecipe.recipe.suitable import bundle_model, head_of, heads_of, measured_exporter, origin_of, searches
@@ -444,60 +441,6 @@ class Checker:
 
     def _problem(self, system: System, rest: KeyPath, what: str, remedy: str = "") -> None:
         self.parser.problem(self._path(system, *rest), what, remedy)
-
-
-def check_lm(parser: Parser, lm: Lm | None, decode: Decode) -> None:
-    """What the language model is made of is there, and so is the model where a search weights one."""
-    if lm is None:
-        written = parser.document.data.get("lm")
-        for label, decoder in decode.decoders.items() if written is None else ():
-            if uses_lm(decoder.options):
-                what = f"is {decoder.options['lm_weight']}, the recipe has no language model"
-                parser.problem(("decode", "decoders", label, "lm_weight"), what, "add lm: {name: ngram}")
-        return
-    if lm.data is not None and lm.text is not None:
-        parser.problem(("lm",), "data and text exclude each other", "remove one of them")
-    elif lm.text is not None:
-        try:
-            path = lm.text.path()
-        except KdrecipeError:
-            return  # an environment variable: looked up when there is work
-        if not path.is_file():
-            what, remedy = f"there is no file {path}", "a text file with a sentence per line"
-            parser.problem(("lm", "text"), what, remedy)
-
-
-def learnt_from(
-    parser: Parser, key: str, data: str | None, systems: Mapping[str, System], corpus: Corpus | None
-) -> str | None:
-    """The subset whose transcripts tokens or a language model are learnt from; None: the whole split.
-
-    All systems share both, so without a word from the recipe it is what all of them have labels
-    of. Where systems have labels of several subsets, the recipe must say which.
-
-    Args:
-        parser: notes problems.
-        key: ``tokens`` or ``lm``.
-        data: what the recipe says: a subset, ``all``, or None.
-        systems: those that could be read.
-        corpus: with its subsets.
-    """
-    subsets = corpus.subsets if corpus is not None else {}
-    if data is None:
-        found = [name for name in shared_labels(systems) if name in subsets]  # others are already reported
-        if len(found) > 1:
-            what = f"systems have labels of different subsets ({', '.join(found)}), and all share the {key}"
-            remedy = (
-                f"say whose transcripts they are learnt from: {key}: {{..., data: <subset>}}, or data: {ALL}"
-            )
-            parser.problem((key,), what, remedy)
-        return found[0] if found else None
-    if data == ALL:
-        return None
-    if data not in subsets and corpus is not None:
-        remedy = did_you_mean(data, {*subsets, ALL}) + " (corpus.subsets)"
-        parser.problem((key, "data"), f"unknown subset {data!r}", remedy)
-    return data
 
 
 def _systems(names: list[str]) -> str:

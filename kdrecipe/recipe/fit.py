@@ -20,7 +20,7 @@ from kdrecipe.plugin.loader import reason
 from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.bundles import other_tokens
 from kdrecipe.recipe.checks import Checker
-from kdrecipe.recipe.imported import build_teacher, teacher_options
+from kdrecipe.recipe.imported import build_teacher, teacher_options, tokenizer_file
 from kdrecipe.recipe.sections import EMA, Features, System, Term, Tokens, uses_lm
 from kdrecipe.recipe.suitable import bundle_model, searches
 
@@ -40,6 +40,7 @@ class FitChecker:
         self.vocab_size = tokens.vocab_size or 32  # characters are counted in stage 2
         self._infos: dict[str, ModelInfo | None] = {}
         self._specs: dict[str, list[TargetSpec] | None] = {}  # of imported teachers; None: not known
+        self._with_tokens: set[str] = set()  # those whose tokens a recipe may take
 
     def check(self) -> None:
         """Every term of every system against each of its teachers."""
@@ -100,6 +101,8 @@ class FitChecker:
             if need.kind in VOCABULARY_KINDS and (why := self._other_tokens(name)) is not None:
                 remedy = "set tokens as they were for the bundle, or use a loss on hidden states (hidden_mse)"
                 return Problem(f"{term.name!r} compares tokens, and {name!r} has {why}", "", remedy)
+            if name and (problem := self._own_vocabulary(name, need)) is not None:
+                return replace(problem, what=f"{term.name!r} compares tokens, and {problem.what}")
             if (why := student.pinned(need).mismatch(gives)) is not None:
                 options = self.checker._registry.get("losses", term.name).Config.model_fields
                 remedy = "teacher and student need equal subsampling" if "shift" in why else ""
@@ -121,12 +124,33 @@ class FitChecker:
             return Problem(f"{term.name!r} can't be built: {reason(error)}")
         return None
 
+    def _own_vocabulary(self, name: str, need: TargetSpec) -> Problem | None:
+        """Why an imported teacher's posteriors are over other tokens than those that stage 2 will make."""
+        owner = self.tokens.teacher
+        if name == EMA or need.kind not in VOCABULARY_KINDS or not self.checker.systems[name].is_imported:
+            return None
+        remedy = "use a loss on hidden states (hidden_mse), or its hypotheses (unlabelled: {labels: ...})"
+        if name in self._with_tokens:
+            remedy = f"tokens: {{name: from_teacher, teacher: {name}}}, or {remedy}"
+        if owner is None:
+            what = f"{name!r} has byte-level BPE of its own, the recipe {self.tokens.name}"
+            return Problem(what, "", remedy) if name in self._with_tokens else None
+        if name == owner or self._specs.get(owner) is None:
+            return None
+        if need.kind == "token_logits" and self._list_of(name) & self._list_of(owner):
+            return None
+        return Problem(f"{name!r} counts in a list of its own, the recipe in that of {owner!r}", "", remedy)
+
+    def _list_of(self, name: str) -> set[str | None]:
+        """What identifies the tokens of an imported teacher's decoder."""
+        return {spec.vocab_id for spec in self._specs.get(name) or () if spec.kind == "token_logits"}
+
     def _offered(self, name: str, teacher: ModelInfo) -> dict[str, TargetSpec]:
         """What a teacher gives by key. Which tokens stage 2 will make is not known: a list of an imported
         teacher's is compared when it is there, and its size now where the recipe says one."""
         if name == EMA or not self.checker.systems[name].is_imported:
             return {spec.key: spec for spec in teacher.provides()}
-        known = self.tokens.name != "char" and self.tokens.vocab_size is not None
+        known = self.tokens.name in ("bpe", "unigram")
         return {
             spec.key: replace(spec, vocab_id=None, dim=spec.dim if known or spec.vocab_id is None else None)
             for spec in self._specs[name] or ()
@@ -167,6 +191,8 @@ class FitChecker:
             try:
                 teacher = build_teacher(registry, system)
                 self._specs[system.name] = list(teacher.provides())
+                if tokenizer_file(teacher) is not None:
+                    self._with_tokens.add(system.name)
             except KdrecipeError as error:
                 self.checker.parser.problems += error.problems
             else:

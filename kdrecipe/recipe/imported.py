@@ -37,6 +37,20 @@ def _located(text: str, base: Location) -> str:
     return str(path) if path.exists() else str(replace(base, text=text, base=Path()).path())
 
 
+def tokenizer_file(teacher: Teacher) -> Path | None:
+    """The file of a teacher's own byte-level BPE, whose tokens a recipe may take; None: it has none."""
+    path: Path | None = getattr(teacher, "tokenizer_file", None)
+    return path
+
+
+def same_tokens(teacher: Teacher, other: Teacher) -> bool:
+    """Whether both count their token posteriors in one list."""
+    one, two = (
+        {spec.vocab_id for spec in t.provides() if spec.kind == "token_logits"} for t in (teacher, other)
+    )
+    return bool(one & two)
+
+
 def build_teacher(registry: Registry, system: System) -> Teacher:
     """The teacher that a system names, its weights not loaded.
 

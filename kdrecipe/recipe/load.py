@@ -15,8 +15,9 @@ from kdrecipe.plugin.loader import Plugins, load_plugins
 from kdrecipe.plugin.returned import returned
 from kdrecipe.recipe import tiny
 from kdrecipe.recipe.bundles import check_features
-from kdrecipe.recipe.checks import Checker, check_lm, learnt_from
+from kdrecipe.recipe.checks import Checker
 from kdrecipe.recipe.fit import FitChecker
+from kdrecipe.recipe.learnt import check_lm, check_own_tokens, with_text
 from kdrecipe.recipe.parsing import TOP_KEYS, Parser
 from kdrecipe.recipe.sections import (
     Claim,
@@ -183,6 +184,12 @@ class Recipe:
             return dict(self.decode.decoders)
         return searches(heads, self.decode.decoders, self.plugins.registry)
 
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Imported teachers whose hypotheses tokens or the language model are learnt from."""
+        found = (self.tokens.labels, self.lm.labels if self.lm else None)
+        return tuple(dict.fromkeys(name for name in found if name is not None))
+
     def caches(self, teacher: str, student: System) -> bool:
         """Whether targets for a student come from the cache; stage 4 sees only the teachers of stage 3."""
         return student.targets.mode == "cached" and teacher in self.teaching()
@@ -239,7 +246,10 @@ def load_recipe(
     checker = Checker(parser, systems, corpus, decode, exports)
     checker.check()
     check_lm(parser, lm, decode)
-    tokens, lm = _with_texts(parser, tokens, lm, systems, corpus)
+    check_own_tokens(parser, tokens, systems)
+    tokens = with_text(parser, "tokens", tokens, systems, corpus)
+    if lm is not None and lm.text is None:
+        lm = with_text(parser, "lm", lm, systems, corpus)
     check_features(parser, systems, features)
     if not parser.problems:
         FitChecker(checker, features, tokens).check()
@@ -268,16 +278,6 @@ def load_recipe(
     )
     _ask_plugins(recipe)
     return recipe
-
-
-def _with_texts(
-    parser: Parser, tokens: Tokens, lm: Lm | None, systems: Mapping[str, System], corpus: Corpus | None
-) -> tuple[Tokens, Lm | None]:
-    """Tokens and language model, with the subsets whose transcripts they are learnt from."""
-    tokens = tokens.model_copy(update={"data": learnt_from(parser, "tokens", tokens.data, systems, corpus)})
-    if lm is not None and lm.text is None:
-        lm = lm.model_copy(update={"data": learnt_from(parser, "lm", lm.data, systems, corpus)})
-    return tokens, lm
 
 
 def _apply(

@@ -84,6 +84,7 @@ class Corpus(Options):
         location: ``root``, the directory of the raw corpus, if the plugin does not make it.
         on_error: whether faulty utterances stop the work or are left out and listed.
         max_utterances: of each split, of a few of its speakers; None: all.
+        case: of all transcripts: as they are, in small letters or in capitals.
         subsets: named parts of the training split: name -> rule, see ``kdrecipe.corpus.subsets``.
         name: the corpus plugin.
         options: its options.
@@ -93,6 +94,7 @@ class Corpus(Options):
     location: Place = Field(default=None, alias="root")
     on_error: Literal["stop", "skip"] = "stop"
     max_utterances: int | None = Field(default=None, ge=1)
+    case: Literal["keep", "lower", "upper"] = "keep"
     subsets: dict[str, dict[str, Any]] = {}
     name: str = Field(default="", exclude=True)
     options: dict[str, Any] = Field(default={}, exclude=True)
@@ -171,24 +173,44 @@ class Features(Options):
         return value if 1.0 in value else tuple(sorted((*value, 1.0)))
 
 
+def _one_text(data: str | None, labels: str | None) -> None:
+    if data is not None and labels is not None:
+        raise ValueError("data names transcripts, labels hypotheses: give one of them")
+
+
 class Tokens(Options):
-    """``tokens``: SentencePiece.
+    """``tokens``: SentencePiece, or what a teacher has.
 
     Args:
-        name: ``bpe``, ``unigram`` or ``char``.
-        vocab_size: number of tokens, the three special ones included; optional for ``char``.
+        name: ``bpe``, ``unigram`` or ``char``; ``from_teacher``: byte-level BPE of an imported teacher.
+        vocab_size: number of tokens, the three special ones included; optional for ``char``; the text's
+            own number for ``from_teacher``.
         data: subset whose transcripts they are learnt from, or ``all``; null: see :func:`shared_labels`.
-            In a checked recipe, null is the whole training split.
+            In a checked recipe, null is the whole training split, unless there are ``labels``.
+        labels: imported teacher whose hypotheses they are learnt from instead.
+        teacher: of ``from_teacher``: the system whose tokens they are.
+        keep: of ``from_teacher``: ``seen``: those that the text uses, and all bytes.
     """
 
-    name: Literal["bpe", "unigram", "char"]
+    name: Literal["bpe", "unigram", "char", "from_teacher"]
     vocab_size: int | None = Field(default=None, ge=5, le=65536)
     data: str | None = None
+    labels: str | None = None
+    teacher: str | None = None
+    keep: Literal["seen"] = "seen"
 
     @model_validator(mode="after")
-    def _size(self) -> Tokens:
-        if self.name != "char" and self.vocab_size is None:
+    def _options_of_name(self) -> Tokens:
+        _one_text(self.data, self.labels)
+        if self.name in ("bpe", "unigram") and self.vocab_size is None:
             raise ValueError(f"{self.name} needs a vocab_size")
+        if self.name != "from_teacher":
+            if given := {"teacher", "keep"} & self.model_fields_set:
+                raise ValueError(f"{', '.join(sorted(given))}: of from_teacher only, not of {self.name}")
+        elif self.teacher is None:
+            raise ValueError("from_teacher needs a teacher: the name of an imported system")
+        elif self.vocab_size is not None:
+            raise ValueError("from_teacher takes the tokens that the text uses, whatever their number")
         return self
 
 
@@ -199,8 +221,8 @@ class Lm(Options):
     Args:
         order: n over tokens.
         word_order: n over words.
-        data: subset whose transcripts they are estimated from, or ``all``; None: see
-            :func:`shared_labels`. In a checked recipe, None is the whole training split.
+        data: as of :class:`Tokens`.
+        labels: as of :class:`Tokens`.
         text: a text file to estimate them from instead, a sentence per line.
     """
 
@@ -208,7 +230,17 @@ class Lm(Options):
     order: int = Field(default=6, ge=2, le=6)
     word_order: int = Field(default=3, ge=2, le=6)
     data: str | None = None
+    labels: str | None = None
     text: Place = None
+
+    @model_validator(mode="after")
+    def _text_of_one(self) -> Lm:
+        _one_text(self.data, self.labels)
+        return self
+
+
+Learnt = Tokens | Lm
+"""What is learnt from text that all systems may see."""
 
 
 ALL = "all"
@@ -607,10 +639,16 @@ def shared_labels(systems: Mapping[str, System]) -> tuple[str, ...]:
 
     One name is the part whose transcripts all systems may see: tokens and language models, which
     all systems share, are learnt from it unless the recipe says otherwise. With several names
-    there is no such part that the recipe names.
+    there is no such part that the recipe names. See :func:`without_transcripts`.
     """
     names = [s.data for s in systems.values() if s.kind in ("trained", "distilled")]
     return tuple(dict.fromkeys(name for name in names if name is not None and name != NONE))
+
+
+def without_transcripts(systems: Mapping[str, System]) -> list[System]:
+    """All trained and distilled systems, if none of them has labels by people; else empty."""
+    made = [s for s in systems.values() if s.kind in ("trained", "distilled")]
+    return made if all(s.data == NONE for s in made) else []
 
 
 def beyond_labels(

@@ -1,7 +1,8 @@
 """The profile ``tiny``, which every recipe has: the recipe shrunk by rule, to see whether all of it works.
 
 A few utterances, one seed, two epochs, characters as tokens, narrow searches, and a parity gate that
-untrained models pass. A plugin says itself how it shrinks, in an attribute ``tiny_options``:
+untrained models pass. A system that starts from an imported model has the width of that, and one of its
+layers. A plugin says itself how it shrinks, in an attribute ``tiny_options``:
 option -> value, where a number is an upper bound and anything else replaces what the recipe says. The
 recipe's own ``profiles: {tiny: ...}`` is merged over the result, for what the rule does not do.
 """
@@ -17,6 +18,7 @@ from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.parsing import KINDS
 from kdrecipe.recipe.sections import Corpus, Lm, Parity, Training
 from kdrecipe.recipe.yaml import Document, KeyPath
+from kdrecipe.score.keep import Keep
 
 NAME = "tiny"
 WHERE = f"--profile {NAME}"
@@ -38,6 +40,8 @@ _LOOSE_PARITY = {
     "max_wer_increase_int8": 100,
     "max_deletion_increase_int8": 100,
 }
+# The labels of a random teacher, as in tests, would all be dropped.
+_KEEP_ALL = [name for name in Keep.model_fields if name != "digits"]
 _SUBSETS: Mapping[str, Mapping[str, int]] = {
     "speakers": {"speakers": 2},
     "utterances": {"utterances": 8},
@@ -85,13 +89,36 @@ class _Shrinking:
         own = self.keys((*path, "training"))
         self.limit((*path, "training"), {k: v for k, v in _TRAINING.items() if k in own}, None)
         self.first_seed((*path, "seeds"))
-        self.plugin("architectures", (*path, "model"))
+        if self.at((*path, "unlabelled", "labels")) is not None:
+            self.put((*path, "unlabelled", "keep"), dict.fromkeys(_KEEP_ALL) | {"digits": False})
+        kept = self.first_layers(path) if self.starts_imported(path) else []
+        if "encoder" not in kept:
+            self.plugin("architectures", (*path, "model"))
         for head in self.keys((*path, "model", "heads")):
-            self.plugin("heads", (*path, "model", "heads", head), head)
+            if head not in kept:
+                self.plugin("heads", (*path, "model", "heads", head), head)
         for kind, key in (("losses", "losses"), ("compressors", "steps")):
             items = self.at((*path, key))
             for i in range(len(items)) if isinstance(items, list) else ():
                 self.plugin(kind, (*path, key, i))
+
+    def starts_imported(self, path: KeyPath) -> bool:
+        """Whether a system starts from a model that is imported, and so has the widths of that."""
+        start = self.at((*path, "init_from"))
+        other = start.get("system") if isinstance(start, dict) else start
+        return isinstance(other, str) and self.at(("systems", other, "pretrained")) is not None
+
+    def first_layers(self, path: KeyPath) -> list[str]:
+        """The parts that a system takes over, with their first layer alone; without a word, the encoder."""
+        start = (*path, "init_from")
+        if isinstance(other := self.at(start), str):
+            self.put(start, {"system": other})
+        parts = self.keys((*start, "layers")) or ["encoder"]
+        for part in parts:
+            self.put((*start, "layers", part), [0])
+            owner = ("model",) if part == "encoder" else ("model", "heads", part)
+            self.put((*path, *owner, "num_layers"), 1)
+        return parts
 
     def subset(self, path: KeyPath) -> None:
         """A few speakers or utterances; shares and rests stay as they are."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrecipe.artifacts import fingerprint, read_json, sha256_file, write_atomic, write_json
 from kdrecipe.errors import RecipeError
-from kdrecipe.interfaces import TargetSpec
+from kdrecipe.interfaces import Batch, TargetSpec
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe
@@ -115,14 +115,13 @@ def _frames(
     """Valid frames (M, D) of each hidden state, drawn over all speakers."""
     import torch
 
-    from kdrecipe.data.tokens import Tokenizer
     from kdrecipe.frames import valid_frames
     from kdrecipe.targets.live import LiveTargets
     from kdrecipe.train.distribution import local_device
 
     found: dict[str, list[Tensor]] = {key: [] for key in sources}
     live, count = LiveTargets(opened.teacher, list(sources.values())), 0
-    for batch in _heard(recipe, layout, opened, Tokenizer.load(layout.tokens)):
+    for batch in _heard(recipe, layout, opened):
         said = live.targets(batch.map(lambda x: x.to(local_device())))
         for key, spec in sources.items():
             hidden = said.hidden(spec.tap)
@@ -133,7 +132,7 @@ def _frames(
     return {key: torch.cat(parts)[:MAX_FRAMES] for key, parts in found.items()}
 
 
-def _heard(recipe: Recipe, layout: Layout, opened: Opened, tokens: object) -> Iterator:  # type: ignore[type-arg]
+def _heard(recipe: Recipe, layout: Layout, opened: Opened) -> Iterator[Batch]:
     from kdrecipe.corpus.subsets import drawn_over_speakers
     from kdrecipe.stages.inputs import students_of
     from kdrecipe.stages.session import training_data
@@ -143,7 +142,7 @@ def _heard(recipe: Recipe, layout: Layout, opened: Opened, tokens: object) -> It
     drawn = drawn_over_speakers(cuts)
     # a few at a time: batches are sorted by length, and the first of all would be the longest
     for i in range(0, len(drawn), 16):
-        yield from heard(opened.teacher, tokens, drawn[i : i + 16], 60.0)  # type: ignore[arg-type]
+        yield from heard(opened.teacher, drawn[i : i + 16], 60.0)
 
 
 def with_codebooks(recipe: Recipe, layout: Layout, opened: Opened, seed: int) -> Opened:

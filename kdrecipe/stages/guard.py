@@ -27,7 +27,6 @@ from kdrecipe.text import clean
 if TYPE_CHECKING:
     from lhotse.cut import MonoCut
 
-    from kdrecipe.data.tokens import Tokenizer
     from kdrecipe.interfaces import Teacher
     from kdrecipe.model.asr import AsrModel
     from kdrecipe.stages.session import Session
@@ -138,7 +137,7 @@ def run(recipe: Recipe, layout: Layout, teacher: str, out: Path) -> None:
     chosen = replace(_smallest(recipe, candidates), name=f"quick baseline of {teacher}")
     session = Session(recipe, layout, chosen, system.seeds[0])
     facts, model = _trained(session, None if is_tiny else num_steps(taken), out / "train")
-    said = _recognised(ModelTeacher(model, session.tokens), session.tokens, dev)
+    said = _recognised(ModelTeacher(model, session.tokens), dev)
     speakers = {cut.id: cut.supervisions[0].speaker for cut in dev if cut.supervisions[0].speaker}
     form = form_of(recipe, layout, system) if system.is_imported else None
     rows = []
@@ -148,7 +147,7 @@ def run(recipe: Recipe, layout: Layout, teacher: str, out: Path) -> None:
             "system": teacher,
             "seed": seed,
             "kind": system.kind,
-            **compare(_recognised(opened.teacher, session.tokens, dev, form), said, speakers),
+            **compare(_recognised(opened.teacher, dev, form), said, speakers),
             "baseline_steps": facts["steps"],
             "curve": _curve(layout.system(teacher, seed) / "train" / "log.jsonl"),
             "max_epochs": system.training.epochs,
@@ -161,15 +160,14 @@ def run(recipe: Recipe, layout: Layout, teacher: str, out: Path) -> None:
 
 def _say_errors(recipe: Recipe, layout: Layout, teacher: str, dev: Sequence[MonoCut]) -> None:
     """A line for each seed of a teacher: its errors on dev."""
-    from kdrecipe.data.tokens import Tokenizer
     from kdrecipe.score.guard import error_rates
     from kdrecipe.stages.labels import form_of
     from kdrecipe.stages.teachers import open_teacher
 
-    system, tokens = recipe.systems[teacher], Tokenizer.load(layout.tokens)
+    system = recipe.systems[teacher]
     form = form_of(recipe, layout, system) if system.is_imported else None
     for seed in system.seeds:
-        said = _recognised(open_teacher(recipe, layout, teacher, seed).teacher, tokens, dev, form)
+        said = _recognised(open_teacher(recipe, layout, teacher, seed).teacher, dev, form)
         words, characters = error_rates(list(said.values()))
         rates = f"{100 * words:.1f} % of dev's words wrong, {100 * characters:.1f} % of its characters"
         print(f"{teacher}/seed{seed}: {rates}", flush=True)
@@ -228,7 +226,7 @@ def _trained(session: Session, steps: int | None, work_dir: Path) -> tuple[dict[
 
 
 def _recognised(
-    teacher: Teacher, tokens: Tokenizer, dev: Sequence[MonoCut], form: TextForm | None = None
+    teacher: Teacher, dev: Sequence[MonoCut], form: TextForm | None = None
 ) -> dict[str, tuple[str, str]]:
     """Utterance id -> (reference, what it recognises by greedy search, or by a search of its own)."""
     from kdrecipe.data.batches import transcript_of
@@ -238,7 +236,7 @@ def _recognised(
     device = local_device()
     teacher.load(device)
     references = {cut.id: transcript_of(cut) for cut in dev}
-    found = hypotheses(teacher, tokens, dev, device, MAX_BATCH_S)
+    found = hypotheses(teacher, dev, device, MAX_BATCH_S)
     write = form.apply if form else clean
     return {cut_id: (references[cut_id], write(said.text)) for cut_id, said in found}
 

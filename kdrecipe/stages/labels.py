@@ -1,5 +1,8 @@
 """Stage 4, hypotheses: what teachers recognise of audio whose transcripts are not used, as labels.
 
+Where tokens or the language model are learnt from hypotheses, the job is one of stage 2: the teacher is
+imported, and needs no tokens of the recipe to write.
+
 ``hypotheses.jsonl`` has a line per utterance: ``id``, ``text`` as the teacher wrote it, ``transcript`` as the
 recipe's transcripts are written, ``duration_s``, ``avg_log_prob``, ``no_speech_prob``, and ``reference``, the
 transcript that there is, which only ``keep.max_wer`` and ``keep.max_cer`` look at.
@@ -8,7 +11,7 @@ transcript that there is, which only ``keep.max_wer`` and ``keep.max_cer`` look 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +21,13 @@ from kdrecipe.jobs.executors import job_label
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Recipe, System
+from kdrecipe.recipe.sections import Learnt
+from kdrecipe.score.keep import Keep
 from kdrecipe.stages.layout import Layout
 from kdrecipe.text import read_lines
 
 if TYPE_CHECKING:
-    from kdrecipe.score.keep import Kept, Said
+    from kdrecipe.score.keep import Kept
     from kdrecipe.text_form import TextForm
 
 BATCH_DURATION_S = 120.0
@@ -30,28 +35,34 @@ EXAMPLES = 3
 
 
 def students_of(recipe: Recipe, teacher: str) -> list[System]:
-    """The systems whose labels are hypotheses of ``teacher``."""
-    return [system for system in recipe.systems.values() if system.labels == teacher]
+    """The systems whose labels are hypotheses of ``teacher``; of one whose hypotheses only tokens are learnt
+    from, those that hear something without labels."""
+    found = [system for system in recipe.systems.values() if system.labels == teacher]
+    if not found and teacher in recipe.writers:
+        found = [system for system in recipe.systems.values() if system.unlabelled is not None]
+    return found
 
 
-def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
-    """One job per teacher and seed whose hypotheses are labels."""
+def add_jobs(plan: Plan, recipe: Recipe, layout: Layout, stage: int) -> None:
+    """One job per teacher and seed whose hypotheses are labels: of stage 2 what tokens are learnt from, else
+    of stage 4."""
     for teacher, system in recipe.systems.items():
-        students = students_of(recipe, teacher)
-        for seed in system.seeds if students else ():
+        early, students = teacher in recipe.writers, students_of(recipe, teacher)
+        for seed in system.seeds if students and early == (stage == 2) else ():
             inputs = {
                 "subsets": sorted({(s.data or "", s.unlabelled or "") for s in students}),
                 "text": system.text.model_dump(mode="json"),
-                "transcripts": recipe.tokens.data,
+                "transcripts": "dev" if recipe.tokens.labels else recipe.tokens.data,
             }
+            place = f"{teacher}/seed{seed}"
             plan.add(
                 Job(
-                    4,
-                    f"hypotheses/{teacher}/seed{seed}",
+                    stage,
+                    f"hypotheses/{place}",
                     layout.said(teacher, seed),
                     inputs,
                     partial(run, recipe, layout, teacher, seed),
-                    ("features", "tokens", f"{teacher}/seed{seed}"),
+                    ("features", place) if early else ("features", "tokens", place),
                     resumable=True,
                     alone=False,
                 )
@@ -62,7 +73,6 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
     """Recognise what the students hear without labels, at its own speed; resumes between batches."""
     from kdrecipe.data.batches import transcript_of
     from kdrecipe.data.features import is_copy
-    from kdrecipe.data.tokens import Tokenizer
     from kdrecipe.stages.session import training_data
     from kdrecipe.stages.teachers import hypotheses, open_teacher
     from kdrecipe.text_form import TextChanges
@@ -82,8 +92,7 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
         opened = open_teacher(recipe, layout, teacher, seed)
         opened.load(device)
         with open(path, "a", encoding="utf-8") as file:
-            tokens = Tokenizer.load(layout.tokens)
-            for cut_id, said in hypotheses(opened.teacher, tokens, left, device, BATCH_DURATION_S):
+            for cut_id, said in hypotheses(opened.teacher, left, device, BATCH_DURATION_S):
                 row = {
                     "id": cut_id,
                     "text": said.text,
@@ -100,7 +109,8 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
     progress.close()
     rows = [done[cut_id] for cut_id in wanted]
     for student in students_of(recipe, teacher):  # now, not when other students have been trained
-        _kept(student, rows, training_data(layout, [student])[2])
+        if student.keep is not None:
+            _kept(student.keep, rows, training_data(layout, [student])[2])
     write_atomic(
         out / "hypotheses.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     )
@@ -123,43 +133,84 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def form_of(recipe: Recipe, layout: Layout, system: System) -> TextForm:
-    """How a teacher's hypotheses are written as transcripts, by those that the tokens are learnt from.
+    """How a teacher's hypotheses are written as transcripts: as those that the tokens are learnt from.
 
-    Where nobody transcribed what students hear, those of dev show how transcripts are written.
+    Where these are learnt from hypotheses, or nobody transcribed what students hear, it is dev's transcripts.
     """
     from kdrecipe.corpus.manifests import transcripts
 
+    if recipe.tokens.labels:
+        return system.text.fitted(transcripts(layout.manifests, "dev"))
     subset = recipe.tokens.data
     ids = read_json(layout.features / "subsets.json")[subset] if subset else None
     texts = transcripts(layout.manifests, "train", ids) or transcripts(layout.manifests, "dev")
     return system.text.fitted(texts)
 
 
-def kept_of(layout: Layout, system: System, seed: int, ids: set[str]) -> tuple[Kept, dict[str, str]]:
-    """Which hypotheses are labels of a student, and id -> transcript of those.
-
-    Args:
-        layout: where stage 4 wrote them.
-        system: the student.
-        seed: of its teacher.
-        ids: what it hears without labels, copies at other speeds included.
+def texts_of(recipe: Recipe, layout: Layout, teacher: str) -> list[str]:
+    """What a teacher recognised that is a label of all its students: the text that these may see.
 
     Raises:
         DataError: nothing is kept.
     """
-    assert system.labels is not None
-    place = layout.said(system.labels, seed) / "hypotheses.jsonl"
-    rows = [json.loads(line) for line in read_lines(place)]
-    kept = _kept(system, rows, ids)
+    subsets = read_json(layout.features / "subsets.json")
+    seed, texts = recipe.systems[teacher].seeds[0], []
+    for student in students_of(recipe, teacher):
+        ids = subsets.get(student.unlabelled)  # None: all of the training split
+        texts.append(kept_of(layout, teacher, seed, student.keep or Keep(), ids)[1])
+    return [text for cut, text in texts[0].items() if all(cut in other for other in texts)]
+
+
+def training_texts(recipe: Recipe, layout: Layout, learnt: Learnt) -> list[str]:
+    """What tokens or a language model are learnt from: transcripts, or hypotheses of a teacher."""
+    from kdrecipe.corpus.manifests import transcripts
+
+    if learnt.labels is not None:
+        return texts_of(recipe, layout, learnt.labels)
+    ids = read_json(layout.features / "subsets.json")[learnt.data] if learnt.data else None
+    return transcripts(layout.manifests, "train", ids)
+
+
+def hypotheses_jobs(recipe: Recipe, learnt: Learnt) -> tuple[str, ...]:
+    """The job that writes what is learnt from, if these are hypotheses."""
+    if learnt.labels is None:
+        return ()
+    return (f"hypotheses/{learnt.labels}/seed{recipe.systems[learnt.labels].seeds[0]}",)
+
+
+def labels_inputs(recipe: Recipe, learnt: Learnt) -> list[Any]:
+    """Which hypotheses are learnt from."""
+    students = students_of(recipe, learnt.labels) if learnt.labels else []
+    keeps = [(s.unlabelled, s.keep.model_dump(mode="json") if s.keep else None) for s in students]
+    return sorted(keeps, key=str)
+
+
+def kept_of(
+    layout: Layout, teacher: str, seed: int, keep: Keep, ids: Collection[str] | None
+) -> tuple[Kept, dict[str, str]]:
+    """Which hypotheses are labels of a student, and id -> transcript of those.
+
+    Args:
+        layout: where they were written.
+        teacher: whose they are.
+        seed: of the teacher.
+        keep: the student's bounds.
+        ids: what it hears without labels, copies at other speeds included; None: all.
+
+    Raises:
+        DataError: nothing is kept.
+    """
+    rows = [json.loads(line) for line in read_lines(layout.said(teacher, seed) / "hypotheses.jsonl")]
+    kept = _kept(keep, rows, ids)
     transcripts = {row["id"]: row["transcript"] for row in rows}
     return kept, {utterance: transcripts[utterance] for utterance in kept.kept}
 
 
-def _kept(system: System, rows: Iterable[Mapping[str, Any]], ids: set[str]) -> Kept:
-    """Which of the hypotheses of ``ids`` are labels of a student; DataError if none is."""
+def _kept(keep: Keep, rows: Iterable[Mapping[str, Any]], ids: Collection[str] | None) -> Kept:
+    """Which of the hypotheses of ``ids`` are labels; DataError if none is."""
     from kdrecipe.score.keep import Said
 
-    assert system.keep is not None
+    wanted = None if ids is None else set(ids)
 
     def said(row: Mapping[str, Any]) -> Said:
         return Said(
@@ -171,4 +222,4 @@ def _kept(system: System, rows: Iterable[Mapping[str, Any]], ids: set[str]) -> K
             row["reference"] or None,
         )
 
-    return system.keep.sort(said(row) for row in rows if row["id"] in ids)
+    return keep.sort(said(row) for row in rows if wanted is None or row["id"] in wanted)

@@ -10,11 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrecipe.artifacts import read_json, sha256_file, write_json
+from kdrecipe.artifacts import sha256_file, write_json
 from kdrecipe.errors import DataError, RecipeError
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.recipe.load import Lm, Recipe
+from kdrecipe.stages.labels import hypotheses_jobs, labels_inputs, training_texts
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.needed import missing_kenlm
 from kdrecipe.text import clean, read_lines
@@ -39,8 +40,9 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
         "word_order": lm.word_order,
         "data": lm.data,
         "text": sha256_file(_text_file(lm)) if lm.text else None,
+        **({"labels": labels_inputs(recipe, lm)} if lm.labels else {}),
     }
-    needs = ("prepare", "features", "tokens")
+    needs = ("prepare", "features", "tokens", *hypotheses_jobs(recipe, lm))
     plan.add(Job(2, "lm", layout.lm, inputs, lambda out: run(recipe, layout, out), needs))
 
 
@@ -56,7 +58,7 @@ def run(recipe: Recipe, layout: Layout, out: Path) -> None:
 
     assert recipe.lm is not None
     tokenizer = Tokenizer.load(layout.tokens)
-    texts = training_texts(recipe.lm, layout)
+    texts = sentences(recipe, layout)
     dev_texts = transcripts(layout.manifests, "dev")
     pieces = [_pieces(text, tokenizer) for text in texts]
     tokens = estimate(pieces, recipe.lm.order, vocabulary=tokenizer.pieces[3:])
@@ -89,14 +91,14 @@ def _summary(facts: dict[str, Any]) -> str:
     return f"{made}: perplexity {facts['dev_perplexity']:.2f} per token of dev, {share:.1%} of its words new"
 
 
-def training_texts(lm: Lm, layout: Layout) -> list[str]:
-    """Sentences of ``lm.text``, or transcripts of the training split or of a subset of it.
+def sentences(recipe: Recipe, layout: Layout) -> list[str]:
+    """Those of ``lm.text``, or transcripts of the training split or of a subset of it, or hypotheses.
 
     Raises:
         DataError: the file is not UTF-8, or there is no text.
     """
-    from kdrecipe.corpus.manifests import transcripts
-
+    lm = recipe.lm
+    assert lm is not None
     if lm.text is not None:
         path = _text_file(lm)
         try:
@@ -105,8 +107,7 @@ def training_texts(lm: Lm, layout: Layout) -> list[str]:
             raise DataError(f"not UTF-8 ({error.reason})", where=str(path), remedy="convert it") from None
         texts, where = [text for text in map(clean, lines) if text], str(path)
     else:
-        ids = read_json(layout.features / "subsets.json")[lm.data] if lm.data else None
-        texts, where = transcripts(layout.manifests, "train", ids), "the train split's transcripts"
+        texts, where = training_texts(recipe, layout, lm), "the train split's transcripts"
     if not texts:
         raise DataError("no text to estimate a language model from", where=where)
     return texts

@@ -28,6 +28,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
         "plugin": recipe.plugins.registry.fingerprint("corpora", corpus.name),
         "root": str(root.resolve()) if root else None,  # the manifests name audio by absolute path
         "raw": raw_digest(root) if root and root.is_dir() else None,
+        **({"case": corpus.case} if corpus.case != "keep" else {}),
         **({"without_text": found} if (found := _without_text(recipe)) else {}),
     }
     plan.add(
@@ -60,7 +61,7 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
             mistakes and ``corpus.on_error`` is ``stop``.
     """
     from kdrecipe.corpus.fields import without_malformed
-    from kdrecipe.corpus.manifests import audio_digests, finish, sample, validate_corpus
+    from kdrecipe.corpus.manifests import audio_digests, finish, in_case, sample, validate_corpus
 
     corpus = recipe.corpus
     if root is not None and not root.is_dir():
@@ -84,6 +85,8 @@ def run(recipe: Recipe, root: Path | None, out: Path) -> None:
     prepared = without_malformed(prepared)
     if corpus.max_utterances is not None:
         prepared = sample(prepared, corpus.max_utterances)
+    if corpus.case != "keep":
+        prepared = in_case(prepared, corpus.case)
     prepared.problems += validate_corpus(prepared, without_text=_without_text(recipe))
     summary = finish(prepared, out, corpus.on_error)
     # The manifests may come out as they were while the audio did not: whoever reads them must know.

@@ -16,7 +16,7 @@ from kdrecipe.jobs.stamps import Job, seconds_of
 from kdrecipe.plugin.returned import returned
 from kdrecipe.plugin.source_code import core_hash
 from kdrecipe.recipe.load import Recipe, System
-from kdrecipe.recipe.sections import beyond_labels
+from kdrecipe.recipe.sections import Learnt, Tokens, beyond_labels
 from kdrecipe.recipe.suitable import measured_exporter
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.score import hypotheses, search_facts
@@ -41,7 +41,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
         "profile": recipe.profile,
         "claims": claims,
         "command": recipe.command,
-        "learnt_from": [recipe.tokens.data, recipe.lm.data if recipe.lm else None],
+        "learnt_from": [recipe.tokens.data, recipe.lm.data if recipe.lm else None, *recipe.writers],
         "sections": recipe.plugins.fingerprints("report_sections"),
     }
     before = tuple(plan.jobs.values())
@@ -171,14 +171,21 @@ def _corpus_summary(recipe: Recipe, layout: Layout) -> dict[str, Any]:
 def _learnt_from(recipe: Recipe, layout: Layout) -> Iterator[str]:
     """Whose transcripts tokens and language model come from, and whose labels that exceeds."""
     subsets = {name: set(ids) for name, ids in read_json(layout.features / "subsets.json").items()}
-    sources = {"the tokens": recipe.tokens.data}
+    sources: dict[str, Learnt] = {"the tokens": recipe.tokens}
     if recipe.lm is not None and recipe.lm.text is None:
-        sources["the language model"] = recipe.lm.data
-    for what, data in sources.items():
+        sources["the language model"] = recipe.lm
+    for what, learnt in sources.items():
         note = f"{what} are" if what.endswith("s") else f"{what} is"
-        of = f"the transcripts of the subset {data}" if data else "all training transcripts"
-        note += f" learnt from {of}"
-        if more := beyond_labels(recipe.systems, data, subsets):
+        if isinstance(learnt, Tokens) and learnt.teacher is not None:
+            note += f" those of {learnt.teacher} that are used in"
+        else:
+            note += " learnt from"
+        if learnt.labels is not None:
+            yield f"{note} hypotheses of {learnt.labels}"
+            continue
+        of = f"the transcripts of the subset {learnt.data}" if learnt.data else "all training transcripts"
+        note += f" {of}"
+        if more := beyond_labels(recipe.systems, learnt.data, subsets):
             note += f", more than the labels of {', '.join(more)}"
         yield note
 

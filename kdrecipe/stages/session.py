@@ -90,8 +90,9 @@ class Session:
     def _said(self, unlabelled: set[str]) -> dict[str, str]:
         """Utterance -> what a teacher recognised, of those that are labels; says how many that are."""
         assert self.system.labels is not None
+        assert self.system.keep is not None
         seed = self.recipe.seed_of(self.system.labels, self.seed)
-        kept, texts = kept_of(self.layout, self.system, seed, unlabelled)
+        kept, texts = kept_of(self.layout, self.system.labels, seed, self.system.keep, unlabelled)
         for line in kept.lines():
             print(f"  {self.system.name}/seed{self.seed}: {line}", flush=True)
         self.labels_report = {
@@ -193,7 +194,7 @@ class Session:
         opened = {}
         for name in self.system.teachers:
             seed = self.recipe.seed_of(name, self.seed)
-            bare = open_teacher(self.recipe, self.layout, name, seed)
+            bare = open_teacher(self.recipe, self.layout, name, seed, self.tokens)
             opened[name] = with_codebooks(self.recipe, self.layout, bare, seed)
         return opened
 
@@ -354,7 +355,8 @@ def training_data(layout: Layout, systems: Iterable[System]) -> tuple[CutSet, se
     """
     cuts = load_cuts(layout.features, "train")
     subsets = read_json(layout.features / "subsets.json")
-    left_out = read_json(layout.tokens / "left_out.json")
+    place = layout.tokens / "left_out.json"
+    left_out = read_json(place) if place.exists() else []  # before there are tokens, nothing is
     labelled: set[str] = set()
     unlabelled: set[str] = set()
     for system in systems:

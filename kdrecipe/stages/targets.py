@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from kdrecipe.interfaces import FORCED_KINDS
 from kdrecipe.jobs.executors import job_label
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
-from kdrecipe.recipe.load import Recipe
+from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.stages.layout import Layout
+
+if TYPE_CHECKING:
+    from kdrecipe.data.tokens import Tokenizer
+    from kdrecipe.targets.cache import Labels
 
 
 def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
@@ -26,12 +32,15 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
         for seed in recipe.systems[teacher].seeds:
             name = f"{teacher}/seed{seed}"
             parts = {(s.data, s.unlabelled) for s in students}
+            labels = _label_jobs(recipe, teacher, seed)
             inputs = {
                 "specs": [
                     vars(replace(need, align=None)) for need in needs
                 ],  # the cache has the teacher's frames
                 "parts": sorted(parts, key=str),
                 "model": model_plugins(recipe, teacher),
+                **({"labels": sorted(map(str, labels.values()))} if labels else {}),
+                **_own_text(recipe, teacher),
             }
             plan.add(
                 Job(
@@ -40,7 +49,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                     layout.targets(teacher, seed),
                     inputs,
                     partial(run, recipe, layout, teacher, seed),
-                    ("features", "tokens", name, *jobs_of(plan, [(teacher, seed)])),
+                    ("features", "tokens", name, *labels, *jobs_of(plan, [(teacher, seed)])),
                     resumable=True,
                     in_place=True,
                     alone=False,
@@ -48,8 +57,72 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
             )
 
 
+def _label_jobs(recipe: Recipe, teacher: str, seed: int) -> dict[str, list[Any]]:
+    """Jobs of hypotheses along which a teacher speaks, since they are labels -> which of them are."""
+    from kdrecipe.stages.inputs import students_of
+
+    jobs: dict[str, list[Any]] = {}
+    for student in students_of(recipe, teacher):
+        for its_seed in _label_seeds(recipe, student, teacher, seed):
+            assert student.keep is not None
+            used = [student.data, student.unlabelled, student.keep.model_dump(mode="json")]
+            jobs.setdefault(f"hypotheses/{student.labels}/seed{its_seed}", []).append(used)
+    return jobs
+
+
+def _label_seeds(recipe: Recipe, student: System, teacher: str, seed: int) -> list[int]:
+    """Seeds of the one whose hypotheses are labels of a student, if it learns from ``teacher`` along them."""
+    from kdrecipe.stages.inputs import needs_of
+
+    forced = any(need.kind in FORCED_KINDS for need in needs_of(recipe, student, teacher))
+    if student.labels is None or not forced:
+        return []
+    of = {recipe.seed_of(student.labels, s) for s in student.seeds if recipe.seed_of(teacher, s) == seed}
+    return sorted(of)
+
+
+def _own_text(recipe: Recipe, teacher: str) -> dict[str, Any]:
+    """How the teacher's own words are written where they are spelled in the recipe's tokens."""
+    trims = recipe.tokens.teacher is not None and recipe.systems[teacher].is_imported
+    return {"text": recipe.systems[teacher].text.model_dump(mode="json")} if trims else {}
+
+
+def _texts_heard(
+    recipe: Recipe, layout: Layout, teacher: str, seed: int, tokens: Tokenizer
+) -> tuple[list[Labels], set[str]]:
+    """Labels that are hypotheses, by cut; and cuts that some student hears without any label."""
+    from kdrecipe.data.features import original_id
+    from kdrecipe.stages.inputs import students_of
+    from kdrecipe.stages.labels import kept_of
+    from kdrecipe.stages.session import training_data
+
+    labels: list[Labels] = []
+    own: set[str] = set()
+    for student in students_of(recipe, teacher):
+        cuts, _, hears = training_data(layout, [student])
+        seeds = _label_seeds(recipe, student, teacher, seed)
+        own |= set() if seeds else hears
+        for its_seed in seeds:
+            assert student.labels is not None
+            assert student.keep is not None
+            texts = kept_of(layout, student.labels, its_seed, student.keep, hears)[1]
+            listed: Any = cuts  # Lhotse's annotations do not let it be iterated
+            found = {
+                cut.id: (text, tokens.encode(text))
+                for cut in listed
+                if cut.id in hears and (text := texts.get(original_id(cut))) is not None
+            }
+            labels.append(found)
+            own |= hears - set(found)
+    return labels, own
+
+
 def run(recipe: Recipe, layout: Layout, name: str, seed: int, out: Path) -> None:
-    """Run the teacher over the training cuts that some student learns from, and no others."""
+    """Run the teacher over the training cuts that some student learns from, and no others.
+
+    Along a text it speaks for each text that a student hears: the transcript, a hypothesis that is the
+    student's label, its own words where the student has neither.
+    """
     from kdrecipe.data.batches import CutBatches
     from kdrecipe.data.tokens import Tokenizer
     from kdrecipe.stages.codebooks import with_codebooks
@@ -60,13 +133,15 @@ def run(recipe: Recipe, layout: Layout, name: str, seed: int, out: Path) -> None
     from kdrecipe.train.distribution import local_device
     from kdrecipe.train.log import Progress
 
-    opened = with_codebooks(recipe, layout, open_teacher(recipe, layout, name, seed), seed)
+    tokens = Tokenizer.load(layout.tokens)
+    opened = with_codebooks(recipe, layout, open_teacher(recipe, layout, name, seed, tokens), seed)
     device = local_device()
     opened.load(device)
-    cuts, labelled, unlabelled = training_data(layout, cached_for(recipe, name))
+    cuts, labelled, _ = training_data(layout, cached_for(recipe, name))
+    labels, own = _texts_heard(recipe, layout, name, seed, tokens)
     batches = CutBatches(
         cuts,
-        Tokenizer.load(layout.tokens),
+        tokens,
         batch_duration_s=120.0,
         seed=0,
         labelled_ids=labelled,
@@ -85,7 +160,8 @@ def run(recipe: Recipe, layout: Layout, name: str, seed: int, out: Path) -> None
         needs,
         out,
         key_parts=target_key(opened, recipe),
-        own_ids=unlabelled,
+        own_ids=own,
+        labels=labels,
         device=device,
         progress=progress.advance,
     )

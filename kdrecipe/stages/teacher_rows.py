@@ -31,17 +31,16 @@ IN_TORCH = "an imported teacher runs in torch, as it teaches"
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
     """Recognise every split of the recipe."""
     from kdrecipe.data.features import load_cuts
-    from kdrecipe.data.tokens import Tokenizer
     from kdrecipe.train.distribution import local_device
 
     opened, device = open_teacher(recipe, layout, system.name, seed), local_device()
     opened.load(device)
-    tokens, form = Tokenizer.load(layout.tokens), form_of(recipe, layout, system)
+    form = form_of(recipe, layout, system)
     rows: dict[str, list[dict[str, Any]]] = {}
     cuts = {split: list(load_cuts(layout.features, split)) for split in recipe.decode.splits}
     for split, listed in cuts.items():
         by_id = {cut.id: cut for cut in listed}
-        found = hypotheses(opened.teacher, tokens, listed, device, BATCH_DURATION_S)
+        found = hypotheses(opened.teacher, listed, device, BATCH_DURATION_S)
         said = {
             cut_id: hyps_line(by_id[cut_id], form.apply(h.text), h.tokens, h.times_s, h.score)
             | {"raw": h.text}

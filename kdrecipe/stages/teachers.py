@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kdrecipe.artifacts import fingerprint, read_json, sha256_file, write_json
 from kdrecipe.errors import RecipeError
-from kdrecipe.interfaces import Batch, Hypothesis, ModelInfo, TargetSpec, Teacher
+from kdrecipe.interfaces import Batch, Hypothesis, ModelInfo, TargetSpec, Teacher, TokenTeacher
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.plugin.returned import returned
-from kdrecipe.recipe.imported import build_teacher
+from kdrecipe.recipe.imported import build_teacher, same_tokens, tokenizer_file
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.stages.layout import Layout
 
@@ -62,8 +62,17 @@ class Opened:
         return {spec.key: spec for spec in self.teacher.provides()}
 
 
-def open_teacher(recipe: Recipe, layout: Layout, name: str, seed: int) -> Opened:
+def open_teacher(
+    recipe: Recipe, layout: Layout, name: str, seed: int, tokens: Tokenizer | None = None
+) -> Opened:
     """The teacher of one seed, which stage 3 has built or imported.
+
+    Args:
+        recipe: the recipe.
+        layout: where its artefacts are.
+        name: of the teacher's system.
+        seed: one of its seeds.
+        tokens: the recipe's, for a teacher from whose own they were trimmed to count in.
 
     Raises:
         RecipeError: the files of an imported one are not those of stage 3.
@@ -84,8 +93,25 @@ def open_teacher(recipe: Recipe, layout: Layout, name: str, seed: int) -> Opened
             where=system.location.where if system.location else "",
             remedy="run stage 3 again",
         )
+    digest = record["hash"]
+    if tokens is not None and tokens.origin is not None and _lends_tokens(recipe, imported):
+        from kdrecipe.stages.labels import form_of
+        from kdrecipe.targets.trimmed import TrimmedTeacher
+
+        form = form_of(recipe, layout, system)
+        trimmed = TrimmedTeacher(cast("TokenTeacher", imported), tokens, form.apply)
+        imported = cast("Teacher", trimmed)  # whose input is known only here
+        digest = fingerprint([digest, form.model_dump(mode="json")])
     info = ModelInfo.of_specs(imported.provides())
-    return Opened(name, imported, info, record["hash"], info.vocab_id)
+    return Opened(name, imported, info, digest, info.vocab_id)
+
+
+def _lends_tokens(recipe: Recipe, teacher: Teacher) -> bool:
+    """Whether the recipe's tokens were trimmed from a teacher's list."""
+    if recipe.tokens.teacher is None or tokenizer_file(teacher) is None:
+        return False
+    owner = build_teacher(recipe.plugins.registry, recipe.systems[recipe.tokens.teacher])
+    return same_tokens(teacher, owner)
 
 
 def import_job(
@@ -183,15 +209,13 @@ def facts_of(layout: Layout, name: str, seed: int) -> dict[str, Any]:
     return facts
 
 
-def heard(
-    teacher: Teacher, tokens: Tokenizer, cuts: Sequence[MonoCut], batch_duration_s: float
-) -> Iterator[Batch]:
-    """Batches of cuts as the teacher hears them, on the CPU."""
+def heard(teacher: Teacher, cuts: Sequence[MonoCut], batch_duration_s: float) -> Iterator[Batch]:
+    """Batches of cuts as the teacher hears them, without labels, on the CPU."""
     from kdrecipe.data.batches import CutBatches
 
     batches = CutBatches(
         cuts,
-        tokens,
+        None,
         batch_duration_s=batch_duration_s,
         seed=0,
         shuffle=False,
@@ -203,7 +227,6 @@ def heard(
 
 def hypotheses(
     teacher: Teacher,
-    tokens: Tokenizer,
     cuts: Sequence[MonoCut],
     device: torch.device,
     batch_duration_s: float,
@@ -212,7 +235,7 @@ def hypotheses(
     import torch
 
     name = f"teacher {type(teacher).__name__}"
-    for batch in heard(teacher, tokens, cuts, batch_duration_s):
+    for batch in heard(teacher, cuts, batch_duration_s):
         with torch.no_grad():
             found = teacher.hypotheses(batch.map(lambda x: x.to(device)))
         yield from zip(batch.ids, returned(found, list, name, "hypotheses"), strict=True)

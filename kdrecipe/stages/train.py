@@ -32,17 +32,24 @@ FIT_S = 600.0
 """Seconds of training audio on which an encoder's input is fitted to an imported model's."""
 
 
+def add_writers(plan: Plan, recipe: Recipe, layout: Layout) -> None:
+    """Stage 2: imported teachers whose hypotheses tokens or the language model are learnt from."""
+    for name in recipe.writers:
+        _add(plan, recipe, layout, recipe.systems[name], stage=2)
+
+
 def add_teachers(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """Stage 3: what teaches and has no teacher itself."""
     for name in recipe.teaching():
-        _add(plan, recipe, layout, recipe.systems[name], stage=3)
+        if name not in recipe.writers:
+            _add(plan, recipe, layout, recipe.systems[name], stage=3)
 
 
 def add_students(plan: Plan, recipe: Recipe, layout: Layout) -> None:
     """Stage 5: every other system that is trained or imported."""
     for name in recipe.build_order():
         system = recipe.systems[name]
-        if system.kind != "compressed" and name not in recipe.teaching():
+        if system.kind != "compressed" and name not in (*recipe.teaching(), *recipe.writers):
             _add(plan, recipe, layout, system, stage=5)
 
 

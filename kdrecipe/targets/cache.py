@@ -9,8 +9,8 @@ A cache of other targets than those asked for is refused, and so is one whose fr
 batch. Nothing is ever cropped. (Lhotse's ``perturb_speed`` keeps a cut's arrays as they were, so they are
 not kept with the cuts.)
 
-Targets that depend on a text are stored for the transcript, for the teacher's own hypothesis, or
-both, as the students need: one may have a cut's transcript, another may not.
+Targets that depend on a text are stored for each text that some student hears: the transcript, a hypothesis
+that is its label, the teacher's own words where it has neither. Texts are told apart by their tokens.
 
 B utterances, T frames, U tokens.
 """
@@ -22,13 +22,13 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from lhotse.cut import CutSet
 
-from kdrecipe.artifacts import read_json, write_json
+from kdrecipe.artifacts import read_json, sha256_bytes, write_json
 from kdrecipe.data.features import FRAME_SHIFT_S
 from kdrecipe.data.memory import Kept, MemoryBudget
 from kdrecipe.errors import DataError, Problem
@@ -43,8 +43,16 @@ FORMAT = 3
 DEFAULT_FRAME_SHIFT_S = 0.04
 RECOMPUTE = "compute the targets again (stage 4)"
 
-Along = Literal["", "transcript", "own"]
-"""The text that a target depends on; '' for those that need none."""
+OWN = "own"
+Along = str
+"""The text that a target depends on: :func:`text_key` of a label, :data:`OWN`; '' where none is needed."""
+Labels = Mapping[str, tuple[str, Sequence[int]]]
+"""Cut -> a text that is its label, and the tokens of that."""
+
+
+def text_key(tokens: Sequence[int]) -> str:
+    """Identifies a text by its tokens."""
+    return sha256_bytes(np.asarray(tokens, np.int32).tobytes())[:12]
 
 
 class Batches(Protocol):
@@ -151,7 +159,7 @@ class TargetCache:
         for piece in itertools.chain.from_iterable(rows):
             self._check_piece(piece)
         labelled = batch.labelled_B.tolist()
-        sides: list[Along] = ["transcript" if known else "own" for known in labelled]
+        sides = [key if known else OWN for key, known in zip(_text_keys(batch), labelled, strict=True)]
         lens = batch.lens_B.tolist()
         items = {spec.key: self._collate(rows, lens, sides, spec) for spec in self.specs}
         found = Targets(items)
@@ -175,17 +183,10 @@ class TargetCache:
             )
 
     def _texts(self, batch: Batch, sides: Sequence[Along]) -> list[list[int]]:
-        """The texts that the targets follow; a transcript must be the batch's own."""
-        texts: list[list[int]] = []
-        rows = zip(sides, batch.tokens_BU.tolist(), batch.token_lens_B.tolist(), strict=True)
-        for row, (along, tokens, length) in enumerate(rows):
-            (piece,) = batch.pieces_of(row)  # targets along a text are not joined
-            text = [int(t) for t in self._arrays(piece.id, _prefix("tokens", along))["tokens"]]
-            if along == "transcript" and text != tokens[:length]:
-                what = "its transcript has changed since its targets were computed"
-                raise DataError(what, where=piece.id, remedy=RECOMPUTE)
-            texts.append(text)
-        return texts
+        """The texts that the targets follow."""
+        pieces = [batch.pieces_of(row)[0] for row in range(len(batch))]  # along a text, none are joined
+        arrays = [self._arrays(p.id, _prefix("tokens", a)) for p, a in zip(pieces, sides, strict=True)]
+        return [[int(token) for token in found["tokens"]] for found in arrays]
 
     def _arrays(self, cut_id: str, prefix: str) -> Arrays:
         """Arrays of one cut whose names begin so, by part: log_probs, indices, log_tail; or values."""
@@ -194,8 +195,8 @@ class TargetCache:
             return kept
         arrays = self._shards.arrays(cut_id, prefix)
         if not arrays:
-            what = "its cached targets do not follow its transcript"
-            if "@own" in prefix:
+            what = "its cached targets follow another text than its label: that, or the tokens, have changed"
+            if f"@{OWN}/" in prefix:
                 what = "its cached targets do not follow the teacher's own hypothesis"
             raise DataError(what, where=cut_id, remedy=RECOMPUTE)
         self._kept.offer((cut_id, prefix), arrays, sum(a.nbytes for a in arrays.values()))
@@ -225,6 +226,7 @@ def write_targets(
     *,
     key_parts: Mapping[str, Any],
     own_ids: Collection[str] = (),
+    labels: Sequence[Labels] = (),
     device: str | torch.device = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> TargetCache:
@@ -239,7 +241,8 @@ def write_targets(
         key_parts: what determines the targets besides the audio, JSON-like: hash of the teacher's
             files, of the tokens, the feature configuration.
         own_ids: cuts whose targets along a text are stored along the teacher's own hypothesis, too,
-            since some student may not have their transcripts. Those without one always are.
+            since some student may not have their transcripts. Those with no text at all always are.
+        labels: texts in place of transcripts, each a student's, along which they are stored, too.
         device: where batches are sent.
         progress: called with the number of cuts done since the last call.
 
@@ -255,7 +258,7 @@ def write_targets(
         for ids in planned:
             if not writer.written.issuperset(ids):
                 batch = batches.load(ids)
-                found = _said(live, batch.map(lambda x: x.to(device)), own_ids)
+                found = _said(live, batch.map(lambda x: x.to(device)), own_ids, labels)
                 if unknown := [cut_id for cut_id in batch.ids if cut_id not in by_id]:
                     raise DataError("a batch holds a cut that is not among the cuts", where=unknown[0])
                 lens = dict(zip(batch.ids, batch.lens_B.tolist(), strict=True))
@@ -272,30 +275,54 @@ def write_targets(
     return TargetCache(out_dir, specs)
 
 
-def _said(live: LiveTargets, batch: Batch, own_ids: Collection[str]) -> dict[str, dict[str, np.ndarray]]:
+def _said(
+    live: LiveTargets, batch: Batch, own_ids: Collection[str], labels: Sequence[Labels]
+) -> dict[str, dict[str, np.ndarray]]:
     """Cut id -> its arrays by name, in the order of the batch."""
     arrays: dict[str, dict[str, np.ndarray]] = {cut_id: {} for cut_id in batch.ids}
     forced = any(spec.kind in FORCED_KINDS for spec in live.specs)
-    plain: list[tuple[Batch, Along]] = [(batch, "")]
-    for part, along in _sides(batch, own_ids) if forced else plain:
+    plain = [(batch, [""] * len(batch))]
+    for part, sides in _sides(batch, own_ids, labels) if forced else plain:
         found = live.targets(part).map(lambda x: x.cpu())
-        for row, cut_id in enumerate(part.ids):
+        for row, (cut_id, along) in enumerate(zip(part.ids, sides, strict=True)):
             for name, values in _stored(found, row, live.specs, along, cut_id).items():
                 arrays[cut_id].setdefault(name, values)  # frames do not depend on the text
     return arrays
 
 
-def _sides(batch: Batch, own_ids: Collection[str]) -> list[tuple[Batch, Along]]:
-    """The utterances that follow their transcripts, and those that follow the teacher's own words."""
-    own = torch.tensor([cut_id in own_ids for cut_id in batch.ids]) | ~batch.labelled_B.cpu()
-    own_B = own.to(batch.labelled_B.device)
-    sides: list[tuple[Batch, Along]] = []
-    if bool(batch.labelled_B.any()):
-        sides.append((batch.select(batch.labelled_B), "transcript"))
-    if bool(own_B.any()):
+def _sides(
+    batch: Batch, own_ids: Collection[str], labels: Sequence[Labels]
+) -> list[tuple[Batch, list[Along]]]:
+    """The utterances that follow transcripts, labels, and the teacher's own words; the text of each."""
+    parts = [batch.select(batch.labelled_B)] if bool(batch.labelled_B.any()) else []
+    parts += [_relabelled(batch, texts) for texts in labels if not texts.keys().isdisjoint(batch.ids)]
+    sides = [(part, _text_keys(part)) for part in parts]
+    known = {cut_id for part in parts for cut_id in part.ids}
+    own = [cut_id in own_ids or cut_id not in known for cut_id in batch.ids]
+    if any(own):
         unlabelled = replace(batch, labelled_B=torch.zeros_like(batch.labelled_B))
-        sides.append((unlabelled.select(own_B), "own"))
+        part = unlabelled.select(torch.tensor(own, device=batch.labelled_B.device))
+        sides.append((part, [OWN] * len(part)))
     return sides
+
+
+def _relabelled(batch: Batch, texts: Labels) -> Batch:
+    """The utterances that have a label, with it in place of the transcript."""
+    device = batch.labelled_B.device
+    part = batch.select(torch.tensor([cut_id in texts for cut_id in batch.ids], device=device))
+    tokens_BU, token_lens_B = padded_tokens([texts[cut_id][1] for cut_id in part.ids])
+    return replace(
+        part,
+        tokens_BU=tokens_BU.to(device),
+        token_lens_B=token_lens_B.to(device),
+        labelled_B=torch.ones_like(part.labelled_B),
+        texts=[texts[cut_id][0] for cut_id in part.ids],
+    )
+
+
+def _text_keys(batch: Batch) -> list[Along]:
+    rows = zip(batch.tokens_BU.tolist(), batch.token_lens_B.tolist(), strict=True)
+    return [text_key(tokens[:length]) for tokens, length in rows]
 
 
 def _listed(cuts: Any) -> list[Any]:

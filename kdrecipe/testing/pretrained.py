@@ -41,6 +41,7 @@ def save_whisper(
     languages: Sequence[str] = (),
     seed: int = 0,
     merges: Sequence[tuple[str, str]] = (),
+    writes: str = "",
     config: Mapping[str, Any] | None = None,
 ) -> Path:
     """A Whisper that hears 2 s and writes single bytes, with tokeniser and feature extractor.
@@ -50,6 +51,7 @@ def save_whisper(
         languages: codes of those that it knows; none: it is English-only.
         seed: of the weights.
         merges: of its byte-level BPE, the first first; their tokens follow the bytes.
+        writes: letters that it writes, and spaces; empty: any byte.
         config: options of transformers' ``WhisperConfig`` in place of the small ones.
 
     Raises:
@@ -88,10 +90,11 @@ def save_whisper(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.WhisperForConditionalGeneration(made)
+    unwritten = [ids[x] for x in letters if x not in {*writes, "Ġ"}] if writes else range(10)
     settings: dict[str, Any] = {
         "is_multilingual": bool(languages),
         "no_timestamps_token_id": ids["<|notimestamps|>"],
-        "suppress_tokens": [*range(10), *(ids[token] for token in special[1:])],
+        "suppress_tokens": [*unwritten, *(ids[token] for token in special[1:])],
         "begin_suppress_tokens": [ids[letters[11]], ids[special[0]]],
         "max_length": min(MAX_POSITIONS, made.max_target_positions),
         "return_timestamps": False,

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 import wave
 from collections.abc import Iterable, Iterator
@@ -211,8 +212,7 @@ class Recogniser:
         return np.stack(steps)
 
     def _recognised(self, tokens: list[int], score: float | None = None) -> Recognised:
-        text = "".join(self.pieces[i] for i in tokens).replace("\u2581", " ").strip()
-        return Recognised(text, tokens, score)
+        return Recognised(_spelled(self.pieces[i] for i in tokens), tokens, score)
 
 
 # ---------------------------------------------------------------- beam search
@@ -461,6 +461,17 @@ def _session(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
 
 def _run(session: onnxruntime.InferenceSession, inputs: dict[str, Any]) -> list[np.ndarray]:
     return [np.asarray(output) for output in session.run(None, inputs)]
+
+
+def _spelled(pieces: Iterable[str]) -> str:
+    """The text of tokens, of which some may be single bytes (``<0x41>``)."""
+    parts = (
+        bytes([int(piece[3:5], 16)])
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece)
+        else piece.replace("\u2581", " ").encode()
+        for piece in pieces
+    )
+    return b"".join(parts).decode("utf-8", "replace").strip()
 
 
 def _read_pieces(path: Path) -> list[str]:

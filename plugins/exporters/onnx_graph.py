@@ -104,7 +104,8 @@ def _integer_product(node: NodeProto, scales_of: dict[str, tuple[str, str, str]]
     activation, weight = node.input
     out = node.output[0]
     if activation not in scales_of:
-        scales_of[activation] = (f"{activation}_q", f"{activation}_s", f"{activation}_z")
+        # not _q and _s: the activation may be what another product or a look-up gives
+        scales_of[activation] = (f"{activation}_dq", f"{activation}_ds", f"{activation}_dz")
         yield helper.make_node("DynamicQuantizeLinear", [activation], list(scales_of[activation]))
     quantised, scale, zero = scales_of[activation]
     # the weights' zero point is 0, the default

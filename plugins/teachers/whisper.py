@@ -30,6 +30,7 @@ from kdrecipe.interfaces import (
     Located,
     Options,
     Posteriors,
+    Spelling,
     TargetItem,
     Targets,
     TargetSpec,
@@ -94,6 +95,7 @@ class Whisper:
         self._found: WhisperFiles = find_whisper(config.path, config.language, config.engine)
         self.files: Sequence[Path] = self._found.files
         self.num_params: int | None = None
+        self.spelling: Spelling | None = None
         self._model: TransformersWhisper | None = None
         self._fast: FasterWhisper | None = None
 
@@ -112,6 +114,12 @@ class Whisper:
             raise RecipeError("a model in CTranslate2's form alone can't lend its weights")
         place = self._found.model.dir
         return description(place), state_dict(place), pieces(place)
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """Where its tokens are; see :class:`kdrecipe.interfaces.TokenTeacher`."""
+        path = self._found.home.dir / "tokenizer.json"
+        return path if path.is_file() else None
 
     @property
     def pieces(self) -> list[str]:
@@ -224,9 +232,10 @@ class Whisper:
             of_row = [s for s, window in zip(said, windows, strict=True) if window.row == row]
             if bool(batch.labelled_B[row]):
                 parts = split_text(batch.texts[row], [s.text for s in of_row])
-                texts += [self._model.encode_text(part) for part in parts]
+                encode = self.spelling.encode if self.spelling else self._model.encode_text
+                texts += [encode(part) for part in parts]
             else:
-                texts += [list(s.tokens) for s in of_row]
+                texts += [self._own_tokens(s) for s in of_row]
             if (longest := max(map(len, texts[-len(of_row) :]))) > self._found.longest_text:
                 raise DataError(
                     f"the text has {longest} of Whisper's tokens in {self._found.window_s:g} s of audio, "
@@ -235,6 +244,12 @@ class Whisper:
                     remedy="look at the transcript: nobody speaks that fast",
                 )
         return texts
+
+    def _own_tokens(self, said: Said) -> list[int]:
+        """What was recognised, as far as there are positions for it."""
+        if self.spelling is None:
+            return list(said.tokens)
+        return self.spelling.encode(self.spelling.as_transcript(said.text))[: self._found.longest_text]
 
 
 def _num_frames(window: Window) -> int:

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from kdrecipe.data.byte_bpe import piece
 from kdrecipe.errors import RecipeError
 from kdrecipe.interfaces import SOS_EOS_ID
-from kdrecipe.text import WORD_START
 
 NUM_SPECIAL = 3
 """Tokens before Whisper's: the blank, start and end of a sentence, the unknown one."""
@@ -161,7 +161,7 @@ def _renamed(get: Callable[[str], Tensor], model: dict[str, Any], start: int, en
 
 
 def pieces(directory: Path) -> list[str]:
-    """The tokens by their number in :func:`state_dict`, a word's start written as kdrecipe does.
+    """The tokens by their number in :func:`state_dict`, named as in a list of tokens trimmed from them.
 
     Raises:
         RecipeError: ``tokenizer.json`` is missing or damaged.
@@ -169,7 +169,7 @@ def pieces(directory: Path) -> list[str]:
     path = directory / "tokenizer.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        by_id = {number: piece for piece, number in content["model"]["vocab"].items()}
+        by_id = {number: symbol for symbol, number in content["model"]["vocab"].items()}
         by_id |= {token["id"]: token["content"] for token in content.get("added_tokens", ())}
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         # the model has more than the tokeniser: timestamps are not always listed
@@ -178,4 +178,4 @@ def pieces(directory: Path) -> list[str]:
         raise RecipeError(
             f"it does not hold a tokeniser ({type(error).__name__}: {error})", where=str(path)
         ) from error
-    return [*SPECIAL, *(name.replace("Ġ", WORD_START) for name in names)]
+    return [*SPECIAL, *map(piece, names)]

@@ -68,7 +68,7 @@ def test_signature_is_the_one_of_sherpa_onnx(exports, trained, name):
         "log_probs_len": ["N"],
     }
     types = [v.type.tensor_type.elem_type for v in (x, x_lens, log_probs, lens)]
-    assert types == [onnx.TensorProto.FLOAT, onnx.TensorProto.INT64] * 2
+    assert types == [onnx.onnx.TensorProto.FLOAT, onnx.onnx.TensorProto.INT64] * 2
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.int8.onnx"])
@@ -427,3 +427,35 @@ def test_an_increase_is_held_against_an_export_only_beyond_chance():
     assert _beyond_chance([4, -3, 5, -4, 3, 2], 3) == 0, "as often better as worse"
     assert _beyond_chance([-1] * 10, 3) == 0, "better"
     assert _beyond_chance([], 3) == 0
+
+
+def test_products_and_lookups_in_a_row_keep_scales_of_their_own():
+    """A map of low rank is two products with nothing between; an embedding may feed one."""
+    rng = np.random.default_rng(0)
+    table, first, second = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((5, 8), (8, 2), (2, 8))
+    )
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["x"]),
+        helper.make_node("MatMul", ["x", "first"], ["y"]),
+        helper.make_node("MatMul", ["y", "second"], ["z"]),
+    ]
+    weights = [
+        numpy_helper.from_array(w, n) for n, w in (("table", table), ("first", first), ("second", second))
+    ]
+    inputs = [helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, [3])]
+    outputs = [helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [3, 8])]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", inputs, outputs, weights),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    small = quantise(model, embeddings=True)
+    onnx.checker.check_model(small)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(small.SerializeToString(), providers=["CPUExecutionProvider"])
+    ids = np.array([0, 3, 4])
+    (found,) = session.run(None, {"ids": ids})
+    wanted = table[ids] @ first @ second
+    assert np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()

@@ -1,5 +1,6 @@
 """``onnx_attention``, the program that it ships, and several heads in one model."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -15,14 +16,17 @@ from onnx import numpy_helper
 
 from kdrecipe.cli.bench import bench
 from kdrecipe.cli.transcribe import BundleRunner, open_runner, transcribe
+from kdrecipe.data.byte_bpe import byte_symbols
 from kdrecipe.data.features import extract
+from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import KdrecipeError, ParityError
-from kdrecipe.interfaces import float_copy
+from kdrecipe.interfaces import UNK_ID, float_copy
 from kdrecipe.measure.parity import check_parity
 from kdrecipe.measure.reference import reference
 from kdrecipe.measure.runtime import measure_export
 from kdrecipe.model.bundle import Bundle
 from kdrecipe_plugins.compressors.int8_dynamic import Int8Linear
+from kdrecipe_plugins.exporters import attention_runtime
 from kdrecipe_plugins.exporters.attention_runtime import (
     Recogniser,
     RecogniserError,
@@ -193,6 +197,20 @@ def test_texts_of_the_beam_search_equal_those_of_torch(attentions, all_heads, op
         found = recogniser.recognise(utterance.samples_S, 16000, **{"beam": 8, **options})
         assert (found.text, found.tokens) == (expected.text, expected.tokens)
         assert found.score == pytest.approx(expected.score, abs=1e-2)
+
+
+def test_single_bytes_are_spelled_as_tokens_spell_them(tmp_path):
+    teacher = tmp_path / "tokenizer.json"
+    before = {"type": "ByteLevel", "use_regex": True}
+    vocab = {symbol: i for i, symbol in enumerate([*byte_symbols(), "Ġr"])}
+    model = {"vocab": vocab, "merges": ["Ġ r"]}
+    teacher.write_text(json.dumps({"model": model, "pre_tokenizer": before, "added_tokens": []}))
+    tokens = Tokenizer.trimmed(teacher, ["red"], tmp_path)
+    for text in ("red", "a red café", "谢谢", "I rode"):
+        ids = tokens.encode(text)
+        assert attention_runtime._spelled(tokens.pieces[i] for i in ids) == tokens.decode(ids) == text
+    halves = [*tokens.encode("é")[1:2], UNK_ID, *tokens.encode("é")[2:]]
+    assert attention_runtime._spelled(tokens.pieces[i] for i in halves) == tokens.decode(halves)
 
 
 def test_parity_of_both_bundles(attentions, all_heads):

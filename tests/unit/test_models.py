@@ -314,11 +314,13 @@ def test_model_info_and_size() -> None:
         "abc",
         VOCAB,
         0.04,
-        {"ctc": ("frame_logits",)},
+        {"ctc": ("frame_logits", "hypotheses")},
     )
     layers = [f"encoder.{i}{x}" for i in range(2) for x in ("", ".q", ".k", ".v")]
     assert info.taps == dict.fromkeys(["front", *layers], 16)
-    assert {s.key for s in info.provides()} == {"frame_logits:ctc"} | {f"hidden:{t}" for t in info.taps}
+    assert {s.key for s in info.provides()} == {"frame_logits:ctc", "hypotheses:ctc"} | {
+        f"hidden:{t}" for t in info.taps
+    }
     assert model.num_params == sum(p.numel() for p in model.parameters())
 
 

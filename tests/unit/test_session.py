@@ -23,7 +23,7 @@ from kdrecipe.model.asr import build_model
 from kdrecipe.model.bundle import Bundle
 from kdrecipe.model.start import Lender
 from kdrecipe.plugin.loader import load_plugins
-from kdrecipe.recipe.load import load_recipe
+from kdrecipe.recipe.load import System, Tokens, Training, load_recipe
 from kdrecipe.stages import codebooks as stage_4_codebooks
 from kdrecipe.stages import session as session_module
 from kdrecipe.stages import targets as stage_4
@@ -259,6 +259,7 @@ def test_lengths_are_held_against_the_encoders_as_built(tmp_path, registry, monk
     layout = Layout(tmp_path)
     layout.features.mkdir()
     layout.manifests.mkdir()
+    write_json(layout.features / "subsets.json", {})
     supervisions.to_file(layout.manifests / "train_supervisions.jsonl.gz")
     CutSet.from_manifests(recordings, supervisions).to_file(layout.features / "train.jsonl.gz")
     models = [{**MODEL, "name": "wide", "wide": wide} for wide in (False, True)]
@@ -267,10 +268,12 @@ def test_lengths_are_held_against_the_encoders_as_built(tmp_path, registry, monk
 
     def recipe(*models):
         return SimpleNamespace(
-            systems={str(i): SimpleNamespace(model=model) for i, model in enumerate(models)},
+            systems={
+                str(i): System(str(i), "trained", (1,), Training(), model=m) for i, m in enumerate(models)
+            },
             plugins=plugins,
             features=SimpleNamespace(num_mel_bins=16),
-            tokens=SimpleNamespace(name="char", vocab_size=None, data=None, model_dump=lambda mode: {}),
+            tokens=Tokens(name="char"),
             corpus=SimpleNamespace(on_error="skip"),
         )
 

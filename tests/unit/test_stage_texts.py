@@ -18,7 +18,7 @@ from kdrecipe.errors import DataError
 from kdrecipe.recipe.load import load_recipe
 from kdrecipe.stages import rows, score, texts
 from kdrecipe.stages.layout import Layout
-from kdrecipe.stages.lm import training_texts
+from kdrecipe.stages.lm import sentences
 from kdrecipe.stages.plan import build_plan
 from kdrecipe.testing.corpus import make_corpus
 
@@ -170,4 +170,4 @@ def test_a_row_that_counts_rewritten_texts_says_so(tmp_path):
 def test_a_text_file_is_a_sentence_per_line_by_the_same_rule(tmp_path):
     (tmp_path / "lm.txt").write_bytes("\ufeffRED\u2028SUN\n\u3000\nCAFE\u0301\u0085TEA\r\n".encode())
     recipe, layout = work(tmp_path, PLAIN, "ctc: {}", "lm={text: lm.txt}")
-    assert training_texts(recipe.lm, layout) == ["RED SUN", "CAFÉ TEA"]
+    assert sentences(recipe, layout) == ["RED SUN", "CAFÉ TEA"]

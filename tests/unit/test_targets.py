@@ -447,7 +447,7 @@ def test_a_text_that_the_cache_does_not_go_along_is_refused(cuts, tmp_path):
         cache.targets(withheld(batch, 0))
     changed = replace(batch, tokens_BU=batch.tokens_BU.where(batch.tokens_BU == 0, 5))
     changed.tokens_BU[0, 0] = 4 if int(batch.tokens_BU[0, 0]) != 4 else 3
-    with pytest.raises(DataError, match="a: its transcript has changed"):
+    with pytest.raises(DataError, match="a: its cached targets follow another text than its label"):
         cache.targets(changed)
 
 

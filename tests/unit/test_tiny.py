@@ -170,6 +170,26 @@ def test_tiny_options_must_be_options():
         Registry().add("losses", "own", Loss, "here")
 
 
+@pytest.mark.parametrize("start", ["big", "{system: big}", "{system: big, layers: {encoder: [0, 2, 3]}}"])
+def test_what_starts_from_an_imported_model_keeps_its_width_and_one_layer(tmp_path, start):
+    text = """
+corpus: {name: manifests, root: "."}
+tokens: {name: char}
+systems:
+  big: {pretrained: {name: whisper, path: "${NOWHERE}"}}
+  cut:
+    train:
+      model: {name: whisper_encoder, num_layers: 3, dim: 384, num_heads: 6, heads: {attention: {}, ctc: {}}}
+      init_from: START
+"""
+    (tmp_path / "recipe.yaml").write_text(text.replace("START", start), encoding="utf-8")
+    cut = load_recipe(tmp_path, profile="tiny").systems["cut"]
+    assert cut.init_layers == {"encoder": (0,)}
+    assert (cut.model["dim"], cut.model["num_heads"], cut.model["num_layers"]) == (384, 6, 1)
+    assert cut.model["heads"]["attention"]["num_layers"] == 1, "a head that is not taken over shrinks as ever"
+    assert cut.model["heads"]["attention"]["num_heads"] == 2
+
+
 # ---------------------------------------------------------------- a sample of a corpus
 
 

@@ -143,14 +143,16 @@ def transformers_output(theirs, hidden_BTD, tokens_BP):
     return theirs.proj_out(decoded.last_hidden_state)
 
 
-def test_pieces_are_as_many_as_the_model_has_and_begin_words_as_ours_do(whisper, tmp_path):
+def test_pieces_are_as_many_as_the_model_has_and_named_as_in_a_trimmed_list(whisper, tmp_path):
     (tmp_path / "config.json").write_bytes((whisper[1] / "config.json").read_bytes())
     with pytest.raises(RecipeError, match=r"tokenizer.json: it does not hold a tokeniser"):
         whisper_weights.pieces(tmp_path)
-    content = {"model": {"vocab": {"a": 0, "Ġgo": 1}}, "added_tokens": [{"id": 2, "content": "<|end|>"}]}
+    vocab = {"a": 0, "Ġgo": 1, "Ã©t": 4, "Ã": 5}
+    content = {"model": {"vocab": vocab}, "added_tokens": [{"id": 2, "content": "<|end|>"}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     found = whisper_weights.pieces(tmp_path)
-    assert found[:7] == ["<blk>", "<sos/eos>", "<unk>", "a", "▁go", "<|end|>", "<3>"]
+    assert found[:6] == ["<blk>", "<sos/eos>", "<unk>", "<0x61>", "▁go", "<|end|>"]
+    assert found[6:9] == ["<3>", "ét", "<0xC3>"]
     assert len(found) == whisper[0].config.vocab_size + whisper_weights.NUM_SPECIAL
 
 

@@ -31,13 +31,16 @@ class CtcHeadOptions(Options):
 
     Args:
         dropout: before the linear map.
+        rank: of that map, made of two through so many dimensions: fewer parameters where there are thousands
+            of tokens; by default one map.
     """
 
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    rank: int | None = Field(default=None, ge=1)
 
 
 class CtcHead(nn.Module):
-    """One linear map from hidden states to (unnormalised) log-posteriors.
+    """A linear map from hidden states to (unnormalised) log-posteriors.
 
     Args:
         config: its options.
@@ -53,11 +56,12 @@ class CtcHead(nn.Module):
         super().__init__()
         self.vocab_size = vocab_size
         self.dropout = nn.Dropout(config.dropout)
-        self.proj = nn.Linear(input_dim, vocab_size)
+        self.narrow = nn.Linear(input_dim, config.rank, bias=False) if config.rank else nn.Identity()
+        self.proj = nn.Linear(config.rank or input_dim, vocab_size)
 
     def forward(self, hidden_BTD: Tensor, lens_B: Tensor, batch: Batch | None = None) -> Tensor:
         """(B, T, D) to (B, T, V) logits."""
-        logits_BTV: Tensor = self.proj(self.dropout(hidden_BTD))
+        logits_BTV: Tensor = self.proj(self.narrow(self.dropout(hidden_BTD)))
         return logits_BTV
 
     def greedy(self, hidden_BTD: Tensor, lens_B: Tensor) -> list[list[int]]:
