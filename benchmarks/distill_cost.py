@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import soundfile
@@ -35,6 +35,7 @@ from lhotse.cut import CutSet
 from kdrecipe.data.batches import CutBatches
 from kdrecipe.data.features import extract, load_cuts
 from kdrecipe.data.tokens import Tokenizer
+from kdrecipe.frames import valid_frames
 from kdrecipe.interfaces import SAMPLE_RATE, Batch, LossSetup, TargetSpec, Teacher
 from kdrecipe.model.asr import AsrModel, build_model, model_info
 from kdrecipe.plugin.loader import load_plugins
@@ -43,6 +44,7 @@ from kdrecipe.targets import TargetSource
 from kdrecipe.targets.cache import TargetCache, write_targets
 from kdrecipe.targets.kinds import KINDS
 from kdrecipe.targets.live import LiveTargets, ModelTeacher
+from kdrecipe.targets.quantiser import CodedTeacher, train_quantiser
 from kdrecipe.testing.pretrained import save_wav2vec2, save_whisper
 from kdrecipe.train.distribution import Workers
 from kdrecipe.train.objective import Objective, Term
@@ -51,6 +53,8 @@ from kdrecipe.train.step import Stepper
 
 FEATURES = {"name": "fbank", "num_mel_bins": 80}
 ATTENTION = {"attention": {"num_layers": 2}}
+LAST_TAP = "last layer"
+LAST = {LAST_TAP: LAST_TAP}
 WARM_UP = 2  # steps: a part of the others reads the cache from disk, as the first epoch does
 LABELS = "hypotheses as labels"
 TEACHERS = "teachers"
@@ -64,7 +68,8 @@ class Case:
         title: of its row.
         heads: of student and teacher.
         plain: the supervised loss.
-        distilling: the loss that learns from the teacher, with its options.
+        distilling: the loss that learns from the teacher, with its options; :data:`LAST_TAP` stands for the
+            last layer.
     """
 
     title: str
@@ -80,7 +85,20 @@ CASES: tuple[tuple[str, Case], ...] = (
         "token_logits",
         Case("token_logits, all classes", ATTENTION, "attention", {"name": "kl", "head": "attention"}),
     ),
-    ("hidden", Case("hidden, one layer", {"ctc": {}}, "ctc", {"name": "hidden_mse"})),
+    ("hidden", Case("hidden, one layer", {"ctc": {}}, "ctc", {"name": "hidden_mse", "layers": LAST})),
+    (
+        "token_hidden",
+        Case(
+            "token_hidden, queries, keys and values",
+            ATTENTION,
+            "attention",
+            {"name": "minilm", "part": "decoder", "layers": {"attention.1": "attention.1"}},
+        ),
+    ),
+    (
+        "codebooks",
+        Case("codebooks, 16", {"ctc": {}}, "ctc", {"name": "mvq", "layer": LAST_TAP}),
+    ),
     ("rnnt_lattice", Case("rnnt_lattice", {"rnnt": {}}, "rnnt", {"name": "rnnt_kl"})),
     ("hypotheses", Case("hypotheses, the best text", {"ctc": {}}, "ctc", {"name": "ctc_nbest"})),
 )
@@ -265,12 +283,23 @@ class Bench:
         self._registry = load_plugins().registry
         self._student = sizes.student
         self.teacher = ModelTeacher(self._model(*sizes.teacher))
-        layer = f"encoder.{sizes.student[0] - 1}", f"encoder.{sizes.teacher[0] - 1}"
-        self._options: dict[str, Any] = {k: v for k, v in case.distilling.items() if k != "name"}
-        if case.distilling["name"] == "hidden_mse":
-            self._options["layers"] = dict([layer])
+        mine, its = (f"encoder.{layers - 1}" for layers, _ in (sizes.student, sizes.teacher))
+        places = {repr(LAST): {mine: its}, repr(LAST_TAP): its}
+        options = {key: value for key, value in case.distilling.items() if key != "name"}
+        self._options: dict[str, Any] = {key: places.get(repr(v), v) for key, v in options.items()}
         loss = self._registry.get("losses", case.distilling["name"])
         self.needs: list[TargetSpec] = loss.requires(loss.Config.model_validate(self._options))
+        self.source = self._with_codebooks()
+
+    def _with_codebooks(self) -> Teacher:
+        """The teacher, with codebooks (of a few steps: their quality costs nothing) if it needs them."""
+        coded = [need for need in self.needs if need.kind == "codebooks"]
+        quantisers = {}
+        for need in coded:
+            hidden = self.teacher.targets(self.data.listed[0], [need.source]).hidden(need.tap)
+            frames_MD = valid_frames(hidden.values_BTD, hidden.lens_B)
+            quantisers[need.key], _ = train_quantiser(frames_MD, int(need.dim or 0), steps=2)
+        return cast("Teacher", CodedTeacher(self.teacher, quantisers)) if coded else self.teacher
 
     def _model(self, layers: int, dim: int) -> AsrModel:
         torch.manual_seed(0)
@@ -301,7 +330,7 @@ class Bench:
     def cached(self) -> TargetCache:
         """The teacher's targets of all batches, on disk."""
         place = self.work_dir / "targets"
-        return write_targets(self.data.cuts, self.data, self.teacher, self.needs, place, key_parts={})
+        return write_targets(self.data.cuts, self.data, self.source, self.needs, place, key_parts={})
 
     def run(self, rounds: int) -> tuple[dict[str, Spent], float]:
         """Steps by variant, and bytes of targets per hour of audio."""
@@ -310,7 +339,7 @@ class Bench:
         steppers = {
             "plain": self.stepper(None),
             "cached": self.stepper(cached),
-            "live": self.stepper(LiveTargets(self.teacher, self.needs)),
+            "live": self.stepper(LiveTargets(self.source, self.needs)),
         }
         spent = {name: Spent() for name in steppers}
         batches = self.data.listed
