@@ -80,6 +80,9 @@ class MiniLm:
                 raise ValueError(f"the same relation twice: {list(self.relations)}")
             if self.part == "decoder" and self.align is not None:
                 raise ValueError("align is for part: encoder; a decoder goes by tokens")
+            named = [layer for pair in self.layers.items() for layer in pair if layer.startswith("encoder.")]
+            if self.part == "decoder" and named:
+                raise ValueError(f"part: decoder takes layers of decoders, not {named[0]!r}")
             return self
 
         @property

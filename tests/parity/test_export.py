@@ -68,7 +68,7 @@ def test_signature_is_the_one_of_sherpa_onnx(exports, trained, name):
         "log_probs_len": ["N"],
     }
     types = [v.type.tensor_type.elem_type for v in (x, x_lens, log_probs, lens)]
-    assert types == [onnx.onnx.TensorProto.FLOAT, onnx.onnx.TensorProto.INT64] * 2
+    assert types == [onnx.TensorProto.FLOAT, onnx.TensorProto.INT64] * 2
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.int8.onnx"])

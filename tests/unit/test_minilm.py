@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from kdrecipe.errors import DataError, RecipeError
 from kdrecipe.interfaces import Hidden, LossSetup, ModelOutput, Targets
@@ -100,7 +101,7 @@ def test_contract(check):
             "encoder.9",
         ),
         (None, {"layers": {"encoder.0": "encodr.0"}}, "teacher declares no tap 'encodr.0.k'", "encoder.0"),
-        (None, {"layers": {"encoder.0": "encoder.0"}, "part": "decoder"}, "in its decoder", "attention"),
+        (None, {"layers": {"attentio.0": "attention.0"}, "part": "decoder"}, "in its decoder", "attention"),
         (None, {"heads": 3}, "3 relation heads can't share the student's width 4", "divides"),
         (WIDER, {"heads": 4}, "4 relation heads can't share the teacher's width 6", "divides"),
     ],
@@ -110,6 +111,11 @@ def test_what_does_not_fit(setup, options, message, remedy):
         minilm(setup, **options)
     assert message in str(caught.value)
     assert remedy in str(caught.value)
+
+
+def test_a_decoder_has_no_layers_of_an_encoder():
+    with pytest.raises(ValidationError, match=r"part: decoder takes layers of decoders, not 'encoder\.0'"):
+        MiniLm.Config(layers={"attention.0": "encoder.0"}, part="decoder")
 
 
 def test_other_frame_counts_are_refused():

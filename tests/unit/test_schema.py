@@ -251,7 +251,7 @@ def test_the_example_of_the_readme_is_sound(tmp_path):
     recipe = load_recipe(tmp_path)
     assert recipe.teaching() == ["teacher"]
     assert recipe.build_order() == ["teacher", "scratch", "cr_ctc", "kd", "kd_unlabelled", "kd_int8"]
-    assert recipe.systems["kd"].model["heads"] == {"ctc": {"dropout": 0.0}}
+    assert recipe.systems["kd"].model["heads"] == {"ctc": {"dropout": 0.0, "rank": None}}
 
 
 def test_systems(load):
