@@ -115,7 +115,7 @@ class Sizes:
         batch_s: seconds of audio in a batch.
         rounds: after the warm-up.
         whisper: what differs from the small random one.
-        wav2vec2: likewise.
+        wav2vec2: what differs from the small random one.
     """
 
     student: tuple[int, int]

@@ -547,7 +547,7 @@ class System:
         kind: what it is.
         seeds: one model is made for each.
         training: the recipe's settings with this system's own put over them.
-        targets: likewise.
+        targets: the recipe's settings with this system's own put over them.
         model: ``{name, <options>, heads: {<head>: {...}}}``, defaults filled in; None if it comes
             from elsewhere (compressed, pretrained).
         data: subset of the training split whose transcripts are labels; None: all of it; :data:`NONE`.

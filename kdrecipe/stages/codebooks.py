@@ -81,10 +81,12 @@ def run(recipe: Recipe, layout: Layout, name: str, seed: int, steps: int, out: P
     """Train the codebooks on what the teacher makes of a part of the training audio."""
     import torch
 
+    from kdrecipe.data.tokens import Tokenizer
     from kdrecipe.targets.quantiser import state_of, train_quantiser
     from kdrecipe.train.distribution import local_device
 
-    opened, needs = open_teacher(recipe, layout, name, seed), needed(recipe, name)
+    tokens = Tokenizer.load(layout.tokens)
+    opened, needs = open_teacher(recipe, layout, name, seed, tokens), needed(recipe, name)
     opened.load(local_device())
     frames = _frames(recipe, layout, opened, {need.source.key: need.source for need in needs})
     out.mkdir(parents=True, exist_ok=True)

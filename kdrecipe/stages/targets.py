@@ -59,10 +59,10 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
 
 def _label_jobs(recipe: Recipe, teacher: str, seed: int) -> dict[str, list[Any]]:
     """Jobs of hypotheses along which a teacher speaks, since they are labels -> which of them are."""
-    from kdrecipe.stages.inputs import students_of
+    from kdrecipe.stages.inputs import cached_for
 
     jobs: dict[str, list[Any]] = {}
-    for student in students_of(recipe, teacher):
+    for student in cached_for(recipe, teacher):
         for its_seed in _label_seeds(recipe, student, teacher, seed):
             assert student.keep is not None
             used = [student.data, student.unlabelled, student.keep.model_dump(mode="json")]
@@ -92,13 +92,13 @@ def _texts_heard(
 ) -> tuple[list[Labels], set[str]]:
     """Labels that are hypotheses, by cut; and cuts that some student hears without any label."""
     from kdrecipe.data.features import original_id
-    from kdrecipe.stages.inputs import students_of
+    from kdrecipe.stages.inputs import cached_for
     from kdrecipe.stages.labels import kept_of
     from kdrecipe.stages.session import training_data
 
     labels: list[Labels] = []
     own: set[str] = set()
-    for student in students_of(recipe, teacher):
+    for student in cached_for(recipe, teacher):
         cuts, _, hears = training_data(layout, [student])
         seeds = _label_seeds(recipe, student, teacher, seed)
         own |= set() if seeds else hears

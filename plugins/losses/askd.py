@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 
 from kdrecipe import hookimpl
 from kdrecipe.errors import RecipeError
-from kdrecipe.frames import frame_log_probs, keep_top
 from kdrecipe.interfaces import (
-    Align,
     Batch,
     LossOutput,
     LossSetup,
     ModelOutput,
-    Options,
     Progress,
-    TargetKind,
     Targets,
     TargetSpec,
 )
+
+from .posteriors import HeadOptions, compare, kl
 
 OWN = "ema"  # the teacher that is the student's own moving average
 
@@ -48,7 +45,7 @@ class AdaptiveSelfKd:
     contract_options: ClassVar[Mapping[str, Any]] = {"steps": 100}
     contract_teachers: ClassVar[tuple[str, ...]] = ("teacher", OWN)
 
-    class Config(Options):
+    class Config(HeadOptions):
         """Options of ``askd``.
 
         Args:
@@ -56,25 +53,19 @@ class AdaptiveSelfKd:
             start: s at the first step, in [0, 1).
             end: s in the end, at most 1: the own average alone.
             temperature: T, above 0.
-            head: whose posteriors: ``ctc`` or ``attention``.
             top_k: classes kept per frame; None: all.
-            align: of ``head: ctc``: how the teacher's frames become the student's.
         """
 
         steps: int = Field(ge=1)
         start: float = Field(0.0, ge=0, lt=1)
         end: float = Field(1.0, gt=0, le=1)
         temperature: float = Field(1.0, gt=0)
-        head: Literal["ctc", "attention"] = "ctc"
         top_k: int | None = Field(None, ge=1)
-        align: Align | None = None
 
         @model_validator(mode="after")
         def _fits(self) -> AdaptiveSelfKd.Config:
             if self.start > self.end:
                 raise ValueError(f"s rises from start to end, not from {self.start:g} to {self.end:g}")
-            if self.head != "ctc" and self.align is not None:
-                raise ValueError(f"align is for head: ctc; {self.head} goes by tokens")
             return self
 
     def __init__(self, config: Config, setup: LossSetup) -> None:
@@ -91,27 +82,22 @@ class AdaptiveSelfKd:
     @staticmethod
     def requires(config: Config) -> list[TargetSpec]:
         """Posteriors of each teacher."""
-        kind: TargetKind = "frame_logits" if config.head == "ctc" else "token_logits"
-        return [TargetSpec(kind, config.head, top_k=config.top_k, align=config.align)]
+        return config.needs()
 
     def __call__(
         self, out: ModelOutput, targets: Mapping[str, Targets], batch: Batch, *, progress: Progress
     ) -> LossOutput:
         """Sum over frames or tokens; see the class."""
         config, head = self.config, self.config.head
-        kind: TargetKind = "frame_logits" if head == "ctc" else "token_logits"
-        lens_B = out.lens_B if head == "ctc" else batch.token_lens_B + 1
+        lens_B = config.lens_B(out, batch)
         own_share = config.start + (config.end - config.start) * progress.share(config.steps)
         total, agree = out.logits[head].new_zeros(()), out.lens_B.new_zeros(())
         for name, said in targets.items():
-            teacher = keep_top(said.posteriors(head, kind), config.top_k)
-            both = frame_log_probs(out.logits[head], lens_B, teacher)
-            log_p_NK, log_q_NK = ((x / config.temperature).log_softmax(-1) for x in both)
+            both = compare(out.logits[head], lens_B, config.said(said), config.temperature)
             share = own_share if name == OWN else (1 - own_share) / (len(targets) - 1)
-            kl = F.kl_div(log_q_NK, log_p_NK, reduction="sum", log_target=True)
-            total = total + share * config.temperature**2 * kl
+            total = total + share * config.temperature**2 * kl(both.log_p_NK, both.log_q_NK).sum()
             if name == OWN:
-                agree = (log_p_NK.argmax(-1) == log_q_NK.argmax(-1)).sum()
+                agree = both.agree()
         return LossOutput(total, lens_B.sum(), {"agree": agree})
 
 

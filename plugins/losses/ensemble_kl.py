@@ -13,26 +13,19 @@ from torch import Tensor
 
 from kdrecipe import hookimpl
 from kdrecipe.errors import RecipeError, did_you_mean
-from kdrecipe.frames import (
-    ctc_greedy,
-    edit_distance,
-    frame_log_probs,
-    frame_mask,
-    keep_top,
-)
+from kdrecipe.frames import ctc_greedy, edit_distance, frame_mask
 from kdrecipe.interfaces import (
     BLANK_ID,
-    Align,
     Batch,
     LossOutput,
     LossSetup,
     ModelOutput,
-    Options,
     Posteriors,
-    TargetKind,
     Targets,
     TargetSpec,
 )
+
+from .posteriors import HeadOptions, compare, kl
 
 
 class EnsembleKl:
@@ -59,7 +52,7 @@ class EnsembleKl:
 
     all_teachers: ClassVar[bool] = True
 
-    class Config(Options):
+    class Config(HeadOptions):
         """Options of ``ensemble_kl``.
 
         Args:
@@ -69,9 +62,7 @@ class EnsembleKl:
             best: the best teacher of each utterance alone, by ``error`` or ``confidence``; of equals, all.
             sharpness: an error rate of 0.1 more divides a weight by ``exp(sharpness / 10)``.
             temperature: T, above 0.
-            head: whose posteriors: ``ctc`` or ``attention``.
             top_k: classes kept per frame; None: all.
-            align: of ``head: ctc``: how the teachers' frames become the student's.
         """
 
         weights: Literal["mean", "fixed", "error", "confidence"] = "mean"
@@ -79,9 +70,7 @@ class EnsembleKl:
         best: bool = False
         sharpness: float = Field(10.0, gt=0)
         temperature: float = Field(1.0, gt=0)
-        head: Literal["ctc", "attention"] = "ctc"
         top_k: int | None = Field(None, ge=1)
-        align: Align | None = None
 
         @model_validator(mode="after")
         def _fits(self) -> EnsembleKl.Config:
@@ -91,8 +80,6 @@ class EnsembleKl:
                 raise ValueError("fixed: weights are above 0")
             if self.best and self.weights not in ("error", "confidence"):
                 raise ValueError(f"best: true chooses by weights: error or confidence, not {self.weights}")
-            if self.head != "ctc" and self.align is not None:
-                raise ValueError(f"align is for head: ctc; {self.head} goes by tokens")
             return self
 
     def __init__(self, config: Config, setup: LossSetup) -> None:
@@ -109,25 +96,21 @@ class EnsembleKl:
     @staticmethod
     def requires(config: Config) -> list[TargetSpec]:
         """Posteriors of each teacher."""
-        kind: TargetKind = "frame_logits" if config.head == "ctc" else "token_logits"
-        return [TargetSpec(kind, config.head, top_k=config.top_k, align=config.align)]
+        return config.needs()
 
     def __call__(self, out: ModelOutput, targets: Mapping[str, Targets], batch: Batch) -> LossOutput:
         """Sum over frames or tokens; see the class."""
         config, head = self.config, self.config.head
-        kind: TargetKind = "frame_logits" if head == "ctc" else "token_logits"
-        lens_B = out.lens_B if head == "ctc" else batch.token_lens_B + 1
-        said = {name: keep_top(t.posteriors(head, kind), config.top_k) for name, t in targets.items()}
+        lens_B = config.lens_B(out, batch)
+        said = {name: config.said(its) for name, its in targets.items()}
         weights_KB = self._weights(said, batch)
-        rows_N = torch.arange(len(lens_B), device=lens_B.device).repeat_interleave(lens_B)
         total, metrics = out.logits[head].new_zeros(()), {}
         for (name, teacher), weights_B in zip(said.items(), weights_KB, strict=True):
-            both = frame_log_probs(out.logits[head], lens_B, teacher)
-            log_p_NK, log_q_NK = ((x / config.temperature).log_softmax(-1) for x in both)
-            kl_N = F.kl_div(log_q_NK, log_p_NK, reduction="none", log_target=True).sum(-1)
-            total = total + config.temperature**2 * (kl_N * weights_B.to(kl_N)[rows_N]).sum()
-            metrics[f"agree_{name}"] = (log_p_NK.argmax(-1) == log_q_NK.argmax(-1)).sum()
-        return LossOutput(total, len(rows_N), metrics)
+            both = compare(out.logits[head], lens_B, teacher, config.temperature)
+            kl_N = kl(both.log_p_NK, both.log_q_NK)
+            total = total + config.temperature**2 * (kl_N * weights_B.to(kl_N)[both.rows_N]).sum()
+            metrics[f"agree_{name}"] = both.agree()
+        return LossOutput(total, lens_B.sum(), metrics)
 
     def _weights(self, said: Mapping[str, Posteriors], batch: Batch) -> Tensor:
         """(teachers, B), adding up to 1 over the teachers."""

@@ -30,34 +30,63 @@ from kdrecipe.interfaces import (
 )
 
 
-class FrameOptions(Options):
-    """Which posteriors are compared, and on which frames.
+class HeadOptions(Options):
+    """Whose posteriors are compared.
 
     Args:
         head: whose posteriors: ``ctc`` or ``attention``, of both teacher and student.
+        align: of ``head: ctc``, where the teacher's frames are not the student's: ``mean``, ``stride`` or
+            ``interpolate``, see :mod:`kdrecipe.targets.align`; None: they must be.
+    """
+
+    head: Literal["ctc", "attention"] = "ctc"
+    align: Align | None = None
+
+    @model_validator(mode="after")
+    def _frames_are_ctc(self) -> HeadOptions:
+        if self.head != "ctc" and self.align is not None:
+            raise ValueError(f"align is for head: ctc; {self.head} goes by tokens")
+        return self
+
+    @property
+    def kind(self) -> TargetKind:
+        """Of the targets that are compared."""
+        return "frame_logits" if self.head == "ctc" else "token_logits"
+
+    def needs(self) -> list[TargetSpec]:
+        """The posteriors, of each teacher."""
+        return [TargetSpec(self.kind, self.head, top_k=getattr(self, "top_k", None), align=self.align)]
+
+    def said(self, targets: Targets) -> Posteriors:
+        """What a teacher says, as many classes of it as the options want."""
+        return keep_top(targets.posteriors(self.head, self.kind), getattr(self, "top_k", None))
+
+    def lens_B(self, out: ModelOutput, batch: Batch) -> Tensor:
+        """Frames of each utterance, or tokens and the end of the sentence."""
+        return out.lens_B if self.head == "ctc" else batch.token_lens_B + 1
+
+
+class FrameOptions(HeadOptions):
+    """On which frames.
+
+    Args:
         blank: of ``head: ctc``; ``keep``: all frames; ``drop``: not where the teacher's blank
             posterior is above ``blank_threshold``; ``select``: the others of ``drop`` and
             ``neighbours`` frames on each side of them; ``weight``: all, weighted by 1 - blank posterior.
         blank_threshold: in [0.5, 1), for ``drop`` and ``select``; 0.5 drops the frames whose best class
             is the blank, save those where it wins with less than half.
         neighbours: frames on each side, for ``select``.
-        align: of ``head: ctc``, where the teacher's frames are not the student's: ``mean``, ``stride`` or
-            ``interpolate``, see :mod:`kdrecipe.targets.align`; None: they must be.
     """
 
-    head: Literal["ctc", "attention"] = "ctc"
     blank: Literal["keep", "drop", "select", "weight"] = "keep"
     # From 0.5 on, a blank above the threshold is the best class and so among any top k.
     blank_threshold: float = Field(0.5, ge=0.5, lt=1)
     neighbours: int = Field(1, ge=0)
-    align: Align | None = None
 
     @model_validator(mode="after")
-    def _frames_are_ctc(self) -> FrameOptions:
+    def _blanks_are_ctc(self) -> FrameOptions:
         if self.head != "ctc" and self.blank != "keep":
             raise ValueError(f"blank: {self.blank} is for head: ctc; the tokens of {self.head} have no blank")
-        if self.head != "ctc" and self.align is not None:
-            raise ValueError(f"align is for head: ctc; {self.head} goes by tokens")
         return self
 
 
@@ -97,6 +126,10 @@ class Compared:
     blank_N: Tensor
     rows_N: Tensor
 
+    def agree(self) -> Tensor:
+        """How many of the frames have the same best class."""
+        return (self.log_p_NK.argmax(-1) == self.log_q_NK.argmax(-1)).sum()
+
     def where(self, used_N: Tensor) -> Compared:
         """Some of the frames."""
         return Compared(
@@ -129,30 +162,24 @@ class PosteriorLoss:
     @staticmethod
     def requires(config: Any) -> list[TargetSpec]:
         """The teacher's posteriors."""
-        kind: TargetKind = "frame_logits" if config.head == "ctc" else "token_logits"
-        top_k = getattr(config, "top_k", None)
-        return [TargetSpec(kind, config.head, top_k=top_k, align=config.align)]
+        needs: list[TargetSpec] = config.needs()
+        return needs
 
     def __call__(self, out: ModelOutput, targets: Targets, batch: Batch) -> LossOutput:
         """Sum over the used frames or tokens; see the class."""
         config = self.config
-        kind: TargetKind = "frame_logits" if config.head == "ctc" else "token_logits"
-        teacher = targets.posteriors(config.head, kind)
-        logits_BTV = out.logits[config.head]
+        teacher, logits_BTV = config.said(targets), out.logits[config.head]
         if self.all_classes:
             teacher = all_classes(teacher, logits_BTV.shape[-1])
-        teacher = keep_top(teacher, getattr(config, "top_k", None))
-        lens_B = out.lens_B if config.head == "ctc" else batch.token_lens_B + 1
         temperature = getattr(config, "temperature", 1.0)
-        both = compare(logits_BTV, lens_B, teacher, temperature)
+        both = compare(logits_BTV, config.lens_B(out, batch), teacher, temperature)
         if config.blank in ("drop", "select"):
             both = both.where(valid_frames(used_frames(teacher, config), teacher.lens_B))
         values_N = self.divergence(both)
         if config.blank == "weight":
             blank_N = valid_frames(blank_probs(teacher), teacher.lens_B).detach()
             values_N = values_N * (1 - blank_N).to(values_N.dtype)
-        agree = (both.log_p_NK.argmax(-1) == both.log_q_NK.argmax(-1)).sum()
-        return LossOutput(temperature**2 * values_N.sum(), len(values_N), {"agree": agree})
+        return LossOutput(temperature**2 * values_N.sum(), len(values_N), {"agree": both.agree()})
 
     def divergence(self, both: Compared) -> Tensor:
         """(N,) of each frame; least where both say the same."""

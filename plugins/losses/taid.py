@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
-from kdrecipe.frames import frame_log_probs, keep_top
 from kdrecipe.interfaces import (
-    Align,
     Batch,
     LossOutput,
     LossSetup,
     ModelOutput,
-    Options,
     Progress,
-    TargetKind,
     Targets,
     TargetSpec,
 )
+
+from .posteriors import HeadOptions, compare, kl
 
 
 class Taid(nn.Module):
@@ -51,7 +48,7 @@ class Taid(nn.Module):
         "gradcheck": "the stop-gradient is part of the loss: its gradient is not that of its value",
     }
 
-    class Config(Options):
+    class Config(HeadOptions):
         """Options of ``taid``.
 
         Args:
@@ -60,9 +57,7 @@ class Taid(nn.Module):
             end: t in the end, at most 1, which is the teacher.
             alpha: how much faster than the line t may rise, per step.
             beta: of the momentum over the loss's relative change.
-            head: whose posteriors: ``ctc`` or ``attention``.
             top_k: classes kept per frame; None: all.
-            align: of ``head: ctc``: how the teacher's frames become the student's.
         """
 
         steps: int = Field(ge=1)
@@ -70,16 +65,12 @@ class Taid(nn.Module):
         end: float = Field(1.0, gt=0, le=1)
         alpha: float = Field(5e-4, ge=0, le=1)
         beta: float = Field(0.99, ge=0, lt=1)
-        head: Literal["ctc", "attention"] = "ctc"
         top_k: int | None = Field(None, ge=1)
-        align: Align | None = None
 
         @model_validator(mode="after")
         def _fits(self) -> Taid.Config:
             if self.start > self.end:
                 raise ValueError(f"t rises from start to end, not from {self.start:g} to {self.end:g}")
-            if self.head != "ctc" and self.align is not None:
-                raise ValueError(f"align is for head: ctc; {self.head} goes by tokens")
             return self
 
     t: Tensor
@@ -98,8 +89,7 @@ class Taid(nn.Module):
     @staticmethod
     def requires(config: Config) -> list[TargetSpec]:
         """The teacher's posteriors."""
-        kind: TargetKind = "frame_logits" if config.head == "ctc" else "token_logits"
-        return [TargetSpec(kind, config.head, top_k=config.top_k, align=config.align)]
+        return config.needs()
 
     def at(self, progress: Progress) -> float:
         """t at a step: that of the line, or further."""
@@ -108,17 +98,11 @@ class Taid(nn.Module):
 
     def forward(self, out: ModelOutput, targets: Targets, batch: Batch, *, progress: Progress) -> LossOutput:
         """Sum over the frames or tokens; see the class."""
-        head = self.config.head
-        if head == "ctc":
-            found, lens_B = targets.posteriors("ctc"), out.lens_B
-        else:
-            found, lens_B = targets.posteriors(head, "token_logits"), batch.token_lens_B + 1
-        teacher = keep_top(found, self.config.top_k)
-        log_p_NK, log_q_NK = frame_log_probs(out.logits[head], lens_B, teacher)
-        between_NK = torch.lerp(log_q_NK.detach(), log_p_NK, self.at(progress)).log_softmax(-1)
-        total = F.kl_div(log_q_NK, between_NK, reduction="sum", log_target=True)
-        agree = (log_p_NK.argmax(-1) == log_q_NK.argmax(-1)).sum()
-        return LossOutput(total, len(log_q_NK), {"agree": agree})
+        config = self.config
+        both = compare(out.logits[config.head], config.lens_B(out, batch), config.said(targets))
+        between_NK = torch.lerp(both.log_q_NK.detach(), both.log_p_NK, self.at(progress)).log_softmax(-1)
+        total = kl(between_NK, both.log_q_NK).sum()
+        return LossOutput(total, len(both.log_q_NK), {"agree": both.agree()})
 
     @torch.no_grad()
     def after_step(self, value: float, progress: Progress) -> None:

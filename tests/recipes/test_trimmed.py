@@ -57,7 +57,10 @@ systems:
       unlabelled: rest
       teachers: [whisper]
       model: *cut
-      losses: &soft [{name: attention}, {name: kl, head: attention}]
+      losses:
+        - {name: attention}
+        - {name: kl, head: attention}
+        - {name: mvq, layer: encoder.1, num_codebooks: 2, align: stride} # codebooks are of the same teacher
   pseudo: # other utterances along its hypotheses, where they are kept
     distill:
       data: few
@@ -65,7 +68,7 @@ systems:
         min_avg_log_prob: null, max_compression_ratio: null, max_no_speech_prob: null, digits: false}}
       teachers: [whisper]
       model: *cut
-      losses: *soft
+      losses: [{name: attention}, {name: kl, head: attention}]
 decode: {splits: [test], measure_max: 2, robustness: 0, decoders: {greedy: {name: attention_greedy}}}
 export: [{name: onnx_attention}]
 parity:

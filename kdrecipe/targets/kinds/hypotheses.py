@@ -67,30 +67,33 @@ def n_best(logits_BTV: Tensor, lens_B: Tensor, num_texts: int) -> NBest:
         num_texts: N; with one, the text of the best path.
     """
     logits_BTV = logits_BTV.detach().float()
-    tokens_BNU, token_lens_BN, found_BN = _padded(_texts(logits_BTV, lens_B, num_texts), num_texts)
-    tokens_BNU, token_lens_BN, found_BN = (x.to(lens_B.device) for x in (tokens_BNU, token_lens_BN, found_BN))
+    tokens_BNU, token_lens_BN, found_BN = (
+        x.to(lens_B.device) for x in _padded(_texts(logits_BTV, lens_B, num_texts), num_texts)
+    )
     log_probs_BN = -ctc_nll_of_texts(logits_BTV, lens_B, tokens_BNU, token_lens_BN)
     log_probs_BN = log_probs_BN.where(found_BN, MIN_LOG_PROB)
-    # the search prunes alignments, so its order need not be that of the sums over all of them
-    order_BN = log_probs_BN.argsort(dim=1, descending=True, stable=True)
-    tokens_BNU = tokens_BNU.gather(1, order_BN[..., None].expand_as(tokens_BNU))
+    # the search prunes alignments, so its order need not be that of the sums over all of them: the best are
+    # chosen now, of all that it kept
+    order_BN = log_probs_BN.argsort(dim=1, descending=True, stable=True)[:, :num_texts]
+    tokens_BNU = tokens_BNU.gather(1, order_BN[..., None].expand(-1, -1, tokens_BNU.shape[-1]))
     return NBest(tokens_BNU, token_lens_BN.gather(1, order_BN), log_probs_BN.gather(1, order_BN))
 
 
 def _texts(logits_BTV: Tensor, lens_B: Tensor, num_texts: int) -> list[list[Sequence[int]]]:
-    """The best texts of each utterance, without padding."""
+    """Candidates for the best texts of each utterance, without padding."""
     if num_texts == 1:
         return [[text] for text in ctc_greedy(logits_BTV, lens_B)[0]]
     beam = max(MIN_BEAM, BEAM_PER_TEXT * num_texts)
     log_probs_BTV = logits_BTV.log_softmax(-1).cpu().numpy().astype(np.float64)
     return [
-        [text for text, _ in prefix_beam_search(log_probs_TV[:length], beam, beam)[:num_texts]]
+        [text for text, _ in prefix_beam_search(log_probs_TV[:length], beam, beam)]
         for log_probs_TV, length in zip(log_probs_BTV, lens_B.tolist(), strict=True)
     ]
 
 
-def _padded(texts: Sequence[Sequence[Sequence[int]]], num_texts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(texts: Sequence[Sequence[Sequence[int]]], at_least: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens (B, N, U), their number (B, N), and which texts there are (B, N)."""
+    num_texts = max([at_least, *map(len, texts)])
     size = max((len(text) for found in texts for text in found), default=0)
     tokens_BNU = torch.full((len(texts), num_texts, size), BLANK_ID)
     token_lens_BN = torch.zeros(len(texts), num_texts, dtype=torch.int64)
