@@ -4,6 +4,7 @@ import collections
 import logging
 import shutil
 import warnings
+import zipfile
 
 import numpy as np
 import onnx
@@ -44,6 +45,12 @@ def expected_of(model, features_BTF, lens_B) -> list[np.ndarray]:
 
 def found_of(runner, features_BTF, lens_B) -> list[np.ndarray]:
     return [row[:length] for row, length in zip(*runner.log_probs(features_BTF, lens_B), strict=True)]
+
+
+def bytes_of_weights(path) -> int:
+    """Bytes of a TorchScript file's tensors, without its code, which holds the paths of its sources."""
+    with zipfile.ZipFile(path) as archive:
+        return sum(i.file_size for i in archive.infolist() if i.filename.split("/")[1] == "data")
 
 
 def initialisers(path) -> list[np.ndarray]:
@@ -209,8 +216,8 @@ def test_torchscript_of_float_and_int8_bundles(trained, tmp_path):
         expected = expected_of(model, features_BTF, lens_B)
         for a, b in zip(expected, found_of(runner, features_BTF, lens_B), strict=True):
             np.testing.assert_allclose(b, a, atol=1e-4)
-    sizes = [(tmp_path / "int8" / n).stat().st_size for n in ("model.pt", "model.int8.pt")]
-    assert sizes[1] < sizes[0] / 2
+    sizes = [bytes_of_weights(tmp_path / "int8" / n) for n in ("model.pt", "model.int8.pt")]
+    assert sizes[1] < sizes[0] * 0.4
     assert check_parity(trained.int8, scripts, tmp_path / "int8", trained.utterances[:3])["int8"]["kl"] < 1e-6
 
 
