@@ -231,13 +231,13 @@ def _run_worker(
 
 
 def _num_bins(model: Path) -> int | None:
-    """Feature bins that an ONNX model expects; None: files of another kind, which their runtime knows."""
+    """Feature bins that an ONNX model expects; None: it takes audio, or is a file of another kind."""
     if model.suffix != ".onnx":
         return None
     import onnx
 
     try:
-        shape = onnx.load(model).graph.input[0].type.tensor_type.shape
-        return int(shape.dim[2].dim_value)
+        dims = onnx.load(model).graph.input[0].type.tensor_type.shape.dim
+        return int(dims[2].dim_value) if len(dims) > 2 else None
     except Exception as error:  # protobuf's own types, which change between versions
         raise KdrecipeError("not an ONNX model of speech features", where=str(model)) from error

@@ -59,7 +59,7 @@ TOP_KEYS = (
     "export", "parity", "claims", "profiles",
 )  # fmt: skip
 
-DEFAULT_EXPORTS = ("onnx_ctc", "onnx_transducer", "onnx_attention", "torchscript")
+DEFAULT_EXPORTS = ("onnx_ctc", "onnx_transducer", "sherpa_attention", "onnx_attention", "torchscript")
 """Those of them that are installed and suit some system."""
 
 EXAMPLES: Mapping[str, str] = {

@@ -103,13 +103,28 @@ def unfit(registry: Registry, exporter: str, model: Mapping[str, Any]) -> str | 
     return why
 
 
-def measured_exporter(heads: Sequence[str], exporters: Sequence[Named], registry: Registry) -> Named | None:
-    """The exporter whose files are measured: the first of the first head that has a runtime."""
+def measured_exporter(
+    heads: Sequence[str], exporters: Sequence[Named], registry: Registry, search: Named | None = None
+) -> Named | None:
+    """The exporter whose files are measured: of the first head, the first one whose runtime has ``search``.
+
+    Without it, the first one that has a runtime.
+    """
+    fitting = []
     for exporter in exporters:
         cls = registry.get("exporters", exporter.name)
         if head_of(registry, "exporters", exporter.name) == heads[0] and getattr(cls, "runtime", None):
-            return exporter
-    return None
+            fitting.append((exporter, cls.runtime))
+    if search is not None and len(fitting) > 1:
+        for exporter, runtime in fitting:
+            if isinstance(runtime_search(runtime, search, registry), RuntimeOptions):
+                return exporter
+    return fitting[0][0] if fitting else None
+
+
+def main_search(heads: Sequence[str], decoders: Mapping[str, Named], registry: Registry) -> Named | None:
+    """The search of a system's row; None: nothing searches its first head."""
+    return next(iter(searches(heads, decoders, registry).values()), None)
 
 
 @dataclass(frozen=True)

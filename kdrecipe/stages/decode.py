@@ -25,6 +25,7 @@ from kdrecipe.recipe.load import Named, Recipe, System
 from kdrecipe.recipe.sections import uses_lm
 from kdrecipe.recipe.suitable import (
     head_of,
+    main_search,
     measured_exporter,
     searches,
 )
@@ -93,7 +94,8 @@ def _imported_job(recipe: Recipe, layout: Layout, system: System, seed: int) -> 
 def _exporter_input(recipe: Recipe, system: str) -> dict[str, str] | None:
     """The exporter whose files the row shows, and a hash of its code; None if the heads are not known yet."""
     registry, heads = recipe.plugins.registry, recipe.heads_of(system)
-    wanted = measured_exporter(heads, recipe.export, registry) if heads else None
+    search = main_search(heads, recipe.decode.decoders, registry) if heads else None
+    wanted = measured_exporter(heads, recipe.export, registry, search) if heads else None
     if wanted is None:
         return None
     return {"name": wanted.name, "plugin": registry.fingerprint("exporters", wanted.name)}
@@ -131,7 +133,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     same, changed = None, {}
     if row.hypotheses is not of_bundle:
         same = _same_texts(row.hypotheses[first], of_bundle[first])
-        changed = rewritten(recipe, bundle, row.hypotheses, of_bundle)
+        changed = rewritten(recipe, bundle, found[main], row.hypotheses, of_bundle)
     if recipe.decode.robustness:
         under_conditions(row, cuts[first], recipe.decode.robustness, out)
     facts = _search_facts(recipe, bundle, decoders, found, cuts[first])

@@ -57,7 +57,7 @@ def row_of(
 ) -> Row:
     """The row of the export if its runtime has the search (label, decoder), otherwise that of the bundle."""
     registry, heads = recipe.plugins.registry, list(bundle.meta["model"]["heads"])
-    wanted = measured_exporter(heads, recipe.export, registry)
+    wanted = measured_exporter(heads, recipe.export, registry, search[1])
     if wanted is None:
         raise KdrecipeError(
             f"no exporter in export is for the head {heads[0]!r} of {bundle.name!r} and can be measured",
@@ -123,6 +123,7 @@ def _variant(bundle: Bundle) -> str:
 def rewritten(
     recipe: Recipe,
     bundle: Bundle,
+    search: Named,
     rows: Mapping[str, Sequence[Mapping[str, Any]]],
     of_bundle: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, str]:
@@ -130,9 +131,10 @@ def rewritten(
     from kdrecipe.data.tokens import ids_by_name
     from kdrecipe.measure.spelling import Spelling, speller_of
 
-    wanted = measured_exporter(list(bundle.meta["model"]["heads"]), recipe.export, recipe.plugins.registry)
+    registry, heads = recipe.plugins.registry, list(bundle.meta["model"]["heads"])
+    wanted = measured_exporter(heads, recipe.export, registry, search)
     assert wanted is not None, "it has a row in its runtime"
-    cls = recipe.plugins.registry.get("exporters", wanted.name)
+    cls = registry.get("exporters", wanted.name)
     ids, notes = ids_by_name(bundle.tokens.pieces), {}
     for split, listed in rows.items():
         spelling = Spelling(bundle.tokens, speller_of(cls, bundle.tokens.pieces), cls.runtime.name)

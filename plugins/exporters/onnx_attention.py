@@ -6,8 +6,8 @@
 
     python recognise.py speech.wav
 
-sherpa-onnx has no slot for such models in general; ``recognise.py``
-(``plugins/exporters/attention_runtime.py``) needs onnxruntime, numpy and kaldi-native-fbank.
+It has the joint search with CTC, which sherpa-onnx lacks (``sherpa_attention`` is for greedy search there).
+``recognise.py`` (``plugins/exporters/attention_runtime.py``) needs onnxruntime, numpy and kaldi-native-fbank.
 
 Encoder: ``x`` (N, T, F) float32 log-mel features, not normalised, and ``x_lens`` (N,) int64, to
 ``cross_keys`` and ``cross_values`` (L, N, H, T', d), ``cross_lens`` (N,), and, where the model has a head

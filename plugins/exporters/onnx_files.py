@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,7 @@ class Part:
         inputs: names of the inputs and their axes.
         outputs: names of the outputs and their axes.
         metadata: what runtimes and persons read in the file.
+        quantised: whether there is an int8 file of it; without, both variants have the one in float.
     """
 
     name: str
@@ -61,13 +62,15 @@ class Part:
     inputs: Axes
     outputs: Axes
     metadata: dict[str, str]
+    quantised: bool = True
 
 
-def file_names(*parts: str) -> dict[str, dict[str, str]]:
-    """Variant -> part -> file name, as :func:`write` writes them."""
+def file_names(*parts: str, float_parts: Collection[str] = ()) -> dict[str, dict[str, str]]:
+    """Variant -> part -> file name, as :func:`write` writes them; ``float_parts`` are not quantised."""
+    fp32 = {part: f"{part}.onnx" for part in parts}
     return {
-        "fp32": {part: f"{part}.onnx" for part in parts},
-        "int8": {part: f"{part}.int8.onnx" for part in parts},
+        "fp32": fp32,
+        "int8": {p: name if p in float_parts else f"{p}.int8.onnx" for p, name in fp32.items()},
     }
 
 
@@ -86,18 +89,22 @@ def write(
     stored = config.conv_weights == "int8"
     sizes = {p: p.numel() for part in parts for p in part.module.parameters()}
     num_params = {"num_params": str(sum(sizes.values()))}  # of all files together
+    files = file_names(*(p.name for p in parts), float_parts=[p.name for p in parts if not p.quantised])
     for part in parts:
-        fp32 = slim(_traced(part))
-        int8 = quantise(
-            fp32, keep_float=keep_float, convs=stored, embeddings=stored, reduce_range=config.reduce_range
-        )
-        for variant, model in (("fp32", fp32), ("int8", int8)):
+        variants = {"fp32": slim(_traced(part))}
+        if part.quantised:
+            variants["int8"] = quantise(
+                variants["fp32"],
+                keep_float=keep_float,
+                convs=stored,
+                embeddings=stored,
+                reduce_range=config.reduce_range,
+            )
+        for variant, model in variants.items():
             onnx.helper.set_model_props(model, part.metadata | num_params)
             onnx.checker.check_model(model)
-            path = directory / file_names(part.name)[variant][part.name]
-            path.write_bytes(model.SerializeToString())
+            (directory / files[variant][part.name]).write_bytes(model.SerializeToString())
     shutil.copyfile(bundle.path / TOKENS, directory / TOKENS)
-    files = file_names(*(part.name for part in parts))
     return {variant: [*names.values(), TOKENS] for variant, names in files.items()}
 
 
@@ -125,12 +132,24 @@ def _traced(part: Part) -> onnx.ModelProto:
         )
         sizes = [tuple(x.shape) for x in module(*part.example)]
     exported = onnx.load_from_string(buffer.getvalue())
+    _keep_unread(exported.graph, part)
     # The trace forgets some fixed sizes; sherpa-onnx reads the vocabulary's from here.
     for value, names, shape in zip(exported.graph.output, part.outputs.values(), sizes, strict=True):
         for dim, name, size in zip(value.type.tensor_type.shape.dim, names, shape, strict=True):
             if not name:
                 dim.dim_value = size
     return exported
+
+
+def _keep_unread(graph: onnx.GraphProto, part: Part) -> None:
+    """Put inputs back that the trace dropped since nothing reads them: runtimes go by their order."""
+    traced = {value.name: value for value in graph.input}
+    for name, example in zip(part.inputs, part.example, strict=True):
+        kind = onnx.helper.np_dtype_to_tensor_dtype(example.numpy().dtype)
+        shape = [axis or size for axis, size in zip(part.inputs[name], example.shape, strict=True)]
+        traced.setdefault(name, onnx.helper.make_tensor_value_info(name, kind, shape))
+    del graph.input[:]
+    graph.input.extend(traced[name] for name in part.inputs)
 
 
 def example_batch(num_bins: int) -> tuple[Tensor, Tensor]:

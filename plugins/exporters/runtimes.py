@@ -36,6 +36,17 @@ def sherpa_transducer() -> Started:
     return f"sherpa-onnx {sherpa_onnx.__version__}", load
 
 
+def sherpa_attention() -> Started:
+    """sherpa-onnx for encoder-decoders, in its slot ``moonshine``; its only search is the greedy one."""
+    import sherpa_onnx
+
+    def load(spec: dict[str, Any]) -> Recognise:
+        build = sherpa_onnx.OfflineRecognizer.from_moonshine
+        return _sherpa(build(**spec["files"], tokens=spec["tokens"], num_threads=spec["num_threads"]))
+
+    return f"sherpa-onnx {sherpa_onnx.__version__}", load
+
+
 def _sherpa_arguments(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         **spec["files"],

@@ -67,6 +67,12 @@ def ctc_speller(pieces: Sequence[str]) -> Speller:
     return lambda ids: b"".join(names[i] for i in ids).decode("utf-8", "replace")
 
 
+def plain_speller(pieces: Sequence[str]) -> Speller:
+    """What sherpa-onnx writes for tokens of encoder-decoders: their names in a row."""
+    names = _names(pieces)
+    return lambda ids: b"".join(names[i] for i in ids).decode("utf-8", "replace")
+
+
 def transducer_speller(pieces: Sequence[str]) -> Speller:
     """What sherpa-onnx writes for tokens of a transducer.
 

@@ -161,6 +161,14 @@ def attentions(all_heads, tmp_path_factory) -> Path:
     return _exported(OnnxAttention, all_heads, tmp_path_factory.mktemp("attentions"))
 
 
+@pytest.fixture(scope="session")
+def sherpa_attentions(all_heads, tmp_path_factory) -> Path:
+    """``sherpa_attention`` of both bundles, in ``float`` and ``int8``."""
+    from kdrecipe_plugins.exporters.sherpa_attention import SherpaAttention
+
+    return _exported(SherpaAttention, all_heads, tmp_path_factory.mktemp("sherpa_attentions"))
+
+
 def _exported(cls, trained: Trained, directory: Path) -> Path:
     exporter = cls(cls.Config())
     exporter.export(trained.bundle, directory / "float")

@@ -26,6 +26,7 @@ from kdrecipe.stages.layout import Layout
 from kdrecipe_plugins.exporters.onnx_attention import OnnxAttention
 from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc
 from kdrecipe_plugins.exporters.onnx_transducer import OnnxTransducer
+from kdrecipe_plugins.exporters.sherpa_attention import SherpaAttention
 from kdrecipe_plugins.exporters.torchscript import TorchScript
 
 RATE = 16000
@@ -33,11 +34,13 @@ NEXT_TO_NOTHING = (1, 2, 3, 100, 399)
 BUNDLE_SEARCHES = (
     "ctc_greedy", "ctc_prefix_beam", "attention_greedy", "attention_beam", "rnnt_greedy", "rnnt_beam",
 )  # fmt: skip
-EXPORTERS = {cls.__name__: cls for cls in (OnnxCtc, OnnxAttention, OnnxTransducer, TorchScript)}
+EXPORTERS = {
+    cls.__name__: cls for cls in (OnnxCtc, SherpaAttention, OnnxAttention, OnnxTransducer, TorchScript)
+}
 
 
 @pytest.fixture(scope="session")
-def directories(all_heads, attentions, transducers, tmp_path_factory):
+def directories(all_heads, sherpa_attentions, attentions, transducers, tmp_path_factory):
     """Where each exporter's files of the same bundle are."""
     made = tmp_path_factory.mktemp("any_length")
     for cls in (OnnxCtc, TorchScript):
@@ -45,6 +48,7 @@ def directories(all_heads, attentions, transducers, tmp_path_factory):
     return {
         "OnnxCtc": made / "OnnxCtc",
         "TorchScript": made / "TorchScript",
+        "SherpaAttention": sherpa_attentions / "float",
         "OnnxAttention": attentions / "float",
         "OnnxTransducer": transducers / "float",
     }
@@ -96,7 +100,7 @@ def test_long_audio_is_recognised_piece_by_piece(runner_of, talk, name):
         assert parts[-1][0] <= found.times_s[-1] < len(talk) / RATE
 
 
-@pytest.mark.parametrize("name", ["OnnxCtc", "OnnxAttention", "OnnxTransducer"])
+@pytest.mark.parametrize("name", ["OnnxCtc", "SherpaAttention", "OnnxAttention", "OnnxTransducer"])
 def test_runtimes_take_any_length(directories, all_heads, runner_of, talk, name):
     cls = EXPORTERS[name]
     utterances = [Utterance(str(n), talk[6000 : 6000 + n]) for n in (*NEXT_TO_NOTHING, 400)]

@@ -255,18 +255,19 @@ def test_missing_and_damaged_files_are_named(exports, trained, tmp_path):
 # ---------------------------------------------------------------- the gate
 
 
-@pytest.mark.parametrize("kind", ["onnx_ctc", "torchscript", "onnx_transducer", "onnx_attention"])
+@pytest.mark.parametrize(
+    "kind", ["onnx_ctc", "torchscript", "onnx_transducer", "onnx_attention", "sherpa_attention"]
+)
 @pytest.mark.parametrize("kept", ["lines", "half a line", "nothing"])
 def test_a_list_of_tokens_that_was_cut_short_is_named(
-    exports, transducers, attentions, trained, tmp_path, capsys, kind, kept
+    exports, transducers, attentions, sherpa_attentions, trained, tmp_path, capsys, kind, kept
 ):
     copy = tmp_path / "copy"
     if kind == "torchscript":
         TorchScript(TorchScript.Config()).export(trained.bundle, copy)
     else:
-        shutil.copytree(
-            {"onnx_ctc": exports, "onnx_transducer": transducers}.get(kind, attentions) / "float", copy
-        )
+        made = {"onnx_ctc": exports, "onnx_transducer": transducers, "onnx_attention": attentions}
+        shutil.copytree(made.get(kind, sherpa_attentions) / "float", copy)
     text = (copy / "tokens.txt").read_text()
     lines = "".join(text.splitlines(keepends=True)[:6])
     (copy / "tokens.txt").write_text({"lines": lines, "half a line": lines[:-3]}.get(kept, ""))

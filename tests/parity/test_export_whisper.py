@@ -14,6 +14,7 @@ from kdrecipe.plugin.loader import load_plugins
 from kdrecipe.testing.corpus import speak
 from kdrecipe_plugins.exporters.onnx_attention import OnnxAttention
 from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc
+from kdrecipe_plugins.exporters.sherpa_attention import SherpaAttention
 
 FEATURES = {"name": "fbank", "num_mel_bins": 80}
 DECODER = {"num_layers": 2, "num_heads": 2, "positions": "learned", "max_positions": 9, "tied": True}
@@ -65,8 +66,9 @@ def test_ctc_runs_in_the_slot_of_sherpa_onnx(bundle, batch, tmp_path):
         assert isinstance(runner.transcribe(0.3 * speak("GO"), 16000).text, str)
 
 
-def test_the_decoder_runs_in_our_own_program(bundle, batch, tmp_path):
-    exporter = OnnxAttention(OnnxAttention.Config())
+@pytest.mark.parametrize("cls", [OnnxAttention, SherpaAttention])
+def test_the_decoder_runs_in_our_own_program_and_in_sherpa_onnx(bundle, batch, tmp_path, cls):
+    exporter = cls(cls.Config())
     exporter.export(bundle, tmp_path)
     runner = exporter.load(tmp_path, "fp32")
     text = [3, 5, 4, 6, 3, 3, 4, 5, 6, 4, 3]  # longer than there are positions

@@ -52,7 +52,7 @@ decode:
     joint: {name: attention_beam, beam: 3, ctc_weight: 0.4, max_len_ratio: 0.5}
     greedy: {name: attention_greedy}
     paths: {name: rnnt_beam, beam: 2}
-export: [{name: onnx_ctc}, {name: onnx_transducer}, {name: onnx_attention}]
+export: [{name: onnx_ctc}, {name: onnx_transducer}, {name: sherpa_attention}, {name: onnx_attention}]
 parity:
   num_utterances: 2
   max_token_error_int8: 1

@@ -21,9 +21,10 @@ from kdrecipe.interfaces import Hypothesis, Metric, ModelOutput, Options, Runtim
 from kdrecipe.measure.runtime import measure_files
 from kdrecipe.measure.search import search_rtf
 from kdrecipe.model.decoders import build_decoder
+from kdrecipe.plugin.loader import load_plugins
 from kdrecipe.plugin.registry import Registry
 from kdrecipe.recipe.sections import Named
-from kdrecipe.recipe.suitable import RuntimeOptions, default_search, runtime_search
+from kdrecipe.recipe.suitable import RuntimeOptions, default_search, measured_exporter, runtime_search
 from kdrecipe.report.reading import reading
 from kdrecipe.report.text import search_table
 from kdrecipe.score.hypotheses import bundle_hyps_file, hyps_file
@@ -313,3 +314,20 @@ def test_the_table(scored: list[dict[str, Any]]) -> None:
     assert rows["kd", "beam"]["WER %"].startswith("15.83")
     untimed = search_table(results(scored), "test", timed=False)
     assert all("RTF" not in header for header in untimed.headers)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "options", "exporter"),
+    [
+        ("attention_greedy", {}, "sherpa_attention"),
+        ("attention_beam", {"ctc_weight": 0.3}, "onnx_attention"),
+        ("attention_beam", {"lm_weight": 0.3}, "sherpa_attention"),  # no runtime has it: the first
+    ],
+)
+def test_the_files_that_are_measured_are_those_whose_runtime_has_the_rows_search(decoder, options, exporter):
+    exporters = [Named(name) for name in ("onnx_ctc", "sherpa_attention", "onnx_attention")]
+    registry = load_plugins().registry
+    found = measured_exporter(["attention", "ctc"], exporters, registry, Named(decoder, options))
+    assert found == Named(exporter)
+    assert measured_exporter(["attention"], exporters, registry) == Named("sherpa_attention")
+    assert measured_exporter(["rnnt"], exporters, registry) is None
