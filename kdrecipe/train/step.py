@@ -22,7 +22,7 @@ from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Targets
 from kdrecipe.targets import TargetSource
 from kdrecipe.train.distribution import Workers
 from kdrecipe.train.log import Meter
-from kdrecipe.train.objective import Objective, count_vector, weighted_sum
+from kdrecipe.train.objective import Objective, count_vector, scales_of, weighted_sum
 from kdrecipe.train.optimisation import autocast_dtype, clip_gradients, seed_step
 from kdrecipe.train.spec_augment import spec_augment
 
@@ -224,7 +224,7 @@ class Stepper:
         if len(self.names) > 1:
             with torch.no_grad():
                 passes = [self._forward(micro, step)[0] for micro in micros]
-            scales = self._scales(self._sum_counts(passes))
+            scales = scales_of(self.weights, self._sum_counts(passes))
         else:
             scales = self.weights / _PROVISIONAL_COUNT
         outputs, seen = [], None
@@ -246,7 +246,7 @@ class Stepper:
         self, micros: Sequence[Micro], step: int, keep: bool
     ) -> tuple[list[list[LossOutput]], Seen | None]:
         passes = [self._forward(micro, step) for micro in micros]
-        scales = self._scales(self._sum_counts([found for found, _ in passes]))
+        scales = scales_of(self.weights, self._sum_counts([found for found, _ in passes]))
         seen = None
         for micro, (found, out) in zip(micros, passes, strict=True):
             self._backward(found, scales)
@@ -264,10 +264,6 @@ class Stepper:
         for outputs in passes:
             counts += count_vector(outputs, self.workers.device)
         return self.workers.sum(counts)
-
-    def _scales(self, counts: Tensor) -> Tensor:
-        """weight / count, 0 where a term saw nothing in the whole step."""
-        return torch.where(counts > 0, self.weights / counts.clamp(min=1e-9), torch.zeros_like(counts))
 
     def _micro(self, batch: Batch, slot: int, step: int = 0) -> Micro:
         device = self.workers.device
