@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,16 @@ from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.plugin.carried import carry
 from kdrecipe.plugin.returned import returned
-from kdrecipe.recipe.load import Recipe, System, Training
+from kdrecipe.recipe.load import Named, Recipe, System, Training
+from kdrecipe.recipe.suitable import measured_exporter, unfit
 from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
     from kdrecipe.interfaces import Batch, CompressContext
+    from kdrecipe.model.bundle import Bundle
+    from kdrecipe.plugin.registry import Registry
     from kdrecipe.stages.session import Session
+    from kdrecipe.train.loop import TrainResult
 
 NUM_CALIBRATION_BATCHES = 16
 
@@ -41,6 +46,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                 "plugins": model_plugins(recipe, name),
                 "training": dict(system_inputs(recipe, learnt)) if learnt else None,
                 "fine_tuning": system.training.model_dump(mode="json"),
+                **_budget_inputs(recipe, system),
             }
             needs = needs_of_training(plan, recipe, learnt, seed) if learnt else ("features", "tokens")
             plan.add(
@@ -65,38 +71,31 @@ def fine_tuning(training: Training, epochs: int) -> Training:
 
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
     """Apply the steps in order; one that trains does so with the losses of the system or of its parent."""
-    from torch import nn
-
-    from kdrecipe.model.bundle import Bundle, build_compressor, compressor_state, provenance
+    from kdrecipe.model.bundle import Bundle, provenance
     from kdrecipe.train.distribution import local_device
 
     assert system.parent is not None
     registry = recipe.plugins.registry
     parent = Bundle.load(layout.system(system.parent, recipe.seed_of(system.parent, seed)), registry)
     session, context = _session(recipe, layout, system, seed)
-    model: Any = parent.model.to(local_device())
-    done = list(parent.meta["compression"])
-    result = None
-    for number, step in enumerate(system.steps):
-        spec = {"name": step.name, "options": step.options}
-        compressor = build_compressor(registry, spec)
-        model = returned(compressor.apply(model, context), nn.Module, f"compressor {step.name!r}", "apply")
-        if compressor.num_epochs:
-            _refuse_other_tokens(recipe, system, parent.meta["vocab_id"], session)
-            training = fine_tuning(system.training, compressor.num_epochs)
-            result = session.run(model, out / "train" / f"step{number}", training, on_step=compressor.on_step)
-        model = returned(compressor.finish(model), nn.Module, f"compressor {step.name!r}", "finish").eval()
-        state = compressor_state(step.name, compressor)
-        done.append({**spec, "report": compressor.report(), "state": state})
-    effort = result.summary() if result else None
+    steps, found = system.steps, None
+    if system.budget:
+        steps, found = _to_budget(recipe, layout, system, parent, context)
+    results: list[TrainResult] = []
+
+    def train(model: Any, compressor: Any, number: int) -> None:
+        _refuse_other_tokens(recipe, system, parent.meta["vocab_id"], session)
+        training = fine_tuning(system.training, compressor.num_epochs)
+        place = out / "train" / f"step{number}"
+        results.append(session.run(model, place, training, on_step=compressor.on_step))
+
+    model, done = _applied(registry, parent.model.to(local_device()), steps, context, train)
+    effort = results[-1].summary() if results else None
     made = provenance(recipe.command, recipe=recipe.name, seconds=effort.pop("seconds") if effort else 0)
     meta = {
-        **{k: parent.meta[k] for k in ("model", "features")},
-        "name": system.name,
-        "kind": "compressed",
-        "parent": system.parent,
+        **_meta(parent, system, done),
         "seed": seed,
-        "compression": done,
+        **({"budget": found} if found else {}),
         "training": effort,
         # Not the parent's copies: the recipe's ran here, and two states of one file exclude each other.
         "plugin_files": carry(recipe.plugin_files, out),
@@ -104,6 +103,129 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     Bundle.save(out, model.to("cpu"), parent.tokens, meta, made)
     for checkpoints in out.glob("train/*/checkpoints"):
         shutil.rmtree(checkpoints)
+
+
+def _meta(parent: Bundle, system: System, done: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a bundle says of itself and its steps."""
+    return {
+        **{k: parent.meta[k] for k in ("model", "features")},
+        "name": system.name,
+        "kind": "compressed",
+        "parent": system.parent,
+        "compression": [*parent.meta["compression"], *done],
+    }
+
+
+def _applied(
+    registry: Registry,
+    model: Any,
+    steps: Sequence[Named],
+    context: CompressContext,
+    train: Callable[[Any, Any, int], None] | None = None,
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The model after all steps, and what a bundle keeps of each.
+
+    Args:
+        registry: of the compressors.
+        model: may be changed in place.
+        steps: compressors with their options.
+        context: for them.
+        train: called with model, compressor and number of each step that trains; None: none does.
+    """
+    from torch import nn
+
+    from kdrecipe.model.bundle import build_compressor, compressor_state
+
+    done = []
+    for number, step in enumerate(steps):
+        spec = {"name": step.name, "options": step.options}
+        compressor = build_compressor(registry, spec)
+        model = returned(compressor.apply(model, context), nn.Module, f"compressor {step.name!r}", "apply")
+        if compressor.num_epochs and train is not None:
+            train(model, compressor, number)
+        model = returned(compressor.finish(model), nn.Module, f"compressor {step.name!r}", "finish").eval()
+        state = compressor_state(step.name, compressor)
+        done.append({**spec, "report": compressor.report(), "state": state})
+    return model, done
+
+
+def _to_budget(
+    recipe: Recipe, layout: Layout, system: System, parent: Bundle, context: CompressContext
+) -> tuple[tuple[Named, ...], dict[str, Any]]:
+    """The steps with the strength that meets the system's budget, and what was found."""
+    import copy
+
+    from kdrecipe.corpus.audio import utterances_from_cuts
+    from kdrecipe.corpus.subsets import drawn_over_speakers
+    from kdrecipe.data.features import tuning_cuts
+    from kdrecipe.measure.budget import NUM_UTTERANCES, cost_of, meet
+    from kdrecipe.model.bundle import Bundle
+    from kdrecipe.train.distribution import local_device
+
+    assert system.budget is not None
+    registry, budget = recipe.plugins.registry, system.budget
+    where = recipe.document.where(("systems", system.name, "compress", "budget"))
+    exporter, sample = None, []
+    if budget.measure in ("size_mb", "rtf"):
+        exporter = _measured(recipe, parent, where)
+    if budget.measure == "rtf":
+        cuts = drawn_over_speakers(tuning_cuts(layout.features), NUM_UTTERANCES)
+        sample = list(utterances_from_cuts(cuts))
+
+    def with_strength(strength: float) -> tuple[Named, ...]:
+        steps = list(system.steps)
+        for number in system.free_steps:
+            option = registry.get("compressors", steps[number].name).strength
+            steps[number] = replace(
+                steps[number], options={**steps[number].options, option: round(strength, 6)}
+            )
+        return tuple(steps)
+
+    def cost(strength: float) -> float:
+        model = copy.deepcopy(parent.model).to(local_device())
+        model, done = _applied(registry, model, with_strength(strength), context)
+        with tempfile.TemporaryDirectory() as scratch:
+            meta = {**_meta(parent, system, done), "plugin_files": {}}
+            Bundle.save(Path(scratch), model.to("cpu"), parent.tokens, meta)
+            return cost_of(Bundle.load(scratch, registry), budget.measure, exporter, sample)
+
+    found = meet(cost, budget.limit, budget.measure, where)
+    print(
+        f"  {system.name}: {budget.measure} {found.value:.6g} of {budget.limit:.6g} at strength "
+        f"{found.strength:.4g}, {found.trials} models tried",
+        flush=True,
+    )
+    record = {"measure": budget.measure, "limit": budget.limit, **asdict(found)}
+    return with_strength(found.strength), record
+
+
+def _measured(recipe: Recipe, parent: Bundle, where: str) -> Any:
+    """The exporter whose files the budget is about."""
+    heads = list(parent.meta["model"]["heads"])
+    wanted = measured_exporter(heads, recipe.export, recipe.plugins.registry)
+    why = "no exporter of the recipe is" if wanted is None else None
+    if wanted is not None:
+        why = unfit(recipe.plugins.registry, wanted.name, parent.meta["model"])
+    if wanted is None or why is not None:
+        raise RecipeError(
+            f"a budget of size or time is of the exported model: {why} for the head {heads[0]!r}",
+            where=where,
+            remedy="a budget of params or macs_per_s needs no export",
+        )
+    cls = recipe.plugins.registry.get("exporters", wanted.name)
+    return cls(cls.Config.model_validate(wanted.options))
+
+
+def _budget_inputs(recipe: Recipe, system: System) -> dict[str, Any]:
+    """What the result depends on if a budget decides the strength."""
+    if system.budget is None:
+        return {}
+    registry, heads = recipe.plugins.registry, recipe.heads_of(system.name)
+    wanted = measured_exporter(heads, recipe.export, registry) if heads else None
+    exporter = wanted and {**asdict(wanted), "plugin": registry.fingerprint("exporters", wanted.name)}
+    exports = exporter if system.budget.measure in ("size_mb", "rtf") else None
+    limit = [system.budget.measure, system.budget.limit]
+    return {"budget": {"limit": limit, "free_steps": system.free_steps, "exporter": exports}}
 
 
 def _session(recipe: Recipe, layout: Layout, system: System, seed: int) -> tuple[Session, CompressContext]:

@@ -233,6 +233,7 @@ def _row(system: System, recipe: Recipe, layout: Layout, scores: Mapping[str, An
         "core": _cores(system, layout),
         "parity": {name: found["parity"] for name, found in parity.items()},
         "compression": first["compression"],
+        **({"budget": [bundle["budget"] for bundle in bundles]} if first.get("budget") else {}),
         "train": _effort(system, layout, bundles) if first.get("training") else None,
         "losses": [{"name": t.name, "weight": t.weight} for t in system.terms],
         "data": system.data,

@@ -12,6 +12,7 @@ from kdrecipe.corpus.manifests import finish
 from kdrecipe.data.features import compute_features
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import KdrecipeError
+from kdrecipe.measure.budget import cost_of, meet
 from kdrecipe.model.asr import build_model
 from kdrecipe.model.bundle import Bundle
 from kdrecipe.plugin.loader import load_plugins
@@ -21,6 +22,7 @@ from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.plan import build_plan
 from kdrecipe.testing.corpus import make_corpus
 from kdrecipe_local.manifests import Manifests
+from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc
 
 SUBSETS = {"few": {"utterances": 2}, "rest": {"except": "few"}}
 RECIPE = """
@@ -34,7 +36,8 @@ plugins: {files: [plugin.py]}
 export: [{name: onnx_ctc}]
 systems:
   teacher: {train: {model: &small {name: conformer, num_layers: 1, dim: 8, num_heads: 2, heads: {ctc: {}}}}}
-  scratch: {train: {model: *small, data: few}}
+  scratch:
+    train: {data: few, model: {name: conformer, num_layers: 1, dim: 24, num_heads: 2, heads: {ctc: {}}}}
 """
 PLAIN = "{from: scratch, steps: [{name: probe}]}"
 PLUGIN = '''
@@ -157,7 +160,7 @@ def test_the_plan_has_what_it_learns_from(made, tmp_path):
 def test_gradients_of_a_bundle_without_losses_are_refused(made, tmp_path):
     bundle = made.layout.system("teacher", 1)
     pretrained = f"big: {{pretrained: {{bundle: {bundle}}}}}"
-    text = RECIPE.replace("scratch: {train: {model: *small, data: few}}", pretrained)
+    text = RECIPE[: RECIPE.index("scratch:")] + pretrained + "\n"
     text += "  small: {compress: {from: big, steps: [{name: probe}]}}\n"
     (tmp_path / "recipe.yaml").write_text(text)
     (tmp_path / "plugin.py").write_text(PLUGIN)
@@ -168,3 +171,80 @@ def test_gradients_of_a_bundle_without_losses_are_refused(made, tmp_path):
     with pytest.raises(KdrecipeError, match="without losses"):
         stage_6.run(recipe, layout, system, 1, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- budgets
+
+PRUNE = "{name: structured_prune, epochs: 0, kinds: [units, channels, width]}"
+
+
+@pytest.mark.parametrize(
+    ("measure", "share", "steps"),
+    [
+        ("params", 0.6, PRUNE),
+        ("size_mb", 0.6, PRUNE),
+        ("size_mb", 0.25, PRUNE + ", {name: int8_dynamic}"),
+        ("macs_per_s", 0.5, PRUNE),
+    ],
+)
+def test_a_budget_is_met_from_0_to_2_percent_below(made, tmp_path, measure, share, steps):
+    registry = recipe_with(tmp_path / "other", small=PLAIN).plugins.registry
+    exporter = OnnxCtc(OnnxCtc.Config())
+    parent = Bundle.load(made.layout.system("scratch", 1), registry)
+    limit = share * cost_of(parent, measure, exporter)
+    text = f"{{from: scratch, budget: {{{measure}: {limit}}}, steps: [{steps}]}}"
+    bundle = compressed(made, tmp_path, text)
+    cost = cost_of(bundle, measure, exporter)
+    assert 0.98 * limit <= cost <= limit, "as it lies on disk"
+    found = bundle.meta["budget"]
+    assert found["measure"] == measure
+    assert found["value"] == pytest.approx(cost)
+    assert bundle.meta["compression"][0]["options"]["share"] == pytest.approx(found["strength"], abs=1e-6)
+
+
+def test_a_budget_of_time_is_measured_in_the_runtime(made, tmp_path, monkeypatch):
+    rtfs = []
+
+    def measured(exporter, directory, variant, utterances):
+        rtfs.append((directory / exporter.files[variant]["model"]).stat().st_size / 1e7)
+        assert len(utterances) > 1
+        return SimpleNamespace(rtf_median=rtfs[-1])
+
+    monkeypatch.setattr("kdrecipe.measure.runtime.measure_export", measured)
+    with pytest.raises(KdrecipeError, match="without compression, below the budget of 1"):
+        compressed(made, tmp_path / "a", f"{{from: scratch, budget: {{rtf: 1}}, steps: [{PRUNE}]}}")
+    limit = 0.7 * rtfs[0]
+    bundle = compressed(
+        made, tmp_path / "b", f"{{from: scratch, budget: {{rtf: {limit}}}, steps: [{PRUNE}]}}"
+    )
+    assert 0.98 * limit <= bundle.meta["budget"]["value"] <= limit
+
+
+def test_a_budget_that_cannot_be_met_says_the_nearest(made, tmp_path):
+    text = "{from: scratch, budget: {params: 2000}, steps: [{name: structured_prune, epochs: 0}]}"
+    with pytest.raises(KdrecipeError) as error:
+        compressed(made, tmp_path, text)
+    said = str(error.value)
+    assert "the budget of params 2,000 can't be met: the nearest is" in said
+    assert "add width to kinds" in said
+    assert "recipe.yaml:" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_bisection_finds_the_least_strength_and_names_both_neighbours():
+    smooth = meet(lambda s: 100 * (1 - s), 37.0, "params")
+    assert 0.998 * 37 <= smooth.value <= 37
+    assert smooth.strength == pytest.approx(0.63, abs=1e-2)
+    assert smooth.trials <= 16
+    with pytest.raises(KdrecipeError, match="the nearest are 30 and 40"):
+        meet(lambda s: 10.0 * round(10 * (1 - s)), 37.0, "params")
+    assert meet(lambda s: 36.9, 37.0, "params").strength == 0
+
+    def fragile(strength):
+        if strength > 0.5:
+            raise KdrecipeError("no more", remedy="lower at_least")
+        return 100 * (1 - strength)
+
+    assert meet(fragile, 60.0, "params").value <= 60
+    with pytest.raises(KdrecipeError, match=r"the nearest is 50[\s\S]*no more; lower at_least"):
+        meet(fragile, 40.0, "params")
