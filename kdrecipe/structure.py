@@ -139,8 +139,8 @@ class Sizes:
         every = sum(p.numel() for part in parts for p in model.get_submodule(part).parameters())
         self.fixed = every - sum(count(*size) for size, count in self._shapes.values())
 
-    def __call__(self, kept: Sequence[int]) -> int:
-        """With so many units left of each group."""
+    def __call__(self, kept: Sequence[Any]) -> Any:
+        """With so many units left of each group; whole numbers, or tensors for an expectation."""
         sizes = {
             name: dict(zip(("out", "in"), size, strict=True)) for name, (size, _) in self._shapes.items()
         }

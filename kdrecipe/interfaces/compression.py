@@ -61,6 +61,9 @@ class Compressor(Protocol):
     has two more methods: ``state() -> dict``, JSON-like, asked after ``finish`` and kept in the bundle,
     and ``load_state(state)``, called before ``rebuild``.
 
+    ``penalty(model, step, num_steps) -> Tensor``, optional, is added to the loss of optimiser step ``step``
+    (say a Lagrangian of the size); parameters that the compressor gives the model train with it.
+
     A compressor that makes models smaller by an amount has a class attribute ``strength``, the name of the
     option that says how much: a share from 0 (nothing) to below 1. A ``budget`` is met by that option: the
     model is then compressed many times by ``apply`` and ``finish`` without any training in between, which

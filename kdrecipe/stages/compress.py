@@ -20,7 +20,9 @@ from kdrecipe.recipe.suitable import measured_exporter, unfit
 from kdrecipe.stages.layout import Layout
 
 if TYPE_CHECKING:
+    from kdrecipe.corpus.audio import Utterance
     from kdrecipe.interfaces import Batch, CompressContext
+    from kdrecipe.measure.budget import Found
     from kdrecipe.model.bundle import Bundle
     from kdrecipe.plugin.registry import Registry
     from kdrecipe.stages.session import Session
@@ -78,29 +80,31 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     registry = recipe.plugins.registry
     parent = Bundle.load(layout.system(system.parent, recipe.seed_of(system.parent, seed)), registry)
     session, context = _session(recipe, layout, system, seed)
-    steps, found = system.steps, None
-    if system.budget:
-        steps, found = _to_budget(recipe, layout, system, parent, context)
+    scales = _Scales(recipe, layout, system, parent) if system.budget else None
+    found = scales.meet(context) if scales else None
+    steps = scales.steps(found.strength) if scales and found else system.steps
     results: list[TrainResult] = []
 
     def train(model: Any, compressor: Any, number: int) -> None:
         _refuse_other_tokens(recipe, system, parent.meta["vocab_id"], session)
         training = fine_tuning(system.training, compressor.num_epochs)
         place = out / "train" / f"step{number}"
-        results.append(session.run(model, place, training, on_step=compressor.on_step))
+        penalty = getattr(compressor, "penalty", None)
+        results.append(session.run(model, place, training, on_step=compressor.on_step, penalty=penalty))
 
     model, done = _applied(registry, parent.model.to(local_device()), steps, context, train)
+    model = model.to("cpu")
     effort = results[-1].summary() if results else None
     made = provenance(recipe.command, recipe=recipe.name, seconds=effort.pop("seconds") if effort else 0)
     meta = {
         **_meta(parent, system, done),
         "seed": seed,
-        **({"budget": found} if found else {}),
+        **({"budget": scales.record(found, scales.cost(model, done))} if scales and found else {}),
         "training": effort,
         # Not the parent's copies: the recipe's ran here, and two states of one file exclude each other.
         "plugin_files": carry(recipe.plugin_files, out),
     }
-    Bundle.save(out, model.to("cpu"), parent.tokens, meta, made)
+    Bundle.save(out, model, parent.tokens, meta, made)
     for checkpoints in out.glob("train/*/checkpoints"):
         shutil.rmtree(checkpoints)
 
@@ -149,54 +153,68 @@ def _applied(
     return model, done
 
 
-def _to_budget(
-    recipe: Recipe, layout: Layout, system: System, parent: Bundle, context: CompressContext
-) -> tuple[tuple[Named, ...], dict[str, Any]]:
-    """The steps with the strength that meets the system's budget, and what was found."""
-    import copy
+class _Scales:
+    """What models cost that come of a system's steps, by its budget."""
 
-    from kdrecipe.corpus.audio import utterances_from_cuts
-    from kdrecipe.corpus.subsets import drawn_over_speakers
-    from kdrecipe.data.features import tuning_cuts
-    from kdrecipe.measure.budget import NUM_UTTERANCES, cost_of, meet
-    from kdrecipe.model.bundle import Bundle
-    from kdrecipe.train.distribution import local_device
+    def __init__(self, recipe: Recipe, layout: Layout, system: System, parent: Bundle) -> None:
+        from kdrecipe.corpus.audio import utterances_from_cuts
+        from kdrecipe.corpus.subsets import drawn_over_speakers
+        from kdrecipe.data.features import tuning_cuts
+        from kdrecipe.measure.budget import NUM_UTTERANCES
 
-    assert system.budget is not None
-    registry, budget = recipe.plugins.registry, system.budget
-    where = recipe.document.where(("systems", system.name, "compress", "budget"))
-    exporter, sample = None, []
-    if budget.measure in ("size_mb", "rtf"):
-        exporter = _measured(recipe, parent, where)
-    if budget.measure == "rtf":
-        cuts = drawn_over_speakers(tuning_cuts(layout.features), NUM_UTTERANCES)
-        sample = list(utterances_from_cuts(cuts))
+        assert system.budget is not None
+        self.registry, self.system, self.parent = recipe.plugins.registry, system, parent
+        self.budget = system.budget
+        self.where = recipe.document.where(("systems", system.name, "compress", "budget"))
+        exported = self.budget.measure in ("size_mb", "rtf")
+        self.exporter = _measured(recipe, parent, self.where) if exported else None
+        self.sample: list[Utterance] = []
+        if self.budget.measure == "rtf":
+            cuts = drawn_over_speakers(tuning_cuts(layout.features), NUM_UTTERANCES)
+            self.sample = list(utterances_from_cuts(cuts))
 
-    def with_strength(strength: float) -> tuple[Named, ...]:
-        steps = list(system.steps)
-        for number in system.free_steps:
-            option = registry.get("compressors", steps[number].name).strength
-            steps[number] = replace(
-                steps[number], options={**steps[number].options, option: round(strength, 6)}
-            )
+    def cost(self, model: Any, done: list[dict[str, Any]]) -> float:
+        """Of a model after the steps ``done``, as a bundle of the system's name."""
+        from kdrecipe.measure.budget import cost_of
+        from kdrecipe.model.bundle import Bundle
+
+        with tempfile.TemporaryDirectory() as scratch:
+            meta = {**_meta(self.parent, self.system, done), "plugin_files": {}}
+            Bundle.save(Path(scratch), model, self.parent.tokens, meta)
+            bundle = Bundle.load(scratch, self.registry)
+            return cost_of(bundle, self.budget.measure, self.exporter, self.sample)
+
+    def steps(self, strength: float) -> tuple[Named, ...]:
+        """The system's steps, those that are free with this strength."""
+        steps = list(self.system.steps)
+        for number in self.system.free_steps:
+            option = self.registry.get("compressors", steps[number].name).strength
+            options = {**steps[number].options, option: round(strength, 6)}
+            steps[number] = replace(steps[number], options=options)
         return tuple(steps)
 
-    def cost(strength: float) -> float:
-        model = copy.deepcopy(parent.model).to(local_device())
-        model, done = _applied(registry, model, with_strength(strength), context)
-        with tempfile.TemporaryDirectory() as scratch:
-            meta = {**_meta(parent, system, done), "plugin_files": {}}
-            Bundle.save(Path(scratch), model.to("cpu"), parent.tokens, meta)
-            return cost_of(Bundle.load(scratch, registry), budget.measure, exporter, sample)
+    def record(self, found: Found, value: float) -> dict[str, Any]:
+        """What a bundle keeps: the finished model has a shape of its own where that is learnt."""
+        limit = {"measure": self.budget.measure, "limit": self.budget.limit}
+        return {**limit, **asdict(found), "value": value}
 
-    found = meet(cost, budget.limit, budget.measure, where)
-    print(
-        f"  {system.name}: {budget.measure} {found.value:.6g} of {budget.limit:.6g} at strength "
-        f"{found.strength:.4g}, {found.trials} models tried",
-        flush=True,
-    )
-    record = {"measure": budget.measure, "limit": budget.limit, **asdict(found)}
-    return with_strength(found.strength), record
+    def meet(self, context: CompressContext) -> Found:
+        """The strength that meets the budget, by models that are not trained."""
+        import copy
+
+        from kdrecipe.measure.budget import meet
+
+        def cost(strength: float) -> float:
+            model = copy.deepcopy(self.parent.model).to(context.device)
+            return self.cost(*_applied(self.registry, model, self.steps(strength), context))
+
+        found = meet(cost, self.budget.limit, self.budget.measure, self.where)
+        print(
+            f"  {self.system.name}: {self.budget.measure} {found.value:.6g} of {self.budget.limit:.6g} at "
+            f"strength {found.strength:.4g}, {found.trials} models tried",
+            flush=True,
+        )
+        return found
 
 
 def _measured(recipe: Recipe, parent: Bundle, where: str) -> Any:

@@ -321,6 +321,7 @@ class Session:
         training: Training,
         *,
         on_step: Callable[[nn.Module, int, int], None] | None = None,
+        penalty: Callable[[nn.Module, int, int], torch.Tensor] | None = None,
     ) -> TrainResult:
         """Train ``model`` in place, on this process's device; teachers at work are there, too."""
         device = local_device()
@@ -340,6 +341,7 @@ class Session:
             seed=self.seed,
             dev=self.dev,
             on_step=on_step,
+            penalty=penalty,
             label=job_label(f"{self.system.name}/seed{self.seed}"),
             masked_teachers=self.system.targets.view == "masked",
             build_optimizer=hook.build_optimizer,

@@ -95,7 +95,10 @@ def _train(compressor: Any, model: nn.Module, batch: Batch) -> float:
     model.train()
     for step in range(1, NUM_STEPS + 1):
         optimizer.zero_grad()
-        _loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        loss = _loss(model, batch)
+        if hasattr(compressor, "penalty"):
+            loss = loss + compressor.penalty(model, step, NUM_STEPS)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         compressor.on_step(model, step, NUM_STEPS)
     return max(float((a - b.detach()).abs().max()) for a, b in zip(before, params, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,8 @@ class Stepper:
         self.seed = seed
         self.work_dir = work_dir
         self.meter = Meter()
+        self.penalty: Callable[[int], Tensor] | None = None
+        """What is added to the loss of each step, by its number."""
         self.masked_teachers = False
         """Whether teachers hear the student's masks; see :func:`kdrecipe.train.loop.train`."""
         self.names = [term.name for term in objective.terms]
@@ -122,6 +124,10 @@ class Stepper:
         micros = [self._micro(batch, slot, step) for slot, batch in enumerate(batches)]
         with memory_errors(batches, self.options):
             outputs, seen = self.backward(micros, step, keep)
+        if self.penalty is not None and self.workers.is_first:  # it is no sum over utterances
+            penalty = self.penalty(step)
+            if penalty.requires_grad:
+                self.scaler.scale(penalty).backward()  # type: ignore[no-untyped-call]
         self.workers.sum_gradients(self.parameters)
         norm = self._update(outputs, batches, step)
         if self.objective.listens:

@@ -42,6 +42,7 @@ def shrunk(bundle, directory, *steps):
 
 def pruner(*parts, share=0.4, **options):
     options = {"share": share, "kinds": ALL, "parts": parts, "score": "magnitude", "epochs": 0, **options}
+    options.setdefault("multiple_of", 1)
     return "structured_prune", StructuredPrune(StructuredPrune.Config(**options))
 
 

@@ -41,6 +41,8 @@ systems:
 """
 PLAIN = "{from: scratch, steps: [{name: probe}]}"
 PLUGIN = '''
+import torch
+
 from kdrecipe import hookimpl
 from kdrecipe.interfaces import Options
 
@@ -63,15 +65,22 @@ class Probe:
         assert weight.grad is None
         self.found = {"gradient": total / count, "batches": count, "dev": context.evaluate(model)}
         assert context.device == str(weight.device)
+        model.pushed = torch.nn.Parameter(torch.zeros(1))
         return model
+
+    def penalty(self, model, step, num_steps):
+        return -model.pushed.sum()
 
     def on_step(self, model, step, num_steps):
         self.found["steps"] = step
 
     def finish(self, model):
+        self.found["pushed"] = float(model.pushed)
+        del model.pushed
         return model
 
-    rebuild = finish
+    def rebuild(self, model):
+        return model
 
     def report(self):
         return self.found
@@ -139,10 +148,19 @@ def test_gradients_are_those_of_the_systems_own_losses(made, tmp_path):
 def test_it_trains_with_what_it_names_and_else_with_its_parents(made, tmp_path):
     text = "{from: scratch, data: rest, teachers: [teacher], losses: [{name: ctc}, {name: kl, weight: 2}], "
     bundle = compressed(made, tmp_path, text + "steps: [{name: probe, epochs: 1}, {name: int8_dynamic}]}")
+    assert report(bundle)["pushed"] > 0, "its penalty is part of the loss"
     assert report(bundle)["steps"] == bundle.meta["training"]["steps"] > 0
     log = (tmp_path / "out" / "train" / "step0" / "log.jsonl").read_text()
     assert '"kl' in log
     assert bundle.is_int8
+
+
+def test_gates_learn_in_the_one_loop(made, tmp_path):
+    step = "{name: hard_concrete, share: 0.4, epochs: 2, multiple_of: 1, kinds: [units, width]}"
+    bundle = compressed(made, tmp_path, f"{{from: scratch, steps: [{step}]}}")
+    assert report(bundle)["pruned_share"] == pytest.approx(0.4, abs=0.02)
+    assert bundle.model.encoder.output_dim < 24
+    assert bundle.meta["training"]["steps"] > 0
 
 
 def test_the_plan_has_what_it_learns_from(made, tmp_path):
@@ -175,7 +193,7 @@ def test_gradients_of_a_bundle_without_losses_are_refused(made, tmp_path):
 
 # ---------------------------------------------------------------- budgets
 
-PRUNE = "{name: structured_prune, epochs: 0, kinds: [units, channels, width]}"
+PRUNE = "{name: structured_prune, epochs: 0, multiple_of: 1, kinds: [units, channels, width]}"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from kdrecipe.plugin.loader import load_plugins
 from kdrecipe.structure import ENCODER, Sizes, layers_of, unit_groups
 from kdrecipe.testing.compressor_checks import CompressorCase, _loss
 from kdrecipe.testing.contracts import compressor_contract
+from kdrecipe_plugins.compressors.choosing import fitting
 from kdrecipe_plugins.compressors.scores import layer_influence, unit_scores
-from kdrecipe_plugins.compressors.structured_prune import StructuredPrune, fitting
+from kdrecipe_plugins.compressors.structured_prune import StructuredPrune
 
 REGISTRY = load_plugins().registry
 ALL = ["heads", "units", "channels", "width"]
@@ -32,7 +33,7 @@ def context(**more):
 
 
 def pruned(model, **options):
-    compressor = StructuredPrune(StructuredPrune.Config(**{"epochs": 0, **options}))
+    compressor = StructuredPrune(StructuredPrune.Config(**{"epochs": 0, "multiple_of": 1, **options}))
     return compressor.finish(compressor.apply(model, context())), compressor
 
 
@@ -110,14 +111,22 @@ def test_global_takes_the_least_of_all_groups_and_leaves_a_floor():
     groups = [UnitGroup(x, "units", 4, (Part(f"{ENCODER}.{x}", "out"),)) for x in "ab"]
     sizes = Sizes(model, groups, [ENCODER])
     scores = [torch.tensor([4.0, 3, 2, 1]), torch.tensor([9.0, 8, 7, 6])]
-    keep = fitting(groups, scores, sizes, 5, [1, 1], "global", "activation")
+    keep = fitting(groups, scores, sizes, 5, [1, 1], scope="global")
     assert [k.tolist() for k in keep] == [[0], [0, 1, 2, 3]]
-    keep = fitting(groups, scores, sizes, 4, [1, 1], "global", "activation")
+    keep = fitting(groups, scores, sizes, 4, [1, 1], scope="global")
     assert [k.tolist() for k in keep] == [[0], [0, 1, 2]]
-    keep = fitting(groups, scores, sizes, 4, [1, 1], "per_group", "activation")
+    keep = fitting(groups, scores, sizes, 4, [1, 1], scope="per_group")
     assert [k.tolist() for k in keep] == [[0, 1], [0, 1]]
     with pytest.raises(KdrecipeError, match="62% of what is there can go"):
-        fitting(groups, scores, sizes, 2, [2, 1], "global", "activation")
+        fitting(groups, scores, sizes, 2, [2, 1], scope="global")
+
+
+def test_what_is_left_is_a_multiple():
+    model, _ = pruned(built(), share=0.4, kinds=ALL, multiple_of=4)
+    for group in unit_groups(model):
+        whole = next(g.size for g in unit_groups(built()) if g.name == group.name)
+        assert group.kind == "heads" or group.size % 4 == 0 or group.size == whole
+    assert params(model) <= 0.6 * params(built()) + 1
 
 
 def test_layers_that_change_least_go_first():
@@ -168,7 +177,9 @@ CASES = [
 @pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{i}" for i, (n, _) in enumerate(CASES)])
 def test_contract(name, options):
     make = lambda seed: built(name, seed)  # noqa: E731
-    contract = compressor_contract(StructuredPrune, options, make_model=make, input_dim=20)
+    contract = compressor_contract(
+        StructuredPrune, {"multiple_of": 1, **options}, make_model=make, input_dim=20
+    )
     assert [(r.check_id, r.reason) for r in contract.results() if not r.ok] == []
 
 
