@@ -45,12 +45,12 @@ class MagnitudePrune:
         """
 
         sparsity: float | None = Field(default=None, ge=0.0, lt=1.0)
+        pattern: str | None = Field(default=None, pattern=r"^[1-9][0-9]?:[1-9][0-9]?$")
         scope: Literal["global", "per_layer"] = "global"
         epochs: int = Field(default=5, ge=0)
         ramp: float = Field(default=0.7, gt=0.0, le=1.0)
         every: int = Field(default=10, ge=1)
         output_layer: bool = False
-        pattern: str | None = Field(default=None, pattern=r"^[1-9][0-9]?:[1-9][0-9]?$")
 
         @model_validator(mode="after")
         def _one_of_them(self) -> MagnitudePrune.Config:
