@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kdrecipe.interfaces import Part, UnitGroup
 
 MASKED = -3e4  # finite, also in fp16: an utterance without frames must give no NaN
 
@@ -73,3 +77,14 @@ class FeedForward(nn.Sequential):
             Dropout(dropout),
             nn.Linear(ff_dim, dim),
         )
+
+    def unit_group(self, path: str) -> UnitGroup:
+        """Its inner units; it stands at ``path``."""
+        parts = (Part(f"{path}.1", "out"), Part(f"{path}.4", "in"))
+        inner: Any = self[4]
+        return UnitGroup(path, "units", inner.in_features, parts)
+
+    @staticmethod
+    def on_stream(path: str) -> tuple[Part, ...]:
+        """Where it reads and writes the stream that it is added to."""
+        return Part(f"{path}.0", "out"), Part(f"{path}.1", "in"), Part(f"{path}.4", "out")

@@ -62,6 +62,12 @@ from kdrecipe.interfaces.recognition import (
     Metric,
     TokenTable,
 )
+from kdrecipe.interfaces.structure import (
+    UNIT_KINDS,
+    Part,
+    UnitGroup,
+    UnitKind,
+)
 from kdrecipe.interfaces.targets import (
     ALIGNABLE_KINDS,
     CODEBOOK_SIZE,
@@ -95,6 +101,7 @@ __all__ = [
     "SOS_EOS_ID",
     "TAP_KINDS",
     "TEXT_KINDS",
+    "UNIT_KINDS",
     "UNK_ID",
     "VOCABULARY_KINDS",
     "Align",
@@ -123,6 +130,7 @@ __all__ = [
     "ModelOutput",
     "NBest",
     "Options",
+    "Part",
     "Piece",
     "Posteriors",
     "Prepared",
@@ -140,6 +148,8 @@ __all__ = [
     "Teacher",
     "TokenTable",
     "TokenTeacher",
+    "UnitGroup",
+    "UnitKind",
     "call_loss",
     "float_copy",
     "taps_of",

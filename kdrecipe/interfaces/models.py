@@ -41,6 +41,10 @@ class Architecture(Protocol):
     ``free_options``, options on which no weight depends; a method ``fit_input(utterances) -> float``, which
     fits the weights ``input_map.*`` to what an imported model hears, from normalised features (T, F) and
     audio (S,) of each utterance, and gives the error as a share.
+
+    For being pruned, optional: a method ``unit_groups() -> list[UnitGroup]``, what may be cut out of it as it
+    is now, paths counted from the encoder. Then what it computes must follow from the sizes of its layers,
+    not from its options; ``output_dim`` is set by who cuts the output.
     """
 
     Config: ClassVar[type[Options]]
@@ -66,7 +70,9 @@ class Head(Protocol):
     is V. A class attribute ``subsampling``, optional, is the number of the encoder's frames per frame of
     the head's output (1 without it). A method ``taps()``, optional, is as in :class:`Architecture`; the
     head's name goes before theirs. ``layer_list`` and ``free_options`` are as there, too; ``token_rows``,
-    optional, names the weights that have a row per token.
+    optional, names the weights that have a row per token. ``unit_groups``, optional, is as there, too, paths
+    counted from the head; ``reads() -> list[str]``, optional, gives the paths of the linear layers that read
+    the encoder's output: without it the encoder's width can't be pruned.
     """
 
     Config: ClassVar[type[Options]]

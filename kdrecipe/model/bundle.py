@@ -151,6 +151,11 @@ class Bundle:
         return bool(self.meta["number_format"] == "int8")
 
     @property
+    def ships(self) -> str:
+        """The variant of its export that ships."""
+        return "int8" if self.is_int8 else "fp32"
+
+    @property
     def plugin_files(self) -> dict[Path, str]:
         """Its plugin files and their hashes; PluginError for one that was changed or is missing."""
         return verified(self.path, self.meta["plugin_files"])

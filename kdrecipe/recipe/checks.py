@@ -26,7 +26,15 @@ from kdrecipe.recipe.sections import (
     depth_first,
 )
 from kdrecipe.recipe.starting import misfits
-from kdrecipe.recipe.suitable import bundle_model, head_of, heads_of, measured_exporter, origin_of, searches
+from kdrecipe.recipe.suitable import (
+    bundle_model,
+    head_of,
+    heads_of,
+    measured_exporter,
+    objective_of,
+    origin_of,
+    searches,
+)
 from kdrecipe.recipe.terms import labels_of
 from kdrecipe.recipe.yaml import KeyPath
 
@@ -59,7 +67,7 @@ class Checker:
         for system in self.systems.values():
             self._names(system)
             self._seeds(system)
-            if system.kind in ("trained", "distilled"):
+            if system.learns:
                 self._data(system)
                 self._terms(system)
                 self._aligned(system)
@@ -148,10 +156,13 @@ class Checker:
             self._problem(system, ("init_from",), f"{other!r} {misfit.what}", misfit.remedy)
 
     def _buildable_before(self, system: System, other: str, path: KeyPath, verb: str) -> None:
-        if other in self.systems and self.systems[other].kind == "compressed":
+        if self._is_compressed(other) and (system.kind != "compressed" or verb != "teach"):
             remedy = "name the system that it is compressed from"
             what = f"{other!r} is compressed, in stage 6, and comes too late to {verb}"
             self._problem(system, path, what, remedy)
+
+    def _is_compressed(self, name: str) -> bool:
+        return name in self.systems and self.systems[name].kind == "compressed"
 
     def _known(self, name: str, path: KeyPath) -> bool:
         if name in self.names:
@@ -192,6 +203,8 @@ class Checker:
             if system.labels not in system.teachers:
                 what = f"{system.labels!r} is not among its teachers"
                 self._problem(system, path, what, f"teachers: [{system.labels}]")
+            elif self._is_compressed(system.labels):
+                self._buildable_before(system, system.labels, path, "write labels")
             elif not any(self._supervised(term) for term in system.terms):
                 what = "no loss learns from labels, so the hypotheses are of no use"
                 self._problem(system, path, what, "add a supervised loss such as ctc, or remove labels")
@@ -205,9 +218,9 @@ class Checker:
                 self._problem(system, ("losses",), f"{', '.join(idle)} would have no labels", remedy)
 
     def _fine_tuning(self, system: System) -> None:
-        """A step that trains needs an objective: that of the system which all this was compressed from."""
+        """A step that trains needs losses: of its own, or of a system which all this was compressed from."""
         origin = origin_of(self.systems, system.name)
-        if origin is None or origin.kind != "pretrained":
+        if origin is None or objective_of(self.systems, system.name) is not None or self._losses(system):
             return
         for i, step in enumerate(system.steps):
             cls = self._registry.get("compressors", step.name)
@@ -219,14 +232,20 @@ class Checker:
             if num_epochs:
                 what = f"{step.name!r} trains for {num_epochs} epochs, but {origin.name!r} is pretrained: "
                 what += "its bundle holds no losses to train by"
-                remedy = "choose options without training (epochs: 0), or compress a system that this recipe "
-                self._problem(system, ("steps", i), what, remedy + "trains or distills")
+                remedy = "add losses: [...] here, choose options without training (epochs: 0), or compress a "
+                remedy += "system that this recipe trains or distills"
+                self._problem(system, ("steps", i), what, remedy)
+
+    def _losses(self, system: System) -> list[Any]:
+        """The losses that are written for a system, read or not; of one that may lack them, those it has."""
+        written = self.parser.document.data["systems"][system.name][SECTION_OF[system.kind]]
+        found: list[Any] = written.get("losses") or []
+        return found
 
     # ------------------------------------------------------------ losses
 
     def _terms(self, system: System) -> None:
-        written = self.parser.document.data["systems"][system.name][SECTION_OF[system.kind]]
-        if len(system.terms) < len(written.get("losses", [0])):
+        if len(system.terms) < max(1, len(self._losses(system))):
             return  # a term could not be read: already reported
         if all(term.weight == 0 for term in system.terms):
             self._problem(system, ("losses",), "all weights are 0: there is nothing to learn")
@@ -290,14 +309,15 @@ class Checker:
             if not any(need.kind == "codebooks" for need in self.requires(term)):
                 continue
             for name in [term.teacher] if term.teacher else system.all_teachers:
-                if name == EMA or (name in self.systems and self.systems[name].all_teachers):
+                late = name in self.systems and self.systems[name].all_teachers
+                if name == EMA or late or self._is_compressed(name):
                     what = f"{term.name!r} needs codebooks, which stage 4 trains, and {name!r} comes after it"
                     remedy = "name a teacher that has no teacher itself (term: teacher: ...)"
                     self._problem(system, ("losses", i), what, remedy)
 
     def _warm_start(self, system: System) -> None:
         """The average of an untrained model teaches noise."""
-        if system.ema is None or system.init_from is not None:
+        if system.ema is None or system.init_from is not None or system.kind == "compressed":
             return
         early = [
             term
@@ -314,8 +334,12 @@ class Checker:
         augment = system.training.augment
         if augment is None or augment.join == 0 or system.targets.mode != "cached":
             return
-        # targets of teachers that are distilled themselves are never cached
-        cached = {n for n in system.teachers if n in self.systems and not self.systems[n].teachers}
+        # targets of teachers that are distilled or compressed themselves are never cached
+        cached = {
+            n
+            for n in system.teachers
+            if n in self.systems and not self.systems[n].teachers and not self._is_compressed(n)
+        }
         for i, term in enumerate(system.terms):
             if not cached & ({term.teacher} if term.teacher else set(system.teachers)):
                 continue

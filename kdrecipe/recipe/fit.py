@@ -22,7 +22,7 @@ from kdrecipe.recipe.bundles import other_tokens
 from kdrecipe.recipe.checks import Checker
 from kdrecipe.recipe.imported import build_teacher, teacher_options, tokenizer_file
 from kdrecipe.recipe.sections import EMA, Features, System, Term, Tokens, uses_lm
-from kdrecipe.recipe.suitable import bundle_model, searches
+from kdrecipe.recipe.suitable import bundle_model, model_of, searches
 
 FEATURE_FRAME_SHIFT_S = 0.01
 MAX_TENSORS = 10_000
@@ -166,7 +166,7 @@ class FitChecker:
         """What losses may know of a system's model; None where that can't be known yet."""
         if system.is_imported:
             return self._imported_info(system)
-        model = bundle_model(system) if system.kind == "pretrained" else system.model
+        model = model_of(self.checker.systems, system.name)
         if model is None:
             return None
         key = json.dumps(model, sort_keys=True)

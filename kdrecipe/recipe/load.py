@@ -36,7 +36,7 @@ from kdrecipe.recipe.sections import (
     Training,
     depth_first,
 )
-from kdrecipe.recipe.suitable import heads_of, model_of, origin_of, searches
+from kdrecipe.recipe.suitable import heads_of, model_of, objective_of, searches
 from kdrecipe.recipe.yaml import Document, KeyPath, load_yaml, parse_value
 
 __all__ = [
@@ -137,10 +137,13 @@ class Recipe:
     def teaching(self) -> list[str]:
         """Systems of stage 3, in the order in which they can be built.
 
-        Those that teach and have no teacher themselves, and what they start from.
+        Those that teach and have no teacher themselves, and what they start from. A compressed system that
+        teaches another one is built in stage 6.
         """
         teachers = {t for s in self.systems.values() for t in s.teachers}
-        wanted = {n for n in teachers if not self.systems[n].teachers}
+        wanted = {
+            n for n in teachers if not self.systems[n].teachers and self.systems[n].kind != "compressed"
+        }
         while more := {need for n in wanted for need in self.systems[n].needs} - wanted:
             wanted |= more
         return [name for name in depth_first(self.systems)[0] if name in wanted]
@@ -161,10 +164,9 @@ class Recipe:
         seeds = self.systems[system].seeds
         return seeds[0] if len(seeds) == 1 else seed
 
-    def trained_ancestor(self, system: str) -> System | None:
-        """The trained or distilled system that a compressed one stems from; None if imported."""
-        found = origin_of(self.systems, system)
-        return found if found is not None and found.kind in ("trained", "distilled") else None
+    def objective_of(self, system: str) -> System | None:
+        """The system whose losses, teachers and data a compressed one trains with; None: there are none."""
+        return objective_of(self.systems, system)
 
     def model_of(self, system: str) -> dict[str, Any] | None:
         """The description of its model, or of its parent's; None: a bundle not there yet."""

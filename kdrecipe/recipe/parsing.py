@@ -10,9 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator, Field, model_validator
+from typing import Any
 
 from kdrecipe.errors import did_you_mean
 from kdrecipe.interfaces import Options
@@ -36,13 +34,18 @@ from kdrecipe.recipe.sections import (
     Training,
     depth_first,
 )
-from kdrecipe.recipe.suitable import head_of, heads_of
+from kdrecipe.recipe.suitable import head_of, heads_of, lineage, objective_of
+from kdrecipe.recipe.system_sections import (
+    OBJECTIVE,
+    SECTIONS,
+    CompressSection,
+    TermSection,
+    UnlabelledSection,
+)
 from kdrecipe.recipe.validation import Validator, short
 from kdrecipe.recipe.yaml import KeyPath
 from kdrecipe.score.keep import Keep
 from kdrecipe.text_form import TextForm
-
-Mappings = Annotated[list[dict[str, Any]], Field(min_length=1)]
 
 KINDS: Mapping[str, Kind] = {
     "train": "trained",
@@ -68,111 +71,6 @@ EXAMPLES: Mapping[str, str] = {
     "systems": "{student: {train: {model: {name: conformer, heads: {ctc: {}}}}}}",
 }
 """What a recipe can't do without."""
-
-
-class InitFrom(Options):
-    """``init_from``: whose weights a system starts with.
-
-    A system's name alone stands for ``{system: <name>}``.
-    """
-
-    system: str
-    layers: dict[str, Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]] = {}
-
-
-def _by_name(data: Any) -> Any:
-    if isinstance(data, dict | InitFrom | None):
-        return data
-    if isinstance(data, str):
-        return {"system": data}
-    raise ValueError(f"is {short(data)}, it must be a system's name, or {{system: <name>, layers: {{...}}}}")
-
-
-Start = Annotated[InitFrom | None, BeforeValidator(_by_name)]
-
-
-class TrainSection(Options):
-    """``train``: a system trained from labels."""
-
-    model: dict[str, Any]
-    data: str | None = None
-    losses: Mappings = [{"name": "ctc"}]
-    training: dict[str, Any] = {}
-    seeds: Seeds | None = None
-    init_from: Start = None
-
-
-class UnlabelledSection(Options):
-    """``unlabelled`` of a distilled system: audio whose transcripts are not used.
-
-    Args:
-        subset: of the training split, or ``all``.
-        labels: one of its teachers, whose hypotheses are labels there.
-        keep: which of them.
-    """
-
-    subset: str
-    labels: str | None = None
-    keep: Keep | None = None
-
-    @model_validator(mode="after")
-    def _keeps_labels(self) -> UnlabelledSection:
-        if self.keep is not None and self.labels is None:
-            raise ValueError(
-                "keep says which hypotheses are labels; labels names the teacher that gives them"
-            )
-        return self
-
-
-class DistillSection(Options):
-    """``distill``: a system trained with teachers."""
-
-    model: dict[str, Any]
-    data: str | None = None
-    unlabelled: str | UnlabelledSection | None = None
-    teachers: Annotated[tuple[str, ...], Field(min_length=1)]
-    ema: Ema | None = None
-    losses: Mappings
-    targets: dict[str, Any] = {}
-    training: dict[str, Any] = {}
-    seeds: Seeds | None = None
-    init_from: Start = None
-
-    @model_validator(mode="after")
-    def _average_teaches(self) -> DistillSection:
-        if self.ema is not None and EMA not in self.teachers:
-            raise ValueError(f"ema has options, but is no teacher: write teachers: [..., {EMA}]")
-        return self
-
-
-class CompressSection(Options):
-    """``compress``: a system made smaller."""
-
-    parent: str = Field(alias="from")
-    steps: Mappings
-    training: dict[str, Any] = {}
-
-
-class PretrainedSection(Options):
-    """``pretrained``: a bundle made elsewhere; or, with ``name``, what a teacher plugin imports."""
-
-    bundle: str
-
-
-SECTIONS: Mapping[str, type[Options]] = {
-    "train": TrainSection,
-    "distill": DistillSection,
-    "compress": CompressSection,
-    "pretrained": PretrainedSection,
-}
-
-
-class TermSection(Options):
-    """A loss without the plugin's options."""
-
-    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
-    teacher: str | None = None
-    start_below: Annotated[float, Field(gt=0)] | None = None
 
 
 class Parser(Validator):
@@ -352,30 +250,58 @@ class Parser(Validator):
         common: dict[str, Any] = {"name": name, "kind": KINDS[key], "training": own, "seeds": seeds}
         if key == "pretrained":
             return System(**common, location=self._location(section.bundle, (*here, "bundle")))
+        common |= self._objective(section, data[key], here)
         if key == "compress":
             steps = [self.named("compressors", s, (*here, "steps", i)) for i, s in enumerate(section.steps)]
-            return System(**common, parent=section.parent, steps=tuple(s for s in steps if s is not None))
+            free = self._free(section, here) if section.budget and all(steps) else ()
+            common |= {"steps": tuple(s for s in steps if s is not None), "budget": section.budget}
+            return System(**common, parent=section.parent, free_steps=free)
         if section.seeds:
             common["seeds"] = self._distinct(section, (*here, "seeds"))
-        written = data[key].get("targets")
-        common["targets"] = targets = self._targets_of(written, (*here, "targets"))
-        terms = [self._term(t, (*here, "losses", i), targets.top_k) for i, t in enumerate(section.losses)]
-        unlabelled, teachers = getattr(section, "unlabelled", None), getattr(section, "teachers", ())
-        if isinstance(unlabelled, UnlabelledSection):
-            keep = (unlabelled.keep or Keep()) if unlabelled.labels else None
-            common |= {"labels": unlabelled.labels, "keep": keep}
-            unlabelled = unlabelled.subset
         return System(
             **common,
             model=self._model(section.model, (*here, "model")),
-            data=section.data,
-            unlabelled=unlabelled,
-            teachers=tuple(t for t in teachers if t != EMA),
-            ema=(section.ema or Ema()) if EMA in teachers else None,
             init_from=section.init_from.system if section.init_from else None,
             init_layers=section.init_from.layers if section.init_from else {},
-            terms=tuple(t for t in terms if t is not None),
         )
+
+    def _objective(self, section: Any, written: dict[str, Any], here: KeyPath) -> dict[str, Any]:
+        """What a system trains with: fields of :class:`System`."""
+        targets = self._targets_of(written.get("targets"), (*here, "targets"))
+        losses = section.losses or ()
+        terms = [self._term(t, (*here, "losses", i), targets.top_k) for i, t in enumerate(losses)]
+        unlabelled, teachers = getattr(section, "unlabelled", None), getattr(section, "teachers", ())
+        labels, keep = None, None
+        if isinstance(unlabelled, UnlabelledSection):
+            labels = unlabelled.labels
+            keep = (unlabelled.keep or Keep()) if labels else None
+            unlabelled = unlabelled.subset
+        return {
+            "targets": targets,
+            "data": section.data,
+            "unlabelled": unlabelled,
+            "labels": labels,
+            "keep": keep,
+            "teachers": tuple(t for t in teachers if t != EMA),
+            "ema": (section.ema or Ema()) if EMA in teachers else None,
+            "terms": tuple(t for t in terms if t is not None),
+        }
+
+    def _free(self, section: CompressSection, here: KeyPath) -> tuple[int, ...]:
+        """Numbers of the steps whose strength is not written, so that the budget decides it."""
+        strengths = {i: self._strength(step["name"]) for i, step in enumerate(section.steps)}
+        free = tuple(i for i, name in strengths.items() if name and name not in section.steps[i])
+        if not free:
+            able = [n for n in self.registry.names("compressors") if self._strength(n)]
+            options = ", ".join(f"{name} ({self._strength(name)})" for name in able)
+            remedy = f"leave the option of one step to the budget: {options}"
+            self.problem((*here, "budget"), "no step is free to meet the budget", remedy)
+        return free
+
+    def _strength(self, compressor: str) -> str | None:
+        """The option of a compressor that says how much smaller it makes a model."""
+        option: str | None = getattr(self.registry.get("compressors", compressor), "strength", None)
+        return option
 
     def _imported(
         self, name: str, data: dict[str, Any], path: KeyPath, seeds: tuple[int, ...], training: Training
@@ -435,7 +361,13 @@ class Parser(Validator):
 
     def _inherit(self, systems: dict[str, System], seeds: tuple[int, ...]) -> dict[str, System]:
         """Seeds of teachers (one is enough), seeds and settings of compressed systems (the parent's)."""
-        teaching = {t for s in systems.values() for t in s.teachers}
+        # What teaches only that which it is compressed to teaches it with the same seed.
+        teaching = {
+            teacher
+            for name, system in systems.items()
+            for teacher in system.teachers
+            if teacher not in {parent.name for parent in lineage(systems, name)}
+        }
         result: dict[str, System] = {}
         for name in depth_first(systems)[0]:
             system = systems[name]
@@ -449,8 +381,32 @@ class Parser(Validator):
                 path = ("systems", name, key, "training")
                 training = self._training(data.get("training"), parent.training, path)
                 system = replace(system, seeds=parent.seeds, training=training)
+                system = self._with_objective(system, data, objective_of(result, parent.name))
             result[name] = system
         return {name: result[name] for name in systems}
+
+    def _with_objective(self, system: System, written: dict[str, Any], base: System | None) -> System:
+        """A compressed system that names a part of what it trains with has the rest from ``base``.
+
+        One that names nothing has nothing of its own: see :func:`kdrecipe.recipe.suitable.objective_of`.
+        """
+        named = [key for key in OBJECTIVE if key in written]
+        if not named:
+            return system
+        path: KeyPath = ("systems", system.name, "compress")
+        if base is None:
+            if "losses" not in named:
+                what = "its parent's bundle holds no losses to train by"
+                self.problem((*path, named[0]), what, "name losses, too")
+            return system
+        if "targets" in named:
+            over = {**base.targets.model_dump(), **(written["targets"] or {})}
+            targets = self.validate(TargetOptions, over, (*path, "targets")) or base.targets
+            system = replace(system, targets=targets)
+        fields = {"losses": ("terms",), "unlabelled": ("unlabelled", "labels", "keep")}
+        fields |= {"teachers": ("teachers", "ema"), "ema": ()}
+        absent = [field for key in OBJECTIVE if key not in named for field in fields.get(key, (key,))]
+        return replace(system, **{field: getattr(base, field) for field in absent})
 
     def _place(self, written: Any, path: KeyPath) -> Location | None:
         """A path that may be left out; empty text counts as that."""

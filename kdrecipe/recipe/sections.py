@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, SkipValidation, field_validator, model_validator
 
 from kdrecipe.interfaces import Options
+from kdrecipe.recipe.budget import Budget
 from kdrecipe.recipe.yaml import expand_env
 from kdrecipe.score.keep import Keep
 from kdrecipe.text_form import TextForm
@@ -561,8 +562,11 @@ class System:
             of the heads that both have; other heads start from random weights.
         init_layers: ``encoder`` or a head's name -> the layers of ``init_from`` that it starts with, in
             order; parts not named have as many as there.
-        terms: its objective.
+        terms: its objective. A compressed system without one has that of the system that it stems from,
+            teachers and data included: see :func:`kdrecipe.recipe.suitable.objective_of`.
         steps: compressors, in order.
+        budget: that the steps meet; None: their options say how much.
+        free_steps: numbers of those whose strength the budget decides.
         location: of a pretrained bundle; of what a plugin imports, where its options' paths count from.
         plugin: what imports a pretrained model that is no bundle, with its options as the recipe has them.
         text: how the hypotheses of that model become transcripts.
@@ -585,6 +589,8 @@ class System:
     init_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     terms: tuple[Term, ...] = ()
     steps: tuple[Named, ...] = ()
+    budget: Budget | None = None
+    free_steps: tuple[int, ...] = ()
     location: Location | None = None
     plugin: Named | None = None
     text: TextForm = field(default_factory=TextForm)
@@ -593,6 +599,11 @@ class System:
     def all_teachers(self) -> tuple[str, ...]:
         """Whom its losses learn from: its teachers, and :data:`EMA`."""
         return (*self.teachers, EMA) if self.ema else self.teachers
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has an objective of its own."""
+        return self.kind in ("trained", "distilled") or bool(self.terms)
 
     @property
     def is_imported(self) -> bool:
@@ -635,19 +646,19 @@ def depth_first(systems: Mapping[str, System]) -> tuple[list[str], list[list[str
 
 
 def shared_labels(systems: Mapping[str, System]) -> tuple[str, ...]:
-    """Subsets that trained and distilled systems have labels of; empty: all have the whole split.
+    """Subsets that systems with an objective have labels of; empty: all have the whole split.
 
     One name is the part whose transcripts all systems may see: tokens and language models, which
     all systems share, are learnt from it unless the recipe says otherwise. With several names
     there is no such part that the recipe names. See :func:`without_transcripts`.
     """
-    names = [s.data for s in systems.values() if s.kind in ("trained", "distilled")]
+    names = [s.data for s in systems.values() if s.learns]
     return tuple(dict.fromkeys(name for name in names if name is not None and name != NONE))
 
 
 def without_transcripts(systems: Mapping[str, System]) -> list[System]:
-    """All trained and distilled systems, if none of them has labels by people; else empty."""
-    made = [s for s in systems.values() if s.kind in ("trained", "distilled")]
+    """All systems with an objective, if none of them has labels by people; else empty."""
+    made = [s for s in systems.values() if s.learns]
     return made if all(s.data == NONE for s in made) else []
 
 

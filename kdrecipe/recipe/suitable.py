@@ -19,16 +19,25 @@ from kdrecipe.recipe.description import faults
 from kdrecipe.recipe.sections import Named, System
 
 
+def lineage(systems: Mapping[str, System], name: str) -> list[System]:
+    """A system and what it was compressed from, one after the other; it ends where a parent is wrong."""
+    found: list[System] = []
+    system = systems.get(name)
+    while system is not None and system not in found:
+        found.append(system)
+        system = systems.get(system.parent or "")
+    return found
+
+
 def origin_of(systems: Mapping[str, System], name: str) -> System | None:
     """The system that a compressed one stems from, any other itself; None where a parent is wrong."""
-    seen: set[str] = set()
-    system = systems.get(name)
-    while system is not None and system.parent is not None:
-        if system.name in seen:
-            return None
-        seen.add(system.name)
-        system = systems.get(system.parent)
-    return system
+    found = lineage(systems, name)
+    return found[-1] if found and found[-1].parent is None else None
+
+
+def objective_of(systems: Mapping[str, System], name: str) -> System | None:
+    """The next of its lineage with losses: with its losses, teachers and data a system trains."""
+    return next((system for system in lineage(systems, name) if system.learns), None)
 
 
 def model_of(systems: Mapping[str, System], name: str) -> dict[str, Any] | None:

@@ -307,6 +307,7 @@ def _making_section(results: Mapping[str, Any]) -> Section:
         for step in system["compression"] or []:
             facts = _flat(step.get("options") or {}) + _flat(step.get("report") or {})
             steps.append(f"{system['name']}, {step['name']}: {', '.join(facts)}")
+        steps += [_budget(system["name"], found) for found in (system.get("budget") or [])[:1]]
     if steps:
         section.blocks.append(steps)
     if labelled := [_labels_row(system) for system in results["systems"] if system.get("labels")]:
@@ -323,6 +324,12 @@ def _making_section(results: Mapping[str, Any]) -> Section:
         headers = ["system", "split", "search", "runs in", "WER %", "bundle's WER %", "same text %"]
         section.blocks.append(Table(headers, shipped, frozenset(range(4, len(headers)))))
     return section
+
+
+def _budget(name: str, found: Mapping[str, Any]) -> str:
+    """What a budget was and what met it, of the first seed."""
+    value, limit, strength = (figure(float(found[key])) for key in ("value", "limit", "strength"))
+    return f"{name}, budget: {found['measure']} {limit}, met with {value} at strength {strength}"
 
 
 def _labels_row(system: System) -> list[str]:

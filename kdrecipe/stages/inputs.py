@@ -11,6 +11,7 @@ from kdrecipe.recipe.sections import ALL, NONE
 from kdrecipe.recipe.suitable import bundle_meta
 
 if TYPE_CHECKING:
+    from kdrecipe.jobs.plan import Plan
     from kdrecipe.recipe.load import Recipe, System
 
 
@@ -55,6 +56,24 @@ def utterances_of(
     labelled = set(everything if system.data is None else named[system.data]) - set(left_out)
     unlabelled = set() if system.unlabelled is None else set(named[system.unlabelled]) - labelled
     return labelled, unlabelled
+
+
+def needs_of_training(plan: Plan, recipe: Recipe, system: System, seed: int) -> tuple[str, ...]:
+    """Jobs whose results a training run of ``system`` reads."""
+    from kdrecipe.stages.codebooks import jobs_of
+
+    needs = ["features", "tokens"]
+    for teacher in system.teachers:
+        name = f"{teacher}/seed{recipe.seed_of(teacher, seed)}"
+        needs.append(f"targets/{name}" if f"targets/{name}" in plan.jobs else name)
+        if needs[-1] != name:
+            needs.append(name)
+        needs += jobs_of(plan, [(teacher, recipe.seed_of(teacher, seed))])
+    if system.labels:
+        needs.append(f"hypotheses/{system.labels}/seed{recipe.seed_of(system.labels, seed)}")
+    if system.init_from:
+        needs.append(f"{system.init_from}/seed{recipe.seed_of(system.init_from, seed)}")
+    return tuple(needs)
 
 
 def merge_specs(specs: Iterable[TargetSpec]) -> list[TargetSpec]:

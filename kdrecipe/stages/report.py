@@ -221,7 +221,7 @@ def _row(system: System, recipe: Recipe, layout: Layout, scores: Mapping[str, An
     return {
         "name": system.name,
         "kind": system.kind,
-        "parent": list(system.teachers) or system.parent or system.init_from,
+        "parent": _parents(system),
         "seeds": list(system.seeds),
         "params": first["params"],
         "size_mb": decoded[0]["size_mb"],
@@ -234,12 +234,21 @@ def _row(system: System, recipe: Recipe, layout: Layout, scores: Mapping[str, An
         "core": _cores(system, layout),
         "parity": {name: found["parity"] for name, found in parity.items()},
         "compression": first["compression"],
+        **({"budget": [bundle["budget"] for bundle in bundles]} if first.get("budget") else {}),
         "train": _effort(system, layout, bundles) if first.get("training") else None,
         "losses": [{"name": t.name, "weight": t.weight} for t in system.terms],
         "data": system.data,
         "unlabelled": system.unlabelled,
         "labels": first.get("labels"),
     }
+
+
+def _parents(system: System) -> list[str] | str | None:
+    """What it was made of, and whom it learnt from with losses of its own."""
+    if system.parent is None:
+        return list(system.teachers) or system.init_from
+    others = [name for name in system.teachers if name != system.parent]
+    return [system.parent, *others] if others else system.parent
 
 
 def _cores(system: System, layout: Layout) -> list[str]:

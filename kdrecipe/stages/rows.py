@@ -64,7 +64,7 @@ def row_of(
             where=recipe.document.where(("export",)),
             remedy="kdrecipe plugins list",
         )
-    cls, variant, label = registry.get("exporters", wanted.name), _variant(bundle), search[0]
+    cls, variant, label = registry.get("exporters", wanted.name), bundle.ships, search[0]
     about = {"label": label, "decoder": search[1].name, "options": search[1].options, "variant": variant}
     why = unfit(registry, wanted.name, bundle.meta["model"])
     if why is None and variant not in cls.files:
@@ -113,11 +113,6 @@ def _shipped(
         for split, listed in cuts.items()
     }
     return Row(about, hypotheses, recognise, next(iter(measured.values())).summary())
-
-
-def _variant(bundle: Bundle) -> str:
-    """Which variant of an export ships."""
-    return "int8" if bundle.is_int8 else "fp32"
 
 
 def rewritten(

@@ -24,7 +24,7 @@ from kdrecipe.data.augment import Augmenter, NoiseFiles
 from kdrecipe.data.batches import CutBatches
 from kdrecipe.data.features import FRAME_SHIFT_S, extract, has_dev, load_cuts, load_norm, original_id
 from kdrecipe.data.tokens import Tokenizer
-from kdrecipe.errors import RecipeError
+from kdrecipe.errors import KdrecipeError, RecipeError
 from kdrecipe.interfaces import SAMPLE_RATE, Batch, LossSetup, ModelInfo, TargetSpec
 from kdrecipe.jobs.executors import job_label
 from kdrecipe.model.asr import FeatureNorm, build_model, model_info
@@ -40,6 +40,8 @@ from kdrecipe.targets.cache import TargetCache
 from kdrecipe.targets.live import LiveTargets
 from kdrecipe.train.distribution import local_device
 from kdrecipe.train.ema import MovingAverage
+from kdrecipe.train.evaluation import token_error_rate
+from kdrecipe.train.gradients import gradients
 from kdrecipe.train.loop import Objective, Term, TrainResult, train
 
 if TYPE_CHECKING:
@@ -188,6 +190,30 @@ class Session:
         for ids in batches.epoch(0):
             yield batches.load(ids)
 
+    def gradients(self, model: AsrModel, num_batches: int) -> Iterator[Batch]:
+        """What some training batches, the same ones at each call, teach ``model``, which is on this process's
+        device: see :class:`kdrecipe.interfaces.CompressContext`."""
+        device = local_device()
+        plain = self.system.training.model_copy(update={"augment": None})
+        sources = self.teachers(device, model)
+        with_audio = any(getattr(source, "hears_audio", False) for source in sources.values())
+        batches = self.batches(plain, with_audio=with_audio)
+        objective = self.objective(model_info(model, self.tokens.vocab_id))
+        objective.labelled_share = batches.num_labelled / len(batches)
+        loaded = (batches.load(ids) for ids in batches.epoch(0)[:num_batches])
+        return gradients(model, loaded, objective, sources, device)
+
+    def token_errors(self, model: AsrModel) -> float:
+        """Per reference token of dev; KdrecipeError where there is none with transcripts."""
+        rate = token_error_rate(model, self.dev, local_device()) if self.dev is not None else None
+        if rate is None:
+            raise KdrecipeError(
+                "dev errors are wanted, and the corpus has no dev split with transcripts",
+                where=f"systems.{self.system.name}",
+                remedy="give it one, or choose options that need none",
+            )
+        return rate
+
     @cached_property
     def opened(self) -> dict[str, Opened]:
         """The teachers by system name."""
@@ -295,6 +321,7 @@ class Session:
         training: Training,
         *,
         on_step: Callable[[nn.Module, int, int], None] | None = None,
+        penalty: Callable[[nn.Module, int, int], torch.Tensor] | None = None,
     ) -> TrainResult:
         """Train ``model`` in place, on this process's device; teachers at work are there, too."""
         device = local_device()
@@ -314,6 +341,7 @@ class Session:
             seed=self.seed,
             dev=self.dev,
             on_step=on_step,
+            penalty=penalty,
             label=job_label(f"{self.system.name}/seed{self.seed}"),
             masked_teachers=self.system.targets.view == "masked",
             build_optimizer=hook.build_optimizer,

@@ -96,7 +96,7 @@ def _labelled(recipe: Recipe, layout: Layout) -> Any:
 
     cuts: Any = load_cuts(layout.features, "train")  # Lhotse's annotations do not let it be iterated
     subsets, ids = read_json(layout.features / "subsets.json"), list(cuts.ids)
-    made = [system for system in recipe.systems.values() if system.kind in ("trained", "distilled")]
+    made = [system for system in recipe.systems.values() if system.learns]
     used = set().union(*(utterances_of(system, ids, subsets, ())[0] for system in made))
     return cuts.filter(lambda cut: cut.id in used).to_eager()
 

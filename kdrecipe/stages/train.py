@@ -18,7 +18,7 @@ from kdrecipe.plugin.carried import carry, refusal
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.recipe.sections import uses_lm
 from kdrecipe.recipe.starting import misfits, shared_parts
-from kdrecipe.stages.codebooks import jobs_of
+from kdrecipe.stages.inputs import needs_of_training
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.teachers import import_job, open_teacher
 
@@ -74,7 +74,7 @@ def _add(plan: Plan, recipe: Recipe, layout: Layout, system: System, stage: int)
                 out,
                 {"system": _inputs(recipe, system), "seed": seed},
                 partial(run, recipe, layout, system, seed),
-                needs=_needs(plan, recipe, system, seed),
+                needs=needs_of_training(plan, recipe, system, seed),
                 resumable=True,
                 alone=False,
             )
@@ -85,21 +85,6 @@ def _inputs(recipe: Recipe, system: System) -> dict[str, object]:
     from kdrecipe.stages.inputs import system_inputs
 
     return dict(system_inputs(recipe, system))
-
-
-def _needs(plan: Plan, recipe: Recipe, system: System, seed: int) -> tuple[str, ...]:
-    needs = ["features", "tokens"]
-    for teacher in system.teachers:
-        name = f"{teacher}/seed{recipe.seed_of(teacher, seed)}"
-        needs.append(f"targets/{name}" if f"targets/{name}" in plan.jobs else name)
-        if needs[-1] != name:
-            needs.append(name)
-        needs += jobs_of(plan, [(teacher, recipe.seed_of(teacher, seed))])
-    if system.labels:
-        needs.append(f"hypotheses/{system.labels}/seed{recipe.seed_of(system.labels, seed)}")
-    if system.init_from:
-        needs.append(f"{system.init_from}/seed{recipe.seed_of(system.init_from, seed)}")
-    return tuple(needs)
 
 
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:

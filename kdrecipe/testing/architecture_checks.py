@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from kdrecipe.frames import valid_frames
 from kdrecipe.interfaces import taps_of
-from kdrecipe.testing.checks import by_id, check_config_strict, require
+from kdrecipe.structure import Sizes, cut, unit_groups
+from kdrecipe.testing.checks import CheckSkipped, by_id, check_config_strict, require
+from kdrecipe.testing.models import TinyModel
 
 INPUT_DIM = 80
 LENS = (57, 41, 30)
@@ -87,7 +89,10 @@ def check_taps_declared(case: ArchitectureCase) -> None:
     T is that of the output, or goes by the tap's ``subsampling``, up to the 2 frames that edges may cost.
     Heads may be apart: (B, H, T, D / H).
     """
-    encoder = case.build()
+    _check_taps(case.build(), case)
+
+
+def _check_taps(encoder: Any, case: ArchitectureCase) -> None:
     taps = taps_of(encoder, {})
     require(len(taps) > 0, "it declares no taps: hidden states can't be distilled into or out of it")
     features_BTF, lens_B = case.features()
@@ -198,6 +203,32 @@ def check_onnx_export(case: ArchitectureCase) -> None:
         require(worst < 10 * TOLERANCE, f"ONNX and torch differ by {worst:.3g} on lengths {lens}")
 
 
+@torch.no_grad()
+def check_units_go_together(case: ArchitectureCase) -> None:
+    """Units of a group that change places change nothing, and a part of them can be cut out."""
+    if not hasattr(case.cls, "unit_groups"):
+        raise CheckSkipped("it declares no units that may be cut out")
+    model = TinyModel(case.build()).eval()
+    batch = case.features()
+    want = model(*batch).logits["ctc"]
+    generator = torch.Generator().manual_seed(1)
+    groups = unit_groups(model)
+    require(len({group.name for group in groups}) == len(groups), "two groups of units have the same name")
+    for group in groups:
+        cut(model, group, torch.randperm(group.size, generator=generator))
+        worst = _largest_difference(model(*batch).logits["ctc"], want)
+        require(worst < TOLERANCE, f"{group.name}: units that change places change the output by {worst:.3g}")
+    sizes = Sizes(model, groups, ["encoder"])
+    kept = [-(-group.size // 2) for group in groups]
+    for group, number in zip(unit_groups(model), kept, strict=True):
+        cut(model, group, torch.arange(number))
+    found = sum(p.numel() for p in model.encoder.parameters())
+    require(found == sizes(kept), f"{found} parameters are left, {sizes(kept)} should be")
+    got = model(*batch).logits["ctc"]
+    require(got.shape == want.shape, f"with half of its units it gives {tuple(got.shape)}")
+    _check_taps(model.encoder, case)
+
+
 ARCHITECTURE_CHECKS = by_id(
     check_padding_invariance,
     check_lens_rule,
@@ -206,6 +237,7 @@ ARCHITECTURE_CHECKS = by_id(
     check_batch_invariance,
     check_gradients_everywhere,
     check_onnx_export,
+    check_units_go_together,
     check_config_strict,
 )
 """Contract of an encoder, by check id."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,22 @@ class CompressorCase:
         return random_batch((61, 48, 30), input_dim=self.input_dim, seed=seed)
 
     def context(self) -> CompressContext:
-        """Two batches to calibrate with."""
-        return CompressContext(calibration=lambda: iter([self.batch(1), self.batch(2)]), seed=7)
+        """Two batches to calibrate with, gradients towards logits of 0, their size as dev error."""
+        return CompressContext(
+            calibration=lambda: iter([self.batch(1), self.batch(2)]),
+            seed=7,
+            gradients=self.gradients,
+            evaluate=lambda model: float(_loss(model, self.batch(3)).detach()),
+        )
+
+    def gradients(self, model: nn.Module) -> Iterator[Batch]:
+        """As a recipe's context gives them."""
+        model.eval()
+        for batch in (self.batch(1), self.batch(2)):
+            model.zero_grad(set_to_none=True)
+            _loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            yield batch
+        model.zero_grad(set_to_none=True)
 
     def compress(self) -> tuple[Any, nn.Module]:
         """A compressor and what it makes of a model, trained a little if it asks for that."""
@@ -65,8 +79,14 @@ class CompressorCase:
         return out
 
 
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean square of the CTC head's logits."""
+    out = model(batch.features_BTF, batch.lens_B)
+    return valid_frames(out.logits["ctc"], out.lens_B).square().mean()
+
+
 def _train(compressor: Any, model: nn.Module, batch: Batch) -> float:
-    """A few steps towards random logits; returns how far the trainable weights moved."""
+    """A few steps towards logits of 0; returns how far the trainable weights moved."""
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         return 0.0
@@ -74,9 +94,10 @@ def _train(compressor: Any, model: nn.Module, batch: Batch) -> float:
     optimizer = torch.optim.SGD(params, lr=0.01)
     model.train()
     for step in range(1, NUM_STEPS + 1):
-        out = model(batch.features_BTF, batch.lens_B)
-        loss = valid_frames(out.logits["ctc"], out.lens_B).square().mean()
         optimizer.zero_grad()
+        loss = _loss(model, batch)
+        if hasattr(compressor, "penalty"):
+            loss = loss + compressor.penalty(model, step, NUM_STEPS)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         compressor.on_step(model, step, NUM_STEPS)

@@ -26,11 +26,13 @@ from kdrecipe.interfaces import (
     ModelInfo,
     ModelOutput,
     Options,
+    Part,
     Posteriors,
     TargetItem,
     TargetKind,
     Targets,
     TargetSpec,
+    UnitGroup,
     taps_of,
 )
 from kdrecipe.lattice import full_lattice_posteriors
@@ -76,6 +78,12 @@ class TinyEncoder(nn.Module):
     def taps(self) -> dict[str, tuple[nn.Module, int]]:
         """Outputs of the layers."""
         return {f"encoder.{i}": (layer, self.output_dim) for i, layer in enumerate(self.layers)}
+
+    def unit_groups(self) -> list[UnitGroup]:
+        """Its width."""
+        layers = [f"layers.{i}.0" for i in range(len(self.layers))]
+        parts = [Part(layer, side) for layer in layers for side in ("in", "out")]  # type: ignore[arg-type]
+        return [UnitGroup("stream", "width", self.output_dim, (Part("front", "out"), *parts), output=(1,))]
 
     def output_len(self, num_frames: int) -> int:
         """A quarter, rounded up."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,9 @@ from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Progress, Target
 from kdrecipe.train.log import Meter, normalised
 from kdrecipe.train.objective import Term
 from kdrecipe.train.step import Stepper
+
+if TYPE_CHECKING:
+    from kdrecipe.model.asr import AsrModel
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,20 @@ class DevScore:
 
     loss: float | None
     ter: float | None
+
+
+@torch.no_grad()
+def token_error_rate(model: AsrModel, dev: CutBatches, device: torch.device) -> float | None:
+    """Token errors per reference token, greedy search of the first head, in float32; None without labels."""
+    errors = tokens = 0
+    was_training = model.training
+    model.eval()
+    for ids in dev.epoch(0):
+        batch = dev.load(ids).map(lambda x: x.to(device))
+        wrong, length = token_errors(model.greedy(model(batch.features_BTF, batch.lens_B)), batch)
+        errors, tokens = errors + wrong, tokens + length
+    model.train(was_training)
+    return errors / tokens if tokens else None
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdrecipe.artifacts import fingerprint
 from kdrecipe.data.batches import CutBatches
@@ -100,6 +100,7 @@ def train(
     seed: int,
     dev: CutBatches | None = None,
     on_step: Callable[[nn.Module, int, int], None] | None = None,
+    penalty: Callable[[nn.Module, int, int], Tensor] | None = None,
     progress: bool = True,
     label: str = "",
     build_optimizer: OptimizerHook | None = None,
@@ -123,6 +124,7 @@ def train(
         dev: scored every ``dev_every`` epochs.
         on_step: called with (model, step, num_steps) after every optimiser step, step from 1; num_steps is
             the most that there can be.
+        penalty: added to the loss of each step; called with (model, step, num_steps), too.
         progress: whether to say anything on standard error.
         label: what is being trained, for those lines.
         build_optimizer: see :data:`kdrecipe.train.optimisation.OptimizerHook`.
@@ -154,6 +156,8 @@ def train(
     stepper = Stepper(model, objective, teachers, optimizer, options, workers, seed, work_dir)
     stepper.masked_teachers = masked_teachers
     run = _Run(stepper, batches, dev, work_dir, seed)
+    if penalty is not None:
+        stepper.penalty = lambda step: penalty(model, step, run.num_steps)
     run.on_step, run.train_metrics, run.show_progress, run.label = on_step, train_metrics, progress, label
     run.resume()
     if run.epoch < run.last_epoch:

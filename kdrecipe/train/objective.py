@@ -235,6 +235,11 @@ def count_vector(outputs: Sequence[LossOutput], device: torch.device) -> Tensor:
     return torch.stack([torch.as_tensor(o.count, dtype=torch.float64, device=device) for o in outputs])
 
 
+def scales_of(weights: Tensor, counts: Tensor) -> Tensor:
+    """weight / count, 0 where a term saw nothing in the whole step."""
+    return torch.where(counts > 0, weights / counts.clamp(min=1e-9), torch.zeros_like(counts))
+
+
 def weighted_sum(outputs: Sequence[LossOutput], scales: Tensor) -> Tensor | None:
     """``sum_i scales_i * total_i`` over the terms that have a gradient; None if none has."""
     parts: list[Any] = [

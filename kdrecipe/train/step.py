@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Targets
 from kdrecipe.targets import TargetSource
 from kdrecipe.train.distribution import Workers
 from kdrecipe.train.log import Meter
-from kdrecipe.train.objective import Objective, count_vector, weighted_sum
+from kdrecipe.train.objective import Objective, count_vector, scales_of, weighted_sum
 from kdrecipe.train.optimisation import autocast_dtype, clip_gradients, seed_step
 from kdrecipe.train.spec_augment import spec_augment
 
@@ -96,6 +96,8 @@ class Stepper:
         self.seed = seed
         self.work_dir = work_dir
         self.meter = Meter()
+        self.penalty: Callable[[int], Tensor] | None = None
+        """What is added to the loss of each step, by its number."""
         self.masked_teachers = False
         """Whether teachers hear the student's masks; see :func:`kdrecipe.train.loop.train`."""
         self.names = [term.name for term in objective.terms]
@@ -122,6 +124,10 @@ class Stepper:
         micros = [self._micro(batch, slot, step) for slot, batch in enumerate(batches)]
         with memory_errors(batches, self.options):
             outputs, seen = self.backward(micros, step, keep)
+        if self.penalty is not None and self.workers.is_first:  # it is no sum over utterances
+            penalty = self.penalty(step)
+            if penalty.requires_grad:
+                self.scaler.scale(penalty).backward()  # type: ignore[no-untyped-call]
         self.workers.sum_gradients(self.parameters)
         norm = self._update(outputs, batches, step)
         if self.objective.listens:
@@ -224,7 +230,7 @@ class Stepper:
         if len(self.names) > 1:
             with torch.no_grad():
                 passes = [self._forward(micro, step)[0] for micro in micros]
-            scales = self._scales(self._sum_counts(passes))
+            scales = scales_of(self.weights, self._sum_counts(passes))
         else:
             scales = self.weights / _PROVISIONAL_COUNT
         outputs, seen = [], None
@@ -246,7 +252,7 @@ class Stepper:
         self, micros: Sequence[Micro], step: int, keep: bool
     ) -> tuple[list[list[LossOutput]], Seen | None]:
         passes = [self._forward(micro, step) for micro in micros]
-        scales = self._scales(self._sum_counts([found for found, _ in passes]))
+        scales = scales_of(self.weights, self._sum_counts([found for found, _ in passes]))
         seen = None
         for micro, (found, out) in zip(micros, passes, strict=True):
             self._backward(found, scales)
@@ -264,10 +270,6 @@ class Stepper:
         for outputs in passes:
             counts += count_vector(outputs, self.workers.device)
         return self.workers.sum(counts)
-
-    def _scales(self, counts: Tensor) -> Tensor:
-        """weight / count, 0 where a term saw nothing in the whole step."""
-        return torch.where(counts > 0, self.weights / counts.clamp(min=1e-9), torch.zeros_like(counts))
 
     def _micro(self, batch: Batch, slot: int, step: int = 0) -> Micro:
         device = self.workers.device

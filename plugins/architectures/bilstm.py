@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
-from kdrecipe.interfaces import Options
+from kdrecipe.interfaces import Options, Part, UnitGroup
 from kdrecipe.layers import Dropout
 
 from .layers import ConvFront
@@ -93,8 +93,26 @@ class BiLstm(nn.Module):
 
     def taps(self) -> dict[str, tuple[nn.Module, int]]:
         """Declared intermediate tensors: name -> (module whose output it is, D)."""
-        layers = {f"encoder.{i}": (layer, self.output_dim) for i, layer in enumerate(self.layers)}
-        return {"front": (self.front.dropout, self.output_dim), **layers}
+        layers: Any = self.layers
+        dims = {f"encoder.{i}": (layer, layer.norm.normalized_shape[0]) for i, layer in enumerate(layers)}
+        return {"front": (self.front.dropout, self.front.proj.out_features), **dims}
+
+    def unit_groups(self) -> list[UnitGroup]:
+        """What may be cut out of it: units of both LSTMs of a layer together."""
+        layers: Any = self.layers
+
+        def lstms(i: int, side: Literal["in", "out"], blocks: tuple[int, ...] = (1,)) -> list[Part]:
+            ways = ("forward_lstm", "backward_lstm") if i < len(layers) else ()
+            return [Part(f"layers.{i}.{way}", side, blocks) for way in ways]
+
+        proj = Part("front.proj", "out")
+        width = UnitGroup("stream", "width", self.front.proj.out_features, (proj, *lstms(0, "in")))
+        found = [self.front.unit_group("front"), width]
+        for i, layer in enumerate(layers):
+            parts = (*lstms(i, "out"), Part(f"layers.{i}.norm", "out", (1, 1)), *lstms(i + 1, "in", (1, 1)))
+            output = (1, 1) if i + 1 == len(layers) else None
+            found.append(UnitGroup(f"layers.{i}", "units", layer.forward_lstm.hidden_size, parts, output))
+        return found
 
     def output_len(self, num_frames: int) -> int:
         """Output frames for ``num_frames`` feature frames."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdrecipe import hookimpl
 from kdrecipe.frames import frame_mask
-from kdrecipe.interfaces import Options
+from kdrecipe.interfaces import Options, Part, UnitGroup
 from kdrecipe.layers import Dropout
 
 from .layers import ConvFront, along_time, depthwise_conv
@@ -57,6 +57,11 @@ class SeparableConv(nn.Module):
         y_BTD: Tensor = self.norm(self.pointwise(along_time(self.depthwise, x_BTD, mask_BT)))
         return y_BTD
 
+    @staticmethod
+    def reading(path: str) -> tuple[Part, ...]:
+        """Where it reads its input."""
+        return Part(f"{path}.depthwise", "out"), Part(f"{path}.pointwise", "in")
+
 
 class CnnBlock(nn.Module):
     """Separable convolutions, ReLU and dropout after each; the residual joins before the last ReLU."""
@@ -77,6 +82,33 @@ class CnnBlock(nn.Module):
         x = self.convs[-1](x, mask_BT) + self.residual(x_BTD)
         y_BTD: Tensor = self.dropout(F.relu(x))
         return y_BTD
+
+    def unit_groups(self, path: str) -> list[UnitGroup]:
+        """Channels between its convolutions; it stands at ``path``."""
+        convs: Any = self.convs
+        return [
+            UnitGroup(
+                f"{path}.convs.{j}",
+                "channels",
+                conv.pointwise.out_features,
+                (
+                    Part(f"{path}.convs.{j}.pointwise", "out"),
+                    Part(f"{path}.convs.{j}.norm", "out"),
+                    *SeparableConv.reading(f"{path}.convs.{j + 1}"),
+                ),
+            )
+            for j, conv in enumerate(convs[:-1])
+        ]
+
+    def reading(self, path: str) -> tuple[Part, ...]:
+        """Where it reads its input."""
+        return *SeparableConv.reading(f"{path}.convs.0"), Part(f"{path}.residual.0", "in")
+
+    def writing(self, path: str) -> tuple[Part, ...]:
+        """Where it writes its output."""
+        last = f"{path}.convs.{len(self.convs) - 1}"
+        layers = (f"{last}.pointwise", f"{last}.norm", f"{path}.residual.0", f"{path}.residual.1")
+        return tuple(Part(layer, "out") for layer in layers)
 
 
 class Cnn(nn.Module):
@@ -121,8 +153,22 @@ class Cnn(nn.Module):
 
     def taps(self) -> dict[str, tuple[nn.Module, int]]:
         """Declared intermediate tensors: name -> (module whose output it is, D)."""
-        layers = {f"encoder.{i}": (layer, self.output_dim) for i, layer in enumerate(self.layers)}
-        return {"front": (self.front.dropout, self.output_dim), **layers}
+        layers: Any = self.layers
+        dims = {f"encoder.{i}": (layer, layer.residual[0].out_features) for i, layer in enumerate(layers)}
+        return {"front": (self.front.dropout, self.front.proj.out_features), **dims}
+
+    def unit_groups(self) -> list[UnitGroup]:
+        """What may be cut out of it: no width is tied to another, since the residual has a map of its own."""
+        layers: Any = self.layers
+        reading = [block.reading(f"layers.{i}") for i, block in enumerate(layers)]
+        proj, dim = Part("front.proj", "out"), self.front.proj.out_features
+        found = [self.front.unit_group("front"), UnitGroup("stream", "width", dim, (proj, *reading[0]))]
+        for i, block in enumerate(layers):
+            found += block.unit_groups(f"layers.{i}")
+            is_last, dim = i + 1 == len(layers), block.residual[0].out_features
+            parts = (*block.writing(f"layers.{i}"), *(() if is_last else reading[i + 1]))
+            found.append(UnitGroup(f"layers.{i}", "width", dim, parts, output=(1,) if is_last else None))
+        return found
 
     def output_len(self, num_frames: int) -> int:
         """Output frames for ``num_frames`` feature frames."""

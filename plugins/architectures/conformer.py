@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdrecipe import hookimpl
 from kdrecipe.frames import frame_mask
-from kdrecipe.interfaces import Options, Tap
+from kdrecipe.interfaces import Options, Part, Tap, UnitGroup
 from kdrecipe.layers import Dropout, FeedForward
 
 from .layers import ConvFront, ConvModule, RotaryPositions, SelfAttention
@@ -69,6 +69,26 @@ class ConformerLayer(nn.Module):
         y_BTD: Tensor = self.norm(x)
         return y_BTD
 
+    def unit_groups(self, path: str) -> list[UnitGroup]:
+        """What may be cut out of it; it stands at ``path``."""
+        return [
+            self.ff1.unit_group(f"{path}.ff1"),
+            self.attention.unit_group(f"{path}.attention"),
+            self.conv.unit_group(f"{path}.conv"),
+            self.ff2.unit_group(f"{path}.ff2"),
+        ]
+
+    def on_stream(self, path: str) -> tuple[Part, ...]:
+        """Where it reads and writes the stream."""
+        return (
+            *self.ff1.on_stream(f"{path}.ff1"),
+            Part(f"{path}.norm_attention", "out"),
+            *self.attention.on_stream(f"{path}.attention"),
+            *self.conv.on_stream(f"{path}.conv"),
+            *self.ff2.on_stream(f"{path}.ff2"),
+            Part(f"{path}.norm", "out"),
+        )
+
 
 class Conformer(nn.Module):
     """Conformer encoder; subsamples by 4.
@@ -122,6 +142,15 @@ class Conformer(nn.Module):
             attention: Any = layer.attention
             found |= {f"encoder.{i}": Tap(layer, self.output_dim), **attention.taps(f"encoder.{i}")}
         return found
+
+    def unit_groups(self) -> list[UnitGroup]:
+        """What may be cut out of it."""
+        found = [self.front.unit_group("front")]
+        stream = [Part("front.proj", "out")]
+        for i, layer in enumerate(self.layers):
+            found += layer.unit_groups(f"layers.{i}")  # type: ignore[operator]
+            stream += layer.on_stream(f"layers.{i}")  # type: ignore[operator]
+        return [*found, UnitGroup("stream", "width", self.output_dim, tuple(stream), output=(1,))]
 
     def output_len(self, num_frames: int) -> int:
         """Output frames for ``num_frames`` feature frames."""

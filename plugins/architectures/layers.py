@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdrecipe.frames import frame_mask
-from kdrecipe.interfaces import Tap
+from kdrecipe.interfaces import Part, Tap, UnitGroup
 from kdrecipe.layers import Dropout, attend, attention_bias
 
 
@@ -36,6 +36,14 @@ class ConvFront(nn.Module):
         self.dropout = Dropout(dropout)
         # on a CPU half the time of the usual layout, and the bins end up beside their channels
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def unit_group(self, path: str) -> UnitGroup:
+        """Channels of the second convolution; it stands at ``path``."""
+        channels = self.conv2.out_channels
+        bins = (1,) * (self.proj.in_features // channels)
+        return UnitGroup(
+            path, "channels", channels, (Part(f"{path}.conv2", "out"), Part(f"{path}.proj", "in", bins))
+        )
 
     @staticmethod
     def output_len(num_frames: int) -> int:
@@ -88,26 +96,44 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.q, self.k, self.v = nn.Identity(), nn.Identity(), nn.Identity()  # see taps()
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return int(self.out.in_features) // self.head_dim
 
     def taps(self, name: str) -> dict[str, Tap]:
         """Queries and keys as they are multiplied, values, after the name of the layer."""
         dim = self.out.in_features
         return {f"{name}.{x}": Tap(getattr(self, x), dim) for x in "qkv"}
 
+    def unit_group(self, path: str) -> UnitGroup:
+        """Its heads; it stands at ``path``."""
+        half, whole = self.head_dim // 2, self.head_dim
+        blocks = (half, half, half, half, whole)  # see forward()
+        parts = (Part(f"{path}.qkv", "out", blocks), Part(f"{path}.out", "in", (whole,)))
+        return UnitGroup(path, "heads", self.num_heads, parts)
+
+    @staticmethod
+    def on_stream(path: str) -> tuple[Part, ...]:
+        """Where it reads and writes the stream."""
+        return Part(f"{path}.qkv", "in"), Part(f"{path}.out", "out")
+
     def forward(self, x_BTD: Tensor, mask_BT: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         """(B, T, D) to (B, T, D); ``positions`` from :class:`RotaryPositions`."""
         # first: the first halves of all heads' queries, then of all keys; second: their second
         # halves. Rotation turns each value of the one with its partner in the other.
         first, second, v = self.qkv(x_BTD).chunk(3, dim=-1)
-        cos, sin = (y.to(v.dtype) for y in positions)
+        # alike for all heads, of which there may be fewer than there were
+        cos, sin = (y[:, : self.out.in_features].to(v.dtype) for y in positions)
         turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=2)
-        qk = turned.unflatten(-1, (2, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5).flatten(4)
+        qk = turned.unflatten(-1, (2, -1, self.head_dim // 2)).permute(3, 0, 4, 1, 2, 5).flatten(4)
         q, k = self.q(qk[0]), self.k(qk[1])
-        v = self.v(v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
+        v = self.v(v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
         y = attend(q, k, v, attention_bias(mask_BT, v.dtype)[:, None, None, :])
         y_BTD: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return y_BTD
@@ -147,3 +173,18 @@ class ConvModule(nn.Module):
         x = F.glu(self.expand(self.norm_in(x_BTD)), dim=-1)
         y_BTD: Tensor = self.out(F.silu(self.norm(along_time(self.depthwise, x, mask_BT))))
         return y_BTD
+
+    def unit_group(self, path: str) -> UnitGroup:
+        """Its channels; it stands at ``path``."""
+        parts = (
+            Part(f"{path}.expand", "out", (1, 1)),
+            Part(f"{path}.depthwise", "out"),
+            Part(f"{path}.norm", "out"),
+            Part(f"{path}.out", "in"),
+        )
+        return UnitGroup(path, "channels", self.out.in_features, parts)
+
+    @staticmethod
+    def on_stream(path: str) -> tuple[Part, ...]:
+        """Where it reads and writes the stream."""
+        return Part(f"{path}.norm_in", "out"), Part(f"{path}.expand", "in"), Part(f"{path}.out", "out")

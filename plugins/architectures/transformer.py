@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdrecipe import hookimpl
 from kdrecipe.frames import frame_mask
-from kdrecipe.interfaces import Options, Tap
+from kdrecipe.interfaces import Options, Part, Tap, UnitGroup
 from kdrecipe.layers import Dropout, FeedForward
 
 from .layers import ConvFront, RotaryPositions, SelfAttention
@@ -57,6 +57,15 @@ class TransformerLayer(nn.Module):
         x = x_BTD + self.dropout(self.attention(self.norm_attention(x_BTD), mask_BT, positions))
         y_BTD: Tensor = x + self.dropout(self.ff(x))
         return y_BTD
+
+    def unit_groups(self, path: str) -> list[UnitGroup]:
+        """What may be cut out of it; it stands at ``path``."""
+        return [self.attention.unit_group(f"{path}.attention"), self.ff.unit_group(f"{path}.ff")]
+
+    def on_stream(self, path: str) -> tuple[Part, ...]:
+        """Where it reads and writes the stream."""
+        attention = self.attention.on_stream(f"{path}.attention")
+        return Part(f"{path}.norm_attention", "out"), *attention, *self.ff.on_stream(f"{path}.ff")
 
 
 class Transformer(nn.Module):
@@ -111,6 +120,15 @@ class Transformer(nn.Module):
             attention: Any = layer.attention
             found |= {f"encoder.{i}": Tap(layer, self.output_dim), **attention.taps(f"encoder.{i}")}
         return found
+
+    def unit_groups(self) -> list[UnitGroup]:
+        """What may be cut out of it."""
+        found = [self.front.unit_group("front")]
+        stream = [Part("front.proj", "out"), Part("norm", "out")]
+        for i, layer in enumerate(self.layers):
+            found += layer.unit_groups(f"layers.{i}")  # type: ignore[operator]
+            stream += layer.on_stream(f"layers.{i}")  # type: ignore[operator]
+        return [*found, UnitGroup("stream", "width", self.output_dim, tuple(stream), output=(1,))]
 
     def output_len(self, num_frames: int) -> int:
         """Output frames for ``num_frames`` feature frames."""

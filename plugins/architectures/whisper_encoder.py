@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdrecipe import hookimpl
 from kdrecipe.frames import frame_mask
-from kdrecipe.interfaces import Options, Tap
+from kdrecipe.interfaces import Options, Part, Tap, UnitGroup
 from kdrecipe.layers import Dropout, FeedForward, attend, attention_bias
 
 from .whisper_features import RANGE, log_mel
@@ -68,7 +68,7 @@ class WhisperLayer(nn.Module):
 
     def __init__(self, config: WhisperEncoderOptions) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.head_dim = config.dim // config.num_heads
         self.norm_attention = nn.LayerNorm(config.dim)
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
@@ -78,7 +78,7 @@ class WhisperLayer(nn.Module):
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor, num_frames: int) -> Tensor:
         """(B, T, D) to (B, T, D), of which the first ``num_frames`` are not silence."""
-        qkv = self.qkv(self.norm_attention(x_BTD)).unflatten(-1, (3, self.num_heads, -1))
+        qkv = self.qkv(self.norm_attention(x_BTD)).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         for name, heads in (("q", q), ("k", k), ("v", v)):
             self.given[name](heads[:, :, :num_frames])
@@ -90,11 +90,20 @@ class WhisperLayer(nn.Module):
 
     def taps(self, name: str) -> dict[str, Tap]:
         """What comes before the silence, by the name of the layer."""
-        dim = self.out.in_features
+        dims = {"out": self.out.out_features}
         return {
-            name if x == "out" else f"{name}.{x}": Tap(module, dim, subsampling=2)
+            name if x == "out" else f"{name}.{x}": Tap(
+                module, dims.get(x, self.out.in_features), subsampling=2
+            )
             for x, module in self.given.items()
         }
+
+    def unit_groups(self, path: str) -> list[UnitGroup]:
+        """What may be cut out of it; it stands at ``path``."""
+        dim = self.head_dim
+        parts = (Part(f"{path}.qkv", "out", (dim, dim, dim)), Part(f"{path}.out", "in", (dim,)))
+        heads = UnitGroup(path, "heads", self.out.in_features // dim, parts)
+        return [heads, self.ff.unit_group(f"{path}.ff")]
 
 
 class WhisperEncoder(nn.Module):
@@ -221,6 +230,10 @@ class WhisperEncoder(nn.Module):
         for i, layer in enumerate(self.layers):
             found |= layer.taps(f"encoder.{i}")  # type: ignore[operator]
         return found
+
+    def unit_groups(self) -> list[UnitGroup]:
+        """Heads and units; its width is that of its positions."""
+        return [g for i, layer in enumerate(self.layers) for g in layer.unit_groups(f"layers.{i}")]  # type: ignore[operator]
 
     def output_len(self, num_frames: int) -> int:
         """Output frames for ``num_frames`` feature frames."""

@@ -203,9 +203,9 @@ def _encoder(model: nn.Module, batch: tuple[Tensor, Tensor], about: dict[str, st
 def _decoder(model: nn.Module, about: dict[str, str]) -> onnx_files.Part:
     head: Any = model.get_submodule("heads.attention")
     num_layers, num_rows, num_frames, num_tokens = len(head.layers), 2, 13, 5
-    num_heads = head.layers[0].num_heads
-    past = torch.zeros(num_layers, num_rows, num_heads, num_tokens, head.dim // num_heads)
-    cross = torch.zeros(num_layers, num_rows, num_heads, num_frames, head.dim // num_heads)
+    layer = head.layers[0]
+    past = torch.zeros(num_layers, num_rows, layer.num_heads, num_tokens, layer.head_dim)
+    cross = torch.zeros(num_layers, num_rows, layer.num_cross_heads, num_frames, layer.head_dim)
     cross_axes = ("", "M", "", "T_out", "")  # M is N or 1
     return onnx_files.Part(
         "decoder",

@@ -22,8 +22,8 @@ holds any such model. What it fixes, and how the files meet it:
   many frames: a token per frame, as in greedy search elsewhere.
 
 Preprocessor: ``audio`` (1, S) float32 at 16 kHz to ``features`` (1, T, F). Encoder: these, and
-``features_len`` (1,) int32, to ``memory`` (1, 7 T', M D / 7): cross-attention's keys and values by layer,
-(M, H, T', d), the last of the M = 7, 14, ... zeros if need be. Decoders: ``token`` (1, 1) and ``seq_len``
+``features_len`` (1,) int32, to ``memory`` (1, 7 T', M H d / 7): cross-attention's keys and values by layer,
+(M, H, T', d), M = 7, 14, ..., the last of them zeros. Decoders: ``token`` (1, 1) and ``seq_len``
 (1,) int32, ``memory`` and ``past``, the keys and values (2, L, 1, H, P, d) of the tokens before, to
 ``log_probs`` (1, 1, V + 1) and ``past`` with the new token's.
 """
@@ -203,8 +203,9 @@ class Encoder(nn.Module):
         pairs = [x[0] for pair in zip(memory.keys, memory.values, strict=True) for x in pair]
         missing = -len(pairs) % SPREAD
         memory_MHTd = torch.stack([*pairs, *([torch.zeros_like(pairs[0])] * missing)])
-        num_frames = hidden_NTD.shape[1]
-        return (memory_MHTd.reshape(1, SPREAD * num_frames, len(memory_MHTd) * self.attention.dim // SPREAD),)
+        layer = self.attention.layers[0]
+        width = len(memory_MHTd) // SPREAD * layer.num_cross_heads * layer.head_dim
+        return (memory_MHTd.reshape(1, SPREAD * hidden_NTD.shape[1], width),)
 
 
 class UncachedDecoder(nn.Module):
@@ -235,13 +236,11 @@ class CachedDecoder(nn.Module):
         self.register_buffer("ours", torch.tensor([*map(swapped, range(head.vocab_size)), SOS_EOS_ID]))
 
     def forward(self, token: Tensor, memory: Tensor, seq_len: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        layer = self.attention.layers[0]
-        pairs = -(-2 * len(self.attention.layers) // SPREAD) * SPREAD
-        dim = self.attention.dim // layer.num_heads
-        memory_MHTd = memory.reshape(pairs, layer.num_heads, -1, dim)[: 2 * len(self.attention.layers), None]
-        cross = SimpleNamespace(
-            keys=memory_MHTd[0::2].unbind(0), values=memory_MHTd[1::2].unbind(0), bias_N11T=None
-        )
+        layer, used = self.attention.layers[0], 2 * len(self.attention.layers)
+        pairs = -(-used // SPREAD) * SPREAD
+        memory_MNHTd = memory.reshape(pairs, 1, layer.num_cross_heads, -1, layer.head_dim)
+        keys, values = memory_MNHTd[0:used:2], memory_MNHTd[1:used:2]
+        cross = SimpleNamespace(keys=keys.unbind(0), values=values.unbind(0), bias_N11T=None)
         state = SimpleNamespace(keys=past[0].unbind(0), values=past[1].unbind(0))
         log_probs_NV, state = self.attention.step(self.ours[token[0].long()], state, cross)
         blank_N1, end_N1, unknown_N1, others = log_probs_NV.split([1, 1, 1, log_probs_NV.shape[1] - 3], dim=1)

@@ -19,7 +19,8 @@ from pydantic import BaseModel
 from kdrecipe.cli.main import cli, find_recipe
 from kdrecipe.plugin.loader import Plugins, load_plugins
 from kdrecipe.plugin.registry import KINDS
-from kdrecipe.recipe import parsing, sections
+from kdrecipe.recipe import parsing, sections, system_sections
+from kdrecipe.recipe.budget import Budget
 from kdrecipe.recipe.load import load_recipe
 from kdrecipe.recipe.sections import Named
 from kdrecipe.recipe.yaml import load_yaml, parse_value
@@ -339,13 +340,13 @@ def tables() -> dict[str, dict[str, str]]:
 
 MODELS: list[type[BaseModel]] = [
     sections.Corpus,
-    parsing.TrainSection,
-    parsing.InitFrom,
-    parsing.DistillSection,
-    parsing.CompressSection,
-    parsing.PretrainedSection,
-    parsing.UnlabelledSection,
-    parsing.TermSection,
+    system_sections.TrainSection,
+    system_sections.InitFrom,
+    system_sections.DistillSection,
+    system_sections.CompressSection,
+    system_sections.PretrainedSection,
+    system_sections.UnlabelledSection,
+    system_sections.TermSection,
     sections.Lm,
     sections.Decode,
     sections.Subset,
@@ -360,6 +361,7 @@ MODELS: list[type[BaseModel]] = [
     sections.Claim,
     TextForm,
     Keep,
+    Budget,
 ]
 
 

@@ -228,3 +228,49 @@ def test_pruning_an_int8_model_is_refused_with_a_remedy():
     compressed, _ = int8(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(KdrecipeError, match="no weights to prune"):
         pruner().apply(compressed, CONTEXT)
+
+
+# ---------------------------------------------------------------- N:M
+
+
+def test_two_of_four_are_left_and_they_are_the_largest():
+    model = Small()
+    before = model.encoder["up"].weight.detach().clone()
+    compressor = pruner(pattern="2:4", epochs=0)
+    pruned = compressor.finish(compressor.apply(model, CONTEXT))
+    weight = pruned.encoder["up"].weight
+    groups = (weight != 0).unflatten(1, (-1, 4)).sum(2)
+    assert (groups == 2).all()
+    kept = weight.unflatten(1, (-1, 4)).abs().sort(2).values[..., 2:]
+    assert torch.equal(kept, before.unflatten(1, (-1, 4)).abs().sort(2).values[..., 2:])
+    # the convolution's rows have 3 weights, and none is left over from a group of 4
+    assert (pruned.encoder["conv"].weight != 0).all()
+    assert compressor.config.final_sparsity == 0.5
+
+
+def test_a_pattern_is_reached_step_by_step():
+    compressor, model = pruner(pattern="1:4", epochs=1, ramp=0.5, every=1), Small()
+    model = compressor.apply(model, CONTEXT)
+    weight, left = model.encoder["up"].weight, []
+    for step in range(1, 21):
+        compressor.on_step(model, step, 20)
+        left.append(int((weight.unflatten(1, (-1, 4)) != 0).sum(2).max()))
+    assert sorted(left, reverse=True) == left
+    assert left[0] == 4
+    assert left[9] == left[-1] == 1
+    assert set(left) == {4, 3, 2, 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"pattern": "4:4"}, "prunes nothing"),
+        ({"pattern": "2:4", "sparsity": 0.7}, "exclude each other"),
+        ({"pattern": "half"}, "pattern"),
+    ],
+)
+def test_patterns_that_say_nothing_are_refused(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        pruner(**options)
+    written = pruner(pattern="1:4").config.model_dump()
+    assert pruner(**written).config == pruner(pattern="1:4").config

@@ -94,6 +94,7 @@ PLUGIN_MAY = (
     "kdrecipe.frames",
     "kdrecipe.lattice",
     "kdrecipe.layers",
+    "kdrecipe.structure",
     "kdrecipe.text",
     "kdrecipe.__version__",
 )
@@ -112,7 +113,17 @@ def test_plugins_stand_on_what_strangers_stand_on(folder):
 
 FLOORS = [
     ("errors",),
-    ("interfaces", "artifacts", "layers", "frames", "lattice", "text", "spoken_numbers", "text_form"),
+    (
+        "interfaces",
+        "artifacts",
+        "layers",
+        "frames",
+        "lattice",
+        "text",
+        "spoken_numbers",
+        "text_form",
+        "structure",
+    ),
     ("score", "corpus", "plugin"),
     ("report", "recipe", "data"),
     ("measure", "model", "jobs"),

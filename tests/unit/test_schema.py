@@ -146,6 +146,19 @@ class Halve:
         self.num_epochs = config.epochs
 
 
+class Shrink(Plain):
+    """A compressor whose option says how much."""
+
+    strength = "share"
+    num_epochs = 0
+
+    class Config(Options):
+        share: float = 0.5
+
+    def __init__(self, config):
+        pass
+
+
 class TwoViews(Plain):
     """Neither supervised nor in need of a teacher."""
 
@@ -168,6 +181,7 @@ def plugins():
         ("losses", "coded", Coded),
         ("losses", "views", TwoViews),
         ("compressors", "halve", Halve),
+        ("compressors", "shrink", Shrink),
         ("exporters", "onnx", Export),
         ("exporters", "onnx_transducer", OtherExport),
         ("exporters", "torchscript", Unmeasured),
@@ -279,7 +293,7 @@ def test_systems(load):
     }
     assert systems["small"].parent == "kd"
     assert systems["small"].steps[0].name == "halve"
-    assert recipe.trained_ancestor("small") is systems["kd"]
+    assert recipe.objective_of("small") is systems["kd"]
     assert recipe.corpus.subsets == {"few": {"speakers": 2}, "rest": {"except": "few"}}
     assert recipe.export[0].name == "onnx"
     assert [m.name for m in recipe.decode.metrics] == ["wer", "cer"]
@@ -299,6 +313,64 @@ def test_a_teacher_needs_one_seed(load):
 def test_a_compressed_system_has_its_parents_seeds(load):
     recipe = load(change(base(), "systems.kd.distill.seeds", [7]))
     assert recipe.systems["small"].seeds == (7,)
+
+
+def test_a_compressed_system_learns_as_its_parent_but_for_what_it_names(load):
+    data = change(base(), "tokens.data", "all")
+    change(data, "systems.small.compress.data", "rest")
+    change(data, "systems.small.compress.unlabelled", "few")
+    small = {"from": "plain", "steps": [{"name": "halve"}], "teachers": ["kd"], "losses": [{"name": "soft"}]}
+    data["systems"]["taught"] = {"compress": small}
+    data["systems"]["smaller"] = {"compress": {"from": "taught", "steps": [{"name": "halve"}]}}
+    recipe = load(data)
+    small, taught = recipe.systems["small"], recipe.systems["taught"]
+    assert (small.data, small.unlabelled, small.teachers) == ("rest", "few", ("teacher",))
+    assert small.terms == recipe.systems["kd"].terms
+    assert (taught.data, taught.unlabelled, taught.teachers) == ("few", None, ("kd",))
+    assert [term.name for term in taught.terms] == ["soft"]
+    assert recipe.objective_of("smaller") is taught
+    assert recipe.teaching() == ["teacher"]
+    assert not recipe.caches("kd", taught), "its targets come after stage 4"
+    order = recipe.build_order()
+    assert order.index("kd") < order.index("taught") < order.index("smaller")
+
+
+def test_its_parent_may_teach_a_compressed_system_with_the_same_seed(load):
+    data = base()
+    losses = {"losses": [{"name": "soft"}], "steps": [{"name": "halve"}]}
+    data["systems"]["own"] = {"compress": {"from": "plain", "teachers": ["plain"], **losses}}
+    data["systems"]["chain"] = {"compress": {"from": "own", "teachers": ["own"], **losses}}
+    recipe = load(data)
+    assert recipe.systems["plain"].seeds == recipe.systems["chain"].seeds == (1, 2)
+    assert recipe.teaching() == ["teacher", "plain"]
+    assert not recipe.caches("own", recipe.systems["chain"])
+
+
+def test_the_budget_decides_what_is_not_written(load):
+    data = change(base(), "systems.small.compress.budget", {"params": 1e6})
+    steps = [{"name": "halve"}, {"name": "shrink"}, {"name": "shrink", "share": 0.2}]
+    system = load(change(data, "systems.small.compress.steps", steps)).systems["small"]
+    assert system.free_steps == (1,)
+    assert (system.budget.measure, system.budget.limit) == ("params", 1e6)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("budget", {"params": 1e6, "rtf": 1}, "give one of size_mb, params, macs_per_s, rtf"),
+        ("budget", {}, "give one of"),
+        ("budget", {"size_mb": 0}, "budget.size_mb: is 0, should be greater than 0"),
+        ("budget", {"params": 1e6}, "no step is free to meet the budget"),
+        ("losses", [{"name": "soft", "teacher": "plain"}], "'plain' is not among its teachers"),
+        ("teachers", ["nobody"], "unknown system 'nobody'"),
+        ("data", "nothing", "unknown subset 'nothing'"),
+        ("losses", [{"name": "hidden", "tap": "encoder.7"}], "the teacher 'teacher' lacks it"),
+        ("unlabelled", {"subset": "rest", "labels": "small"}, "'small' is not among its teachers"),
+    ],
+)
+def test_what_a_compressed_system_names_is_checked(load, key, value, expected):
+    found = "\n".join(problems(load, change(base(), f"systems.small.compress.{key}", value)))
+    assert expected in found, found
 
 
 def test_training_settings_are_inherited(load):
@@ -347,7 +419,7 @@ def test_pretrained(load, tmp_path, monkeypatch):
     recipe = load(data)
     assert recipe.teaching() == ["teacher"]
     assert recipe.systems["teacher"].seeds == (1,)
-    assert recipe.trained_ancestor("teacher") is None
+    assert recipe.objective_of("teacher") is None
     with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: the environment variable KDRECIPE_TEST_BUNDLE"):
         _ = recipe.systems["teacher"].bundle
     monkeypatch.setenv("KDRECIPE_TEST_BUNDLE", "models")

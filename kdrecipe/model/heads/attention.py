@@ -29,10 +29,12 @@ from kdrecipe.interfaces import (
     LossSetup,
     ModelOutput,
     Options,
+    Part,
     Tap,
     TargetKind,
     Targets,
     TargetSpec,
+    UnitGroup,
 )
 from kdrecipe.layers import Dropout, FeedForward, attend, attention_bias
 
@@ -117,7 +119,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: AttentionHeadOptions, dim: int, input_dim: int) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.head_dim = dim // config.num_heads
         self.norm_self = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out_self = nn.Linear(dim, dim)
@@ -130,9 +132,19 @@ class DecoderLayer(nn.Module):
         self.ff = FeedForward(dim, config.ff_dim or 4 * dim, config.dropout, activation)
         self.dropout = Dropout(config.dropout)
 
+    @property
+    def num_heads(self) -> int:
+        """Of its attention to tokens."""
+        return int(self.out_self.in_features) // self.head_dim
+
+    @property
+    def num_cross_heads(self) -> int:
+        """Of its attention to frames."""
+        return int(self.out_cross.in_features) // self.head_dim
+
     def split(self, x: Tensor) -> Tensor:
         """(N, P, D) to (N, H, P, d)."""
-        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def memory(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the encoder's output, (B, H, T, d)."""
@@ -257,8 +269,28 @@ class AttentionHead(nn.Module):
         for i, layer in enumerate(self.layers):
             given: Any = layer.given
             found[str(i)] = Tap(layer, self.dim, by="tokens")
-            found |= {f"{i}.{name}": Tap(module, self.dim, by="tokens") for name, module in given.items()}
+            dim: Any = layer.out_self.in_features  # type: ignore[union-attr]
+            found |= {f"{i}.{name}": Tap(module, dim, by="tokens") for name, module in given.items()}
         return found
+
+    def unit_groups(self) -> list[UnitGroup]:
+        """Inner units of each layer; heads of all layers together, since exports stack the layers' states."""
+        layers: Any = self.layers
+        dim = layers[0].head_dim
+        own, cross = [], []
+        for i in range(len(layers)):
+            own += [Part(f"layers.{i}.qkv", "out", (dim,) * 3), Part(f"layers.{i}.out_self", "in", (dim,))]
+            cross += [Part(f"layers.{i}.q", "out", (dim,)), Part(f"layers.{i}.kv", "out", (dim, dim))]
+            cross += [Part(f"layers.{i}.out_cross", "in", (dim,))]
+        return [
+            UnitGroup("self", "heads", layers[0].num_heads, tuple(own)),
+            UnitGroup("cross", "heads", layers[0].num_cross_heads, tuple(cross)),
+            *(layer.ff.unit_group(f"layers.{i}.ff") for i, layer in enumerate(layers)),
+        ]
+
+    def reads(self) -> list[str]:
+        """The layers that read the encoder's output."""
+        return [f"layers.{i}.kv" for i in range(len(self.layers))]
 
     # ------------------------------------------------------------ search
 
@@ -271,7 +303,7 @@ class AttentionHead(nn.Module):
     def start(self, num_rows: int) -> State:
         """No token yet."""
         layer: Any = self.layers[0]
-        empty = self.embedding.weight.new_zeros(num_rows, layer.num_heads, 0, self.dim // layer.num_heads)
+        empty = self.embedding.weight.new_zeros(num_rows, layer.num_heads, 0, layer.head_dim)
         return State([empty] * len(self.layers), [empty] * len(self.layers))
 
     def step(self, tokens_N: Tensor, state: State, memory: Memory) -> tuple[Tensor, State]:

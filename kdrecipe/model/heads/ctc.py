@@ -64,6 +64,10 @@ class CtcHead(nn.Module):
         logits_BTV: Tensor = self.proj(self.narrow(self.dropout(hidden_BTD)))
         return logits_BTV
 
+    def reads(self) -> list[str]:
+        """The layer that reads the encoder's output."""
+        return ["proj" if isinstance(self.narrow, nn.Identity) else "narrow"]
+
     def greedy(self, hidden_BTD: Tensor, lens_B: Tensor) -> list[list[int]]:
         """Tokens of each utterance's best path."""
         return ctc_greedy(self(hidden_BTD, lens_B), lens_B)[0]

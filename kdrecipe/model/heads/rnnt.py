@@ -31,9 +31,11 @@ from kdrecipe.interfaces import (
     LossSetup,
     ModelOutput,
     Options,
+    Part,
     TargetKind,
     Targets,
     TargetSpec,
+    UnitGroup,
 )
 from kdrecipe.lattice import (
     AM_SCALE,
@@ -106,6 +108,14 @@ class StatelessPredictor(nn.Module):
         shifted = [x_BPE[:, i : i + num_positions] for i in range(self.context_size)]
         return F.relu(self.conv(torch.cat(shifted, dim=-1)))
 
+    def unit_groups(self, path: str, read: tuple[Part, ...]) -> list[UnitGroup]:
+        """What may be cut out of it; it stands at ``path``, and ``read`` reads its output."""
+        context = Part(f"{path}.conv", "in", (1,) * self.context_size)
+        parts = (Part(f"{path}.embedding", "out"), context)
+        embedding = UnitGroup(f"{path}.embedding", "units", self.embedding.embedding_dim, parts)
+        written = (Part(f"{path}.conv", "out"), *read)
+        return [embedding, UnitGroup(path, "units", self.conv.out_features, written)]
+
     def embed(self, tokens: Tensor) -> Tensor:
         """(...) to (..., E)."""
         x: Tensor = self.dropout(self.embedding(tokens.clamp(min=0)))
@@ -130,7 +140,6 @@ class LstmPredictor(nn.Module):
 
     def __init__(self, vocab_size: int, dim: int, dropout: float) -> None:
         super().__init__()
-        self.dim = dim
         self.embedding = nn.Embedding(vocab_size, dim, padding_idx=BLANK_ID)
         self.dropout = Dropout(dropout)
         self.input = nn.Linear(dim, 4 * dim)
@@ -148,6 +157,19 @@ class LstmPredictor(nn.Module):
             state = self.cell(gates_BG, state)
             outputs.append(state.parts[0])
         return torch.stack(outputs, dim=1)
+
+    @property
+    def dim(self) -> int:
+        """E."""
+        return int(self.recurrent.in_features)
+
+    def unit_groups(self, path: str, read: tuple[Part, ...]) -> list[UnitGroup]:
+        """What may be cut out of it; it stands at ``path``, and ``read`` reads its output."""
+        parts = (Part(f"{path}.embedding", "out"), Part(f"{path}.input", "in"))
+        embedding = UnitGroup(f"{path}.embedding", "units", self.embedding.embedding_dim, parts)
+        gates = (Part(f"{path}.input", "out", (1,) * 4), Part(f"{path}.recurrent", "out", (1,) * 4))
+        inner = (*gates, Part(f"{path}.recurrent", "in"), *read)
+        return [embedding, UnitGroup(path, "units", self.dim, inner)]
 
     def cell(self, gates_NG: Tensor, state: PredictorState) -> PredictorState:
         """One step, given the input's part of the gates (N, 4 E)."""
@@ -227,6 +249,18 @@ class RnntHead(nn.Module):
         """(..., J) of both sides, broadcasting, to (..., V) logits."""
         logits: Tensor = self.output(torch.tanh(encoder + predictor))
         return logits
+
+    def unit_groups(self) -> list[UnitGroup]:
+        """Units of the joiner, and what the predictor has."""
+        size = self.output.in_features
+        sides = (Part("encoder_proj", "out"), Part("predictor_proj", "out"))
+        joiner = UnitGroup("joiner", "units", size, (*sides, Part("output", "in")))
+        read = (Part("predictor_proj", "in"), Part("simple_lm", "in"))
+        return [joiner, *self.predictor.unit_groups("predictor", read)]
+
+    def reads(self) -> list[str]:
+        """The layers that read the encoder's output."""
+        return ["encoder_proj", "simple_am"]
 
     # ------------------------------------------------------------ search
 
