@@ -297,6 +297,24 @@ def sensitivity(
 
 
 @cli.command()
+@click.argument("items", nargs=-1, required=True, metavar="[NAME=]BUNDLE_OR_EXPORT...")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="0: any free one."
+)
+@click.option("--variant", help="Of exports.  [default: int8 if there]")
+@_trust_option
+def demo(items: tuple[str, ...], port: int, variant: str | None, trust_plugins: bool) -> None:
+    """Serve a local page: speak or drop a file, and models recognise it side by side.
+
+    The first is the one that the others are compared with. whisper:DIRECTORY is an imported model, by the
+    name of its teacher plugin.
+    """
+    from kdrecipe.cli import demo as pipeline
+
+    pipeline.demo(items, port=port, variant=variant, trust_plugins=trust_plugins)
+
+
+@cli.command()
 @click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
 @click.option(
     "--work",
