@@ -12,8 +12,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from kdrecipe.cli.models import name_of, named
 from kdrecipe.cli.transcribe import Recogniser, open_runner
@@ -159,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: the page shows what happens."""
 
 
-def _copy(source: BinaryIO, target: Any, length: int) -> bool:
+def _copy(source: BufferedIOBase, target: Any, length: int) -> bool:
     """Copy ``length`` bytes, a block at a time; whether there were so many."""
     while length > 0:
         block = source.read(min(_BLOCK, length))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import Exporter
 from kdrecipe.measure.device import Shipped
+from kdrecipe.recipe.parsing import DEFAULT_EXPORTS
 from kdrecipe.recipe.sections import Named
 from kdrecipe.recipe.suitable import measured_exporter
 
@@ -86,7 +87,9 @@ def exporter_of(bundle: Bundle) -> Exporter:
     """
     registry = bundle.registry
     heads: Sequence[str] = list(bundle.meta["model"]["heads"])
-    wanted = measured_exporter(heads, [Named(name) for name in registry.names("exporters")], registry)
+    names = dict.fromkeys([*DEFAULT_EXPORTS, *registry.names("exporters")])  # those that recipes use first
+    known = [Named(name) for name in names if name in registry.names("exporters")]
+    wanted = measured_exporter(heads, known, registry)
     if wanted is None:
         raise KdrecipeError(
             f"no exporter with a runtime is known for the head {heads[0]!r}",
