@@ -113,11 +113,13 @@ class Program:
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
         from executorch.runtime import Runtime as Executor
 
+        # Of the whole process; before the method is made ready, which asks for it.
+        _unsafe_reset_threadpool(num_threads)
         try:
-            self._method: Any = Executor.get().load_program(path.read_bytes()).load_method("forward")
+            self._program: Any = Executor.get().load_program(str(path))  # its method does not keep it
+            self._method: Any = self._program.load_method("forward")
         except RuntimeError as error:
             raise KdrecipeError(f"ExecuTorch can't load the model: {error}", where=str(path)) from error
-        _unsafe_reset_threadpool(num_threads)
 
     def __call__(self, features_1TF: np.ndarray, lens_1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         num_frames = features_1TF.shape[1]
