@@ -10,8 +10,9 @@ venv=${KDRECIPE_EXECUTORCH:-$root/.venv-executorch}
 if ! "$venv/bin/python" -c "import executorch, pytest_timeout" 2>/dev/null; then
     "${KDRECIPE_PYTHON:-python3}" -m venv "$venv"
     # The pinned versions, but for pytest's and its plugins'.
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        -c <(grep -v "^pytest" constraints.txt) -e ".[executorch]" "pytest>=8,<9" "pytest-timeout>=2.3.1"
+    grep -v "^pytest" constraints.txt > "$venv/constraints.txt"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$venv/constraints.txt" \
+        -e ".[executorch]" "pytest>=8,<9" "pytest-timeout>=2.3.1"
 fi
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 if (($# == 0)); then set -- tests/parity/test_export_devices.py; fi

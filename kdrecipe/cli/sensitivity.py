@@ -54,7 +54,7 @@ def sensitivity(
     from kdrecipe.model.bundle import Bundle
 
     bundle = Bundle.load(path, trust_plugins=trust_plugins)
-    if bundle.meta["compression"] and any(hasattr(m, "to_float") for m in bundle.model.modules()):
+    if any(hasattr(m, "to_float") for m in bundle.model.modules()):
         raise KdrecipeError(
             "its layers are stored as integers already",
             where=str(path),

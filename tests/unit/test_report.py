@@ -483,7 +483,7 @@ def test_page_stands_alone(made: tuple[Path, Any]) -> None:
     assert page.open == []
     assert all(address.startswith(("#", "data:audio/")) for address in page.addresses)
     assert not re.search(r"https?:|//cdn|@import|url\((?!#)", text)
-    assert page.tags.count("svg") == 4  # size, bars, two curves
+    assert page.tags.count("svg") == 5  # size, time, bars, two curves
     assert page.tags.count("audio") >= 6
     assert len(page.ids) == len(set(page.ids))
     links = {address[1:] for address in page.addresses if address.startswith("#")}
