@@ -89,6 +89,8 @@ def _transcripts(path: Path) -> dict[str, Any]:
     errors = word_errors(references, {name: said for name, (_, said) in texts.items()})
     decoded = path.with_name("decode.json")
     known: Any = read_json(decoded) if decoded.is_file() else {}
+    if not isinstance(known, dict) or not isinstance(known.get("rtf") or {}, dict):
+        raise KdrecipeError("not what stage 8 writes", where=str(decoded), remedy="rerun the decode stage")
     rtf = known.get("rtf") or {}
     return {
         "name": name_of(path) if path.parent.name.startswith("seed") else path.stem,

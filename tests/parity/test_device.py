@@ -21,6 +21,7 @@ from kdrecipe.measure.parting import distances, first_parting
 from kdrecipe.model.bundle import Bundle
 from kdrecipe.report.device import labels
 from kdrecipe.testing.corpus import make_corpus
+from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +103,14 @@ def test_compare_refuses_different_test_sets(tmp_path, measured, capsys):
 def test_what_cannot_be_compared_is_one_error(tmp_path, measured, exports, data, capsys):
     (tmp_path / "broken.json").write_text('{"rows": [{}]}')
     (tmp_path / "broken.onnx").write_bytes(b"no model")
+    odd = hyps(tmp_path / "odd/test.jsonl", {"a": ("one", "one")}, rtf=0.1)
     shutil.copyfile(exports / "float" / "tokens.txt", tmp_path / "tokens.txt")
     wrong = {
         "nothing to compare": [str(measured)],
         "no such file": [str(measured), str(tmp_path / "none.json")],
         "on a test set": [str(measured), str(exports / "float")],
         "not the bench.json": [str(measured), str(tmp_path / "broken.json")],
+        "not what stage 8 writes": [str(measured), odd],
         "not an ONNX model": [str(tmp_path / "broken.onnx"), str(measured), "--data", str(data)],
         "no split 'tset'": [str(exports / "float"), str(measured), "--data", str(data), "--split", "tset"],
         "no manifests": [str(exports / "float"), str(measured), "--data", str(tmp_path)],
@@ -211,19 +214,42 @@ def test_sensitivity_says_what_it_lacks(trained, data):
         sensitivity(trained.int8.path, data=data)
 
 
+EXPAND = "encoder.layers.0.conv.expand"
+
+
+def spoil(path, model):
+    """Make the weights of one layer in an ONNX file larger by a half."""
+    broken = onnx.load(path)
+    wanted = model.get_submodule(EXPAND).weight.detach().t().contiguous().numpy()
+    (weight,) = [
+        x for x in broken.graph.initializer if numpy_helper.to_array(x).tobytes() == wanted.tobytes()
+    ]
+    weight.CopyFrom(numpy_helper.from_array(1.5 * wanted, weight.name))
+    onnx.save(broken, path)
+
+
 def test_the_first_layer_where_bundle_and_export_part(trained, exports, tmp_path):
     model, u = trained.bundle.model, trained.utterances[0]
     features_TF = extract(u.samples_S, SAMPLE_RATE, trained.bundle.meta["features"])
     sound = distances(model, features_TF, exports / "float" / "model.onnx")
     assert first_parting(sound) is None
     assert len(sound) > 10
-    broken = onnx.load(exports / "float" / "model.onnx")
-    expand = model.get_submodule("encoder.layers.0.conv.expand").weight.detach().t().contiguous().numpy()
-    (weight,) = [
-        t for t in broken.graph.initializer if numpy_helper.to_array(t).tobytes() == expand.tobytes()
-    ]
-    weight.CopyFrom(numpy_helper.from_array(1.1 * expand, weight.name))
-    onnx.save(broken, tmp_path / "model.onnx")
+    shutil.copyfile(exports / "float" / "model.onnx", tmp_path / "model.onnx")
+    spoil(tmp_path / "model.onnx", model)
     parting = first_parting(distances(model, features_TF, tmp_path / "model.onnx"))
-    assert parting.layer == "encoder.layers.0.conv.expand"
+    assert parting.layer == EXPAND
     assert parting.distance > 0.01
+
+
+def test_sensitivity_says_where_an_export_parts_that_fails_the_gate(trained, data, monkeypatch):
+    class Spoilt(OnnxCtc):
+        def export(self, bundle, directory):
+            written = super().export(bundle, directory)
+            spoil(directory / "model.onnx", bundle.model)
+            return written
+
+    monkeypatch.setattr("kdrecipe.cli.sensitivity.exporter_of", lambda bundle: Spoilt(Spoilt.Config()))
+    said = sensitivity(trained.bundle.path, data=data, most=2)["export"]
+    assert said[0].startswith("export fp32: largest difference of log-probabilities")
+    assert any(line.startswith(f"export fp32: the first layer that differs is {EXPAND}, by") for line in said)
+    assert said[-1] == "export int8: within the bounds of the parity gate"

@@ -38,7 +38,7 @@ def server():
         Shown("<b>small</b>", Says("the quack fox jumps")),
     ]
     with Demo(models, port=0) as found:
-        thread = threading.Thread(target=found.serve_forever, daemon=True)
+        thread = threading.Thread(target=found.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield found
         found.shutdown()
