@@ -23,7 +23,9 @@ import sys
 config = configparser.ConfigParser()
 config.read("setup.cfg")
 pins = dict(line.split(";")[0].strip().split("==") for line in open("constraints.txt") if "==" in line)
-sections = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+extras = dict(config["options.extras_require"])
+del extras["executorch"]  # it admits no other torch than the newest: tests/executorch.sh
+sections = [config["options"]["install_requires"], *extras.values()]
 for line in "\n".join(sections).split():
     name, floor, marker = re.fullmatch(r"([\w.-]+)>=([\w.]+)(?:,[^;]*)?(;.*)?", line).groups()
     print(f"{name}=={pins[name] if name in sys.argv[1].split() else floor}{marker or ''}")

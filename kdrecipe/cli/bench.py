@@ -1,155 +1,120 @@
-"""Size, speed and memory of a bundle or an export, on one thread of this machine."""
+"""Size, speed, memory and, on a test set, word errors of a bundle or an export on this machine."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kdrecipe.artifacts import read_json, write_json
 from kdrecipe.corpus.audio import Utterance, read_audio, resample
-from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import SAMPLE_RATE, Exporter, Runtime
-from kdrecipe.recipe.sections import Named
-from kdrecipe.recipe.suitable import measured_exporter
+from kdrecipe.errors import DataError, KdrecipeError, Problem
+from kdrecipe.interfaces import SAMPLE_RATE
+from kdrecipe.report.device import bench_table
 
 if TYPE_CHECKING:
-    from kdrecipe.model.bundle import Bundle
+    from kdrecipe.data.test_sets import TestSet
 
+FORMAT = 1
 NUM_SYNTHETIC = 20
 SYNTHETIC_S = (2.0, 10.0)  # durations of the synthetic utterances, evenly spread between these
 
 
 def bench(
-    path: Path | str, audio_files: Sequence[Path | str] = (), *, trust_plugins: bool = False
-) -> list[dict[str, object]]:
+    path: Path | str,
+    audio_files: Sequence[Path | str] = (),
+    *,
+    data: Path | None = None,
+    split: str = "test",
+    most: int | None = None,
+    out: Path | None = None,
+    trust_plugins: bool = False,
+) -> list[dict[str, Any]]:
     """Measure every variant and print a table.
 
     Args:
         path: a bundle's directory (exported for the purpose, by its first head), an export's directory,
-            or an ``.onnx`` file of one.
-        audio_files: what to recognise; none: 20 synthetic utterances of 2 to 10 s. The search is greedy,
-            so the time does not depend on what is said.
+            or a file of one; ``NAME=PATH`` names the rows.
+        audio_files: what to recognise; none, and no ``data``: 20 synthetic utterances of 2 to 10 s. The
+            search is greedy, so the time does not depend on what is said.
+        data: manifests or a recipe's work directory, see :func:`kdrecipe.data.test_sets.read_test_set`; rows
+            then have word errors.
+        split: of ``data``.
+        most: at most so many utterances of it.
+        out: a file to write the rows to, as :func:`read_bench` reads them.
         trust_plugins: run the plugin files that a bundle brings.
 
     Returns:
-        A row per variant: ``model``, ``params``, ``size_mb``, ``rtf_median``, ``rtf_p95``,
-        ``peak_rss_mb``, ``baseline_rss_mb``, ``load_s`` and ``runtime``.
+        A row per variant, see :func:`kdrecipe.measure.device.device_row`.
 
     Raises:
-        KdrecipeError: ``path`` is nothing that can be measured.
-        DataError: audio can't be read.
+        KdrecipeError: ``path`` is nothing that can be measured, or both audio and data are given.
+        DataError: audio or data can't be read.
     """
-    utterances = _read(audio_files) if audio_files else _synthetic()
-    with tempfile.TemporaryDirectory() as scratch:
-        rows = [_row(model, utterances) for model in _models(Path(path), Path(scratch), trust_plugins)]
-    print(f"{len(utterances)} utterances, {sum(u.duration_s for u in utterances):.0f} s of audio")
-    print(table(rows))
+    utterances = to_recognise(audio_files, data, split, most)
+    rows = measure(str(path), utterances, trust_plugins=trust_plugins)
+    audio = rows[0]["audio"]
+    print(f"{audio['utterances']} utterances, {audio['duration_s']:.0f} s of audio")
+    print(bench_table(rows))
+    if out is not None:
+        write_bench(out, rows)
+        print(f"written to {out}")
     return rows
 
 
-def table(rows: Sequence[dict[str, object]]) -> str:
-    """Rows of :func:`bench` for the terminal."""
-    head = f"{'model':<16} {'params':>10} {'size MB':>8} {'RTF median':>11} {'RTF p95':>9} "
-    head += f"{'peak MB':>8} {'(empty)':>8}  runtime"
-    lines = [
-        f"{r['model']:<16} {r['params']:>10} {r['size_mb']:8.2f} {r['rtf_median']:11.5f} {r['rtf_p95']:9.5f} "
-        f"{r['peak_rss_mb']:8.1f} {r['baseline_rss_mb']:8.1f}  {r['runtime']}"
-        for r in rows
-    ]
-    return "\n".join([head, *lines])
+def measure(
+    text: str, utterances: Iterable[Utterance], *, trust_plugins: bool = False
+) -> list[dict[str, Any]]:
+    """Rows of what ``text`` (``PATH`` or ``NAME=PATH``) means; errors as of :func:`bench`."""
+    from kdrecipe.cli.models import named, shipped
+    from kdrecipe.measure.device import device_row
+
+    name, path = named(text)
+    with tempfile.TemporaryDirectory() as scratch:
+        models = shipped(path, Path(scratch), name=name, trust_plugins=trust_plugins)
+        return [device_row(model, utterances) for model in models]
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """What to measure: files (part -> path) in a runtime; ``label`` ends the runtime's name."""
+def write_bench(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with the machine that they were measured on, in words."""
+    from kdrecipe.model.bundle import machine
 
-    name: str
-    runtime: Runtime
-    files: dict[str, Path]
-    label: str = ""
+    write_json(path, {"format": FORMAT, "machine": machine(), "rows": list(rows)})
 
 
-def _models(path: Path, scratch: Path, trust_plugins: bool) -> list[_Measured]:
-    """What ``path`` means; a bundle is exported to ``scratch``."""
-    from kdrecipe.measure.exports import find_exports
-    from kdrecipe.plugin.loader import load_plugins
+def read_bench(path: Path) -> list[dict[str, Any]]:
+    """The rows that :func:`write_bench` wrote.
 
-    if (path / "bundle.json").exists():
-        from kdrecipe.model.bundle import Bundle
-
-        bundle = Bundle.load(path, trust_plugins=trust_plugins)
-        _exporter(bundle).export(bundle, scratch)
-        path, registry = scratch, bundle.registry
-    else:
-        registry = load_plugins().registry
-    found = [
-        _Measured(_name(e.files), e.exporter.runtime, e.files, e.variant)
-        for e in find_exports(path, registry)
-        if e.exporter.runtime
-    ]
-    if not found:
+    Raises:
+        KdrecipeError: the file is missing or no such file.
+    """
+    content = read_json(path)
+    rows = content.get("rows") if isinstance(content, dict) and content.get("format") == FORMAT else None
+    needed = {"name", "model", "variant", "size_mb", "rtf_median", "wer", "errors", "test_set"}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= set(row) for row in rows):
         raise KdrecipeError(
-            "there is neither a bundle (bundle.json) nor an export that can be measured",
-            where=str(path),
-            remedy="give exp/systems/<system>/seed<k>, or exp/exports/<system>/seed<k>/onnx_ctc",
+            "not the bench.json of this version", where=str(path), remedy="make it with kdrecipe bench --out"
         )
-    return found
+    return rows
 
 
-def _name(files: dict[str, Path]) -> str:
-    """The file's name, of several the first one's and how many more."""
-    first, *more = (path.name for path in files.values())
-    return f"{first} +{len(more)}" if more else first
+def to_recognise(
+    audio_files: Sequence[Path | str], data: Path | None, split: str = "test", most: int | None = None
+) -> list[Utterance] | TestSet:
+    """The utterances that :func:`bench` documents."""
+    if data is not None:
+        from kdrecipe.data.test_sets import read_test_set
 
-
-def _exporter(bundle: Bundle) -> Exporter:
-    """The exporter of a bundle's first head."""
-    registry = bundle.registry
-    heads = list(bundle.meta["model"]["heads"])
-    wanted = measured_exporter(heads, [Named(name) for name in registry.names("exporters")], registry)
-    if wanted is None:
-        raise KdrecipeError(
-            f"no exporter with a runtime is known for the head {heads[0]!r}",
-            where=str(bundle.path),
-            remedy="kdrecipe plugins list",
-        )
-    cls = registry.get("exporters", wanted.name)
-    exporter: Exporter = cls(cls.Config())
-    return exporter
-
-
-def _row(model: _Measured, utterances: Sequence[Utterance]) -> dict[str, object]:
-    from kdrecipe.measure.exports import check_tokens
-    from kdrecipe.measure.runtime import measure_files
-
-    check_tokens(next(iter(model.files.values())))
-    measured = measure_files(model.runtime, model.files, utterances, label=model.label)
-    return {
-        "model": model.name,
-        "params": _num_params(next(iter(model.files.values()))),
-        "size_mb": measured.size_mb,
-        "rtf_median": measured.rtf_median,
-        "rtf_p95": measured.rtf_p95,
-        "peak_rss_mb": measured.peak_rss_mb,
-        "baseline_rss_mb": measured.baseline_rss_mb,
-        "load_s": measured.load_s,
-        "runtime": measured.runtime,
-    }
-
-
-def _num_params(model: Path) -> str:
-    """Of the whole export, as its metadata says; ``?`` for models from elsewhere and of other kinds."""
-    from kdrecipe.measure.exports import onnx_properties
-
-    return onnx_properties(model).get("num_params", "?")
-
-
-def _read(audio_files: Sequence[Path | str]) -> list[Utterance]:
-    return [Utterance(str(file), resample(*read_audio(file))) for file in audio_files]
+        if audio_files:
+            raise KdrecipeError("give audio files or --data, not both")
+        return read_test_set(data, split, most)
+    missing = [Problem("there is no such file", str(f)) for f in audio_files if not Path(f).is_file()]
+    if missing:
+        raise DataError(missing)
+    return [Utterance(str(f), resample(*read_audio(f))) for f in audio_files] or _synthetic()
 
 
 def _synthetic() -> list[Utterance]:

@@ -5,7 +5,7 @@ Shapes: T frames, U tokens, V vocabulary, M steps of a path.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,14 @@ class Reference:
 
 
 @torch.no_grad()
-def reference(model: Any, head: str, features_TF: np.ndarray) -> Reference:
+def reference(model: Any, head: str, features_TF: np.ndarray, path: Sequence[int] | None = None) -> Reference:
     """The result of ``model`` on one utterance, by ``head``.
+
+    Args:
+        model: with the head.
+        head: its name.
+        features_TF: log-mel features.
+        path: of another model, to have the log-posteriors along; None: the model's own.
 
     Raises:
         KdrecipeError: a head other than those in :data:`STEPS`.
@@ -48,17 +54,21 @@ def reference(model: Any, head: str, features_TF: np.ndarray) -> Reference:
         )
     out = model.encode(torch.from_numpy(features_TF)[None], torch.tensor([len(features_TF)]))
     (tokens,) = model.greedy(out, head)
-    path, log_probs_MV = PATHS[head](model.heads[head], out, tokens)
-    return Reference(path, log_probs_MV.numpy(), tokens)
+    taken, log_probs_MV = PATHS[head](model.heads[head], out, tokens, path)
+    return Reference(taken, log_probs_MV.numpy(), tokens)
 
 
-def _ctc(head: Any, out: ModelOutput, tokens: list[int]) -> tuple[list[int], Tensor]:
+Path = Sequence[int] | None  # None: the own one
+
+
+def _ctc(head: Any, out: ModelOutput, tokens: list[int], path: Path) -> tuple[list[int], Tensor]:
     log_probs_TV = head(out.hidden_BTD, out.lens_B)[0, : int(out.lens_B[0])].log_softmax(-1)
     return log_probs_TV.argmax(-1).tolist(), log_probs_TV
 
 
-def _attention(head: Any, out: ModelOutput, tokens: list[int]) -> tuple[list[int], Tensor]:
+def _attention(head: Any, out: ModelOutput, tokens: list[int], path: Path) -> tuple[list[int], Tensor]:
     memory, state = head.memory(out.hidden_BTD, out.lens_B), head.start(1)
+    tokens = tokens if path is None else list(path)
     steps = []
     for token in [SOS_EOS_ID, *tokens]:
         log_probs_NV, state = head.step(torch.tensor([token]), state, memory)
@@ -66,23 +76,23 @@ def _attention(head: Any, out: ModelOutput, tokens: list[int]) -> tuple[list[int
     return tokens, torch.stack(steps)
 
 
-def _rnnt(head: Any, out: ModelOutput, tokens: list[int]) -> tuple[list[int], Tensor]:
+def _rnnt(head: Any, out: ModelOutput, tokens: list[int], path: Path) -> tuple[list[int], Tensor]:
     encoder_TJ = head.encode(out.hidden_BTD)[0, : int(out.lens_B[0])]
     state = head.start(1)
     side_NJ = head.predict(state)
-    path, steps = [], []
-    for encoder_J in encoder_TJ:
+    taken, steps = [], []
+    for frame, encoder_J in enumerate(encoder_TJ):
         log_probs_V = head.join(encoder_J[None], side_NJ)[0].log_softmax(-1)
-        label = int(log_probs_V.argmax())
+        label = int(log_probs_V.argmax()) if path is None else path[frame]
         steps.append(log_probs_V)
-        path.append(BLANK_ID if label == UNK_ID else label)  # as sherpa-onnx does
-        if path[-1] != BLANK_ID:
+        taken.append(BLANK_ID if label == UNK_ID else label)  # as sherpa-onnx does
+        if taken[-1] != BLANK_ID:
             state = head.advance(state, torch.tensor([label]))
             side_NJ = head.predict(state)
-    return path, torch.stack(steps) if steps else torch.zeros(0, head.vocab_size)
+    return taken, torch.stack(steps) if steps else torch.zeros(0, head.vocab_size)
 
 
-PATHS: dict[str, Callable[[Any, ModelOutput, list[int]], tuple[list[int], Tensor]]] = {
+PATHS: dict[str, Callable[[Any, ModelOutput, list[int], Path], tuple[list[int], Tensor]]] = {
     "ctc": _ctc,
     "attention": _attention,
     "rnnt": _rnnt,

@@ -14,12 +14,14 @@ from markupsafe import Markup, escape
 
 from kdrecipe.report import plots
 from kdrecipe.report.listen import Audio, Listening, select
-from kdrecipe.report.reading import first_parent, read_log
+from kdrecipe.report.reading import first_parent, read_log, rtf
 from kdrecipe.report.text import Block, Code, Table, sections, split_names
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _VERDICTS = {"better": "▲", "worse": "▼", "same": "=", "fact": "•", "caution": "!"}
 _BEFORE_PLOTS = ("Claims", "Systems", "Searches", "Comparisons")
+COSTS = {"size_mb": ("size", "size, MB"), "rtf": ("time", "real-time factor on one thread")}
+"""Costs that error rates are plotted against: key -> what it is, its axis."""
 DEV_RATE, DEV_LOSS, TRAIN_LOSS = "dev_ter", "dev_loss", "loss"  # keys in log.jsonl
 
 
@@ -37,26 +39,27 @@ def page(
     items = [{**item, "mark": _VERDICTS[item["verdict"]]} for item in results["reading"]]
     listen = select(results["systems"], hyps, audio, listening)
     parts = [
-        _Part(reading.title, "reading", items) if items else _Part(reading.title, "blocks", reading.blocks),
-        *(_Part(s.title, "blocks", s.blocks) for s in first),
-        _Part("Plots", "plots", _plots(results, logs)),
-        _Part("Where they differ", "listen", listen),
-        *(_Part(s.title, "blocks", s.blocks) for s in rest if s not in first),
-        *(_Part(x["title"], "blocks", from_markdown(x["markdown"])) for x in results["sections"]),
-        _Part(made.title, "blocks", made.blocks),
+        Part(reading.title, "reading", items) if items else Part(reading.title, "blocks", reading.blocks),
+        *(Part(s.title, "blocks", s.blocks) for s in first),
+        Part("Plots", "plots", _plots(results, logs)),
+        Part("Where they differ", "listen", listen),
+        *(Part(s.title, "blocks", s.blocks) for s in rest if s not in first),
+        *(Part(x["title"], "blocks", from_markdown(x["markdown"])) for x in results["sections"]),
+        Part(made.title, "blocks", made.blocks),
     ]
+    return render(str(results["recipe"]["name"]), results["subtitle"], parts)
+
+
+def render(name: str, subtitle: str, parts: Sequence[Part]) -> str:
+    """A page of the report's look: its title, a line under it, and parts."""
     template = _environment().get_template("page.html")
     return template.render(
-        name=str(results["recipe"]["name"]),
-        subtitle=results["subtitle"],
-        parts=parts,
-        style=_asset("report.css"),
-        script=_asset("report.js"),
+        name=name, subtitle=subtitle, parts=parts, style=_asset("report.css"), script=_asset("report.js")
     )
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """A heading of the page and its content, for the macro ``kind`` of ``parts.html``."""
 
     title: str
@@ -100,7 +103,7 @@ def _inline(text: str) -> Markup:
 
 
 @dataclass(frozen=True)
-class _Key:
+class Key:
     """An entry of a legend: its style, and the plot's mark; without a mark, a piece of line."""
 
     name: str
@@ -109,31 +112,52 @@ class _Key:
 
 
 @dataclass(frozen=True)
-class _Figure:
+class Figure:
     """A plot with its caption and legend."""
 
     caption: str
-    keys: Sequence[_Key]
+    keys: Sequence[Key]
     svg: Markup
 
 
-def _plots(results: Mapping[str, Any], logs: Mapping[str, Mapping[int, Path]]) -> list[_Figure]:
-    """Size against error, bars for every split, learning curves."""
+def _plots(results: Mapping[str, Any], logs: Mapping[str, Mapping[int, Path]]) -> list[Figure]:
+    """Error against size and time, bars for every split, learning curves."""
     figures = []
     for i, split in enumerate(split_names(results)):
-        points = _points(results, split)
-        sized = [p for p in points if p.size] if i == 0 else []
-        if sized:
-            drawing = plots.size_plot(sized, "MB", "size")
-            figures.append(_Figure(f"Error against size on {split}", _kinds(sized), Markup(drawing)))
+        points = _points(results, split, "size_mb")
+        by_cost = {key: _points(results, split, key) for key in COSTS} if i == 0 else {}
+        costs = cost_figures(by_cost, split)
+        figures += costs
         if points:
             caption = f"Error rates on {split}, 95 % intervals; dots are seeds"
             drawing = plots.rate_bars(points, f"bars{i}")
-            figures.append(_Figure(caption, () if sized else _kinds(points), Markup(drawing)))
+            figures.append(Figure(caption, () if costs else _kinds(points), Markup(drawing)))
     return figures + _curves(logs)
 
 
-def _curves(logs: Mapping[str, Mapping[int, Path]]) -> list[_Figure]:
+def cost_figures(
+    points: Mapping[str, Sequence[plots.Point]], split: str, *, legend: bool = True
+) -> list[Figure]:
+    """Error against each cost (``size_mb``, ``rtf``), of the points that have it.
+
+    Args:
+        points: cost -> systems.
+        split: what the rates are of, for the caption.
+        legend: of the kinds of systems.
+    """
+    figures = []
+    for key, listed in points.items():
+        known = [p for p in listed if p.cost]
+        if known:
+            caption, label = COSTS[key]
+            drawing = Markup(plots.cost_plot(known, label, key))
+            keys = _kinds(known) if legend else ()
+            shade = "; the band is the Pareto front" if len(plots.front(known)) > 1 else ""
+            figures.append(Figure(f"Error against {caption} on {split}{shade}", keys, drawing))
+    return figures
+
+
+def _curves(logs: Mapping[str, Mapping[int, Path]]) -> list[Figure]:
     """Learning curves: the error rate on dev (the loss, if no rate was logged), and the training loss."""
     read = {name: [read_log(path) for path in seeds.values()] for name, seeds in logs.items()}
     rated = any(DEV_RATE in row for seeds in read.values() for log in seeds for row in log)
@@ -148,34 +172,39 @@ def _curves(logs: Mapping[str, Mapping[int, Path]]) -> list[_Figure]:
             several = any(len(seeds) > 1 for seeds in lines.values())
             caption = label.split(",")[0].capitalize() + (", thin lines are seeds" if several else "")
             drawing = plots.curves(lines, label, f"curve-{key}")
-            figures.append(_Figure(caption, _line_keys(list(lines)), Markup(drawing)))
+            figures.append(Figure(caption, _line_keys(list(lines)), Markup(drawing)))
     return figures
 
 
-def _points(results: Mapping[str, Any], split: str) -> list[plots.Point]:
+def _points(results: Mapping[str, Any], split: str, cost: str) -> list[plots.Point]:
     points = []
     for system in results["systems"]:
         wer = system["splits"].get(split, {}).get("wer") or {}
         if wer.get("mean") is not None:
             seeds = list((wer.get("seeds") or {}).values())
-            size, parent = system["size_mb"], first_parent(system)
             point = plots.Point(
-                system["name"], system["kind"], wer["mean"], wer.get("ci95"), size, seeds, parent
+                system["name"],
+                system["kind"],
+                wer["mean"],
+                wer.get("ci95"),
+                rtf(system) if cost == "rtf" else system[cost],
+                seeds,
+                first_parent(system),
             )
             points.append(point)
     return points
 
 
-def _kinds(points: Sequence[plots.Point]) -> list[_Key]:
+def _kinds(points: Sequence[plots.Point]) -> list[Key]:
     shapes = {"o": "●", "D": "◆", "s": "■", "^": "▲"}
     kinds = [kind for kind in plots.KIND_COLOURS if any(p.kind == kind for p in points)]
-    return [_Key(k, f"color: var(--c{plots.KIND_COLOURS[k]})", shapes[plots.KIND_MARKERS[k]]) for k in kinds]
+    return [Key(k, f"color: var(--c{plots.KIND_COLOURS[k]})", shapes[plots.KIND_MARKERS[k]]) for k in kinds]
 
 
-def _line_keys(names: Sequence[str]) -> list[_Key]:
+def _line_keys(names: Sequence[str]) -> list[Key]:
     borders = [("solid", "dashed", "dotted")[i // plots.NUM_COLOURS % 3] for i in range(len(names))]
     return [
-        _Key(name, f"border-color: var({plots.colour_of(i)}); border-top-style: {border}")
+        Key(name, f"border-color: var({plots.colour_of(i)}); border-top-style: {border}")
         for i, (name, border) in enumerate(zip(names, borders, strict=True))
     ]
 

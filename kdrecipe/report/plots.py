@@ -55,13 +55,13 @@ _FAMILY = re.compile(r"(font: [^;\"]*?)'[^;\"]*|font-family: [^;\"]*")
 
 @dataclass(frozen=True)
 class Point:
-    """One system in a plot; rates are fractions, ``seeds`` those of single seeds."""
+    """One system in a plot; rates are fractions, ``seeds`` those of single seeds, ``cost`` size or time."""
 
     name: str
     kind: str
     rate: float
     ci95: Sequence[float] | None = None
-    size: float | None = None
+    cost: float | None = None
     seeds: Sequence[float] = ()
     parent: str | None = None
 
@@ -75,18 +75,24 @@ def _colour(number: int) -> str:
     return f"#fd000{number}"
 
 
-def size_plot(points: Sequence[Point], unit: str, prefix: str) -> str:
-    """Error rate against size (log), with labels, and lines from compressed systems to their parents.
+def cost_plot(points: Sequence[Point], label: str, prefix: str) -> str:
+    """Error rate against a cost (log), with the Pareto front, and lines from compressed systems to parents.
 
     Args:
-        points: systems with a size.
-        unit: of the sizes, for the axis.
+        points: systems with a cost above 0.
+        label: of the costs, for the axis: ``size, MB``.
         prefix: makes ids unique in the page.
     """
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(4.3)
-        place = {p.name: (float(p.size or 0), 100 * p.rate) for p in points}
+        place = {p.name: (float(p.cost or 0), 100 * p.rate) for p in points}
         lines = []
+        best = front(points)
+        if len(best) > 1:
+            axes.plot(
+                *zip(*[place[p.name] for p in best], strict=True),
+                color=_GRID, linewidth=5, drawstyle="steps-post", zorder=1,
+            )  # fmt: skip
         for p in points:
             x, y = place[p.name]
             if p.kind == "compressed" and p.parent in place:
@@ -100,22 +106,35 @@ def size_plot(points: Sequence[Point], unit: str, prefix: str) -> str:
                 axes.plot(*zip(*lines[-1], strict=True), color=colour, linewidth=1.6, alpha=0.55, zorder=3)
             marker = KIND_MARKERS.get(p.kind, "o")
             axes.plot(x, y, marker, color=colour, markersize=8, markeredgecolor=_PAPER, zorder=4)
-        axes.set_xscale("log")
-        sizes = [x for x, _ in place.values()]
-        low, high = min(sizes), max(sizes)
-        margin = max((high / low) ** 0.16, 1.35)
-        axes.set_xlim(low / margin, high * margin)
-        ticks = _log_ticks(low / margin, high * margin)
-        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel(f"size, {unit} (log)")
+        _log_axis(axes, [x for x, _ in place.values()])
+        axes.set_xlabel(f"{label} (log)")
         axes.set_ylabel("WER, %")
         ends = [100 * e for p in points for e in (p.ci95 or [p.rate, p.rate])]
         spare = 0.12 * (max(ends) - min(ends)) or 1.0
         axes.set_ylim(max(0.0, min(ends) - spare), max(ends) + spare)
         figure.draw_without_rendering()  # the layout moves the axes: pixels are known only now
         _label_points(axes, place, lines)
-        return _svg(figure, "Word error rate against model size", prefix)
+        return _svg(figure, f"Word error rate against {label}", prefix)
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The Pareto front by cost: those that no other point equals or beats in both rate and cost."""
+    found: list[Point] = []
+    for p in sorted(points, key=lambda p: (p.cost or 0, p.rate)):
+        if not found or p.rate < found[-1].rate:
+            found.append(p)
+    return found
+
+
+def _log_axis(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic x axis with room around the values."""
+    axes.set_xscale("log")
+    low, high = min(values), max(values)
+    margin = max((high / low) ** 0.16, 1.35)
+    axes.set_xlim(low / margin, high * margin)
+    ticks = _log_ticks(low / margin, high * margin)
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_xticks([], minor=True)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -233,6 +252,32 @@ def curves(lines: Mapping[str, Sequence[Sequence[tuple[float, float]]]], ylabel:
         axes.set_ylabel(ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         return _svg(figure, f"{ylabel} over epochs", prefix)
+
+
+def layers(
+    names: Sequence[str], values: Mapping[str, Sequence[float | None]], label: str, prefix: str
+) -> str:
+    """A line per layer, from the first at the top, with a mark for each kind of change; values on a log axis.
+
+    Args:
+        names: of the layers.
+        values: change -> a value per layer; None and 0 have no mark.
+        label: of the values.
+        prefix: makes ids unique in the page.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(0.17 * len(names) + 1.2)
+        for i, (listed, marker) in enumerate(zip(values.values(), "os^", strict=False)):
+            marks = [(value, y) for y, value in enumerate(listed) if value]
+            if marks:
+                look: Any = {"color": _colour(i + 1), "markersize": 5, "markeredgecolor": _PAPER}
+                axes.plot(*zip(*marks, strict=True), marker, markeredgewidth=0.5, zorder=3 + i, **look)
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.tick_params(axis="y", labelcolor=_INK)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlabel(f"{label} (log)")
+        return _svg(figure, f"{label} of every layer", prefix)
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:

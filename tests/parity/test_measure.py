@@ -195,10 +195,15 @@ def test_bench_measures_a_bundle_on_synthetic_audio(trained, capsys):
     rows = bench(trained.bundle.path)
     assert [row["model"] for row in rows] == ["model.onnx", "model.int8.onnx"]
     assert rows[1]["size_mb"] < rows[0]["size_mb"] / 3
-    assert int(rows[0]["params"]) == trained.bundle.meta["params"]
+    assert rows[0]["params"] == trained.bundle.meta["params"]
+    assert rows[0]["macs_per_s"] == rows[1]["macs_per_s"] > 1e6
+    latency = rows[0]["latency_s"]
+    assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
+    assert rows[0]["rtf_all_threads"] > 0
+    assert rows[0]["wer"] is None, "noise has no transcript"
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "20 utterances, 120 s of audio"
-    assert "RTF median" in lines[1]
+    assert "RTF, 1 thread" in lines[1]
     assert len(lines) == 4
 
 

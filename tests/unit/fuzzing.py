@@ -353,6 +353,14 @@ def _bench(world: World) -> list[st.SearchStrategy[str]]:
     return [st.just("bench"), _files(world), _files(world)]
 
 
+def _compare(world: World) -> list[st.SearchStrategy[str]]:
+    return [st.just("compare"), _files(world), _files(world), _options("--data", "--split")]
+
+
+def _sensitivity(world: World) -> list[st.SearchStrategy[str]]:
+    return [st.just("sensitivity"), _files(world), st.just("--data"), _files(world)]
+
+
 def _plugins(world: World) -> list[st.SearchStrategy[str]]:
     verbs = st.sampled_from(["list", "show", "doctor", "test", "nope"])
     named = _words("wer", "cer", "nope")
@@ -367,7 +375,7 @@ def _new(world: World) -> list[st.SearchStrategy[str]]:
     return [st.just("new"), st.just("plugin"), _words("mine"), st.just("--dir"), _files(world)]
 
 
-COMMANDS = (_run, _check, _transcribe, _bench, _plugins, _regenerate, _new)
+COMMANDS = (_run, _check, _transcribe, _bench, _compare, _sensitivity, _plugins, _regenerate, _new)
 
 
 def write_bundle(folder: Path) -> Bundle:

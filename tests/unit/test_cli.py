@@ -286,7 +286,7 @@ def test_transcribe_and_bench_pass_on(tmp_path, monkeypatch):
     options = {"decoder": None, "variant": "int8", "channel": None, "longest_s": 30.0, "trust_plugins": False}
     assert calls == [
         ((Path("bundle"), (Path("a.wav"), Path("b.wav"))), options),
-        ((Path("bundle"), ()), {"trust_plugins": False}),
+        (("bundle", ()), {"data": None, "split": "test", "most": None, "out": None, "trust_plugins": False}),
     ]
     assert main(["transcribe", "bundle"]) == 2
 

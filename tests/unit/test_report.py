@@ -483,7 +483,7 @@ def test_page_stands_alone(made: tuple[Path, Any]) -> None:
     assert page.open == []
     assert all(address.startswith(("#", "data:audio/")) for address in page.addresses)
     assert not re.search(r"https?:|//cdn|@import|url\((?!#)", text)
-    assert page.tags.count("svg") == 4  # size, bars, two curves
+    assert page.tags.count("svg") == 5  # size, time, bars, two curves
     assert page.tags.count("audio") >= 6
     assert len(page.ids) == len(set(page.ids))
     links = {address[1:] for address in page.addresses if address.startswith("#")}
@@ -628,7 +628,7 @@ def test_markdown_of_plugins(tmp_path: Path) -> None:
 def test_plots_bear_odd_input() -> None:
     one = plots.Point("only & one", "odd", 0.0, [0.0, 0.0], 1.0)
     for drawing in (
-        plots.size_plot([one], "MB", "a"),
+        plots.cost_plot([one], "size, MB", "a"),
         plots.rate_bars([one], "b"),
         plots.curves({"x": [[(1, 2.0)]]}, "loss", "c"),
     ):
@@ -636,4 +636,10 @@ def test_plots_bear_odd_input() -> None:
         assert "#fd000" not in drawing
         assert "only & one" not in drawing
     same = [plots.Point(f"system{i}", "trained", 0.2, [0.1, 0.3], 5.0) for i in range(12)]
-    assert all(p.name in plots.size_plot(same, "MB", "d") for p in same)
+    assert all(p.name in plots.cost_plot(same, "size, MB", "d") for p in same)
+
+
+def test_the_pareto_front_leaves_out_what_another_beats() -> None:
+    rates = {"small": (1.0, 0.3), "worse": (2.0, 0.4), "equal": (2.0, 0.3), "large": (4.0, 0.1)}
+    points = [plots.Point(name, "trained", rate, cost=cost) for name, (cost, rate) in rates.items()]
+    assert [p.name for p in plots.front(points)] == ["small", "large"]

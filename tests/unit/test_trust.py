@@ -207,6 +207,16 @@ def test_transcribe_and_bench_ask_first(place, capsys, tmp_path):
     assert place.trace.exists()
 
 
+def test_commands_for_the_device_ask_first(place, capsys, tmp_path):
+    for arguments in (
+        ["demo", str(place.bundle)],
+        ["sensitivity", str(place.bundle), "--data", str(tmp_path)],
+    ):
+        assert main(arguments) == 2
+        assert "brings code of its own" in capsys.readouterr().err
+        assert not place.trace.exists()
+
+
 def test_only_what_belongs_to_a_bundle_is_imported(place):
     (place.bundle / "secret").symlink_to("/etc/hostname")
     recipe = load_recipe(place.folder, trust_plugins=True)
