@@ -110,13 +110,39 @@ def run(
     """Run the stages of a recipe; what is up to date is skipped."""
     if first > last:
         raise click.UsageError(f"--stage {first} comes after --stop-stage {last}")
-    loaded = _load(recipe, overrides, profile, trust_plugins)
+
+    def load() -> Recipe:
+        return _load(recipe, overrides, profile, trust_plugins)
+
+    team = None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # under torchrun
+        if jobs is not None:
+            raise click.UsageError("--jobs is for models side by side; under torchrun, all train one")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns where all parameters are used
+        from kdrecipe.stages.team import Team
+
+        team = Team()
+        if not team.leads:
+            team.follow(load, work)
+            return
+    loaded = load()
     from kdrecipe.stages.run import run_recipe
 
     program = (sys.executable, "-m", "kdrecipe.cli")
     run_recipe(
-        loaded, first, last, dry_run=dry_run, force=force, jobs=jobs, work=work, job=job, program=program
+        loaded,
+        first,
+        last,
+        dry_run=dry_run,
+        force=force,
+        jobs=jobs,
+        work=work,
+        job=job,
+        program=program,
+        team=team,
     )
+    if team:
+        team.dismiss()
 
 
 @cli.command()

@@ -40,12 +40,17 @@ def set_threads() -> None:
 
 def die_with_parent() -> None:
     """Have Linux end this process with the one that started it, so that none keeps training unnoticed."""
-    parent = os.environ.get(PARENT)
-    if parent and sys.platform == "linux":
+    if parent := os.environ.get(PARENT):
+        die_with(int(parent))
+
+
+def die_with(parent: int) -> None:
+    """Have Linux end this process with its parent, the process of that number."""
+    if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(parent):
+        if os.getppid() != parent:
             raise SystemExit(1)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kdrecipe.errors import KdrecipeError, TrainingError
@@ -32,6 +33,7 @@ class Run:
         num_jobs: processes side by side.
         force: run also what turns out to be up to date.
         forecast: is told what is done, and tells what is left.
+        work: does a job that runs in this process, given its directory; None: the job's own ``run``.
     """
 
     plan: Plan
@@ -42,6 +44,7 @@ class Run:
     num_jobs: int = 1
     force: bool = False
     forecast: Forecast | None = None
+    work: Callable[[Job, Path], None] | None = None
     bar: Any = field(default=None, init=False)
     processes: Processes = field(init=False)
     failed: dict[str, int] = field(default_factory=dict, init=False)  # job -> exit status
@@ -100,7 +103,7 @@ class Run:
                 self._say(job, "up to date after all, skipped")
             elif here:
                 self._say(job, f"... ({self.reasons[job.name]})")
-                self._done(job, run_job(job, self.plan.jobs))
+                self._done(job, run_job(job, self.plan.jobs, self.work))
             else:
                 self._say(job, f"... ({self.reasons[job.name]})")
                 self.processes.start(job.name, self.command(job))

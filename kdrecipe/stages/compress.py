@@ -49,6 +49,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                     (parent, "features", "tokens", *targets),
                     resumable=True,
                     alone=False,
+                    together=True,
                 )
             )
 
@@ -66,6 +67,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     from kdrecipe.interfaces import CompressContext
     from kdrecipe.model.bundle import Bundle, build_compressor, compressor_state, provenance
     from kdrecipe.stages.session import Session
+    from kdrecipe.train.distribution import is_first
 
     assert system.parent is not None
     registry = recipe.plugins.registry
@@ -87,6 +89,8 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         model = returned(compressor.finish(model), nn.Module, f"compressor {step.name!r}", "finish").eval()
         state = compressor_state(step.name, compressor)
         done.append({**spec, "report": compressor.report(), "state": state})
+    if not is_first():
+        return
     effort = result.summary() if result else None
     made = provenance(recipe.command, recipe=recipe.name, seconds=effort.pop("seconds") if effort else 0)
     meta = {

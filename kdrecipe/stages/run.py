@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kdrecipe.errors import RecipeError
 from kdrecipe.jobs.executors import die_with_parent, num_gpus, set_threads
 from kdrecipe.jobs.forecast import Forecast
+from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.run import Run
 from kdrecipe.jobs.stamps import Job, locked, run_job
 from kdrecipe.recipe.imported import unset_variables
@@ -21,6 +22,7 @@ from kdrecipe.stages.timing import outlook, seconds_before
 
 if TYPE_CHECKING:
     from kdrecipe.recipe.load import Recipe
+    from kdrecipe.stages.team import Team
 
 TEACHER = 3  # the stage from which on it matters what teachers have learnt
 MAX_JOBS = 8  # more processes than this need a large machine, and a deliberate choice (--jobs)
@@ -37,6 +39,7 @@ def run_recipe(
     work: Path | None = None,
     job: str | None = None,
     program: Sequence[str] = (),
+    team: Team | None = None,
 ) -> None:
     """Run stages ``first`` to ``last``.
 
@@ -50,12 +53,12 @@ def run_recipe(
         work: directory for everything made; None: see :func:`default_work`.
         job: run this one job and nothing else (what the processes side by side are started with).
         program: the command whose ``run`` this is, for those processes; () keeps to this process.
+        team: the processes that train one model together; None: this one alone.
 
     Raises:
         KdrecipeError: a stage failed or its inputs are missing; what was finished stays.
     """
-    layout = Layout((work or default_work(recipe)).resolve())
-    plan = build_plan(recipe, layout)
+    layout, plan = planned(recipe, work)
     if job is not None:
         die_with_parent()
         set_threads()
@@ -73,7 +76,7 @@ def run_recipe(
     with locked(layout.root / ".lock", "this recipe"):
         set_threads()
         verbs = [verb for verb, _ in STAGES]
-        number = _num_jobs(jobs) if reasons and program else 1
+        number = _num_jobs(jobs) if reasons and program and team is None else 1
 
         def command(job: Job) -> list[str]:
             return [*program, *_job_arguments(recipe, layout, job)]
@@ -84,10 +87,17 @@ def run_recipe(
         if last >= TEACHER:
             for line in guard.warnings(recipe, layout, plan, reasons):
                 print(line, flush=True)
-        Run(plan, selected, reasons, verbs, command, number, force, forecast).run()
+        do = team.work if team else None
+        Run(plan, selected, reasons, verbs, command, number, force, forecast, do).run()
     if last == len(STAGES) - 1:
         publish(recipe, layout)
         print(f"\n{closing(recipe, layout)}", flush=True)
+
+
+def planned(recipe: Recipe, work: Path | None) -> tuple[Layout, Plan]:
+    """Where everything of a recipe is, and all its jobs."""
+    layout = Layout((work or default_work(recipe)).resolve())
+    return layout, build_plan(recipe, layout)
 
 
 def default_work(recipe: Recipe) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from kdrecipe.train.log import Meter
 from kdrecipe.train.objective import Objective, count_vector, weighted_sum
 from kdrecipe.train.optimisation import autocast_dtype, clip_gradients, seed_step
 from kdrecipe.train.spec_augment import spec_augment
+from kdrecipe.train.together import Together
 
 if TYPE_CHECKING:
     from kdrecipe.recipe.sections import Training
@@ -122,7 +124,6 @@ class Stepper:
         micros = [self._micro(batch, slot, step) for slot, batch in enumerate(batches)]
         with memory_errors(batches, self.options):
             outputs, seen = self.backward(micros, step, keep)
-        self.workers.sum_gradients(self.parameters)
         norm = self._update(outputs, batches, step)
         if self.objective.listens:
             self.objective.after_step(self._values(outputs))
@@ -219,40 +220,47 @@ class Stepper:
           about a quarter of the step. Keeping every graph until the counts are known would cost the
           memory that accumulation is there to save; a gradient per term would cost more time.
         """
-        if self.options.accumulate == 1:
-            return self._backward_at_once(micros, step, keep)
-        if len(self.names) > 1:
+        at_once, one_term = self.options.accumulate == 1, len(self.names) == 1
+        scales = self.weights / _PROVISIONAL_COUNT
+        if not at_once and not one_term:
             with torch.no_grad():
                 passes = [self._forward(micro, step)[0] for micro in micros]
             scales = self._scales(self._sum_counts(passes))
-        else:
-            scales = self.weights / _PROVISIONAL_COUNT
-        outputs, seen = [], None
-        for micro in micros:
-            found, out = self._forward(micro, step)
-            self._backward(found, scales)
+        outputs: list[list[LossOutput]] = []
+        seen = None
+        for number, micro in enumerate(micros):
+            with self._adding(last=number == len(micros) - 1):
+                found, out = self._summed_forward(micro, step)
+                if at_once:
+                    scales = self._scales(self._sum_counts([found]))
+                self._backward(found, scales)
             if keep:
                 seen = Seen(out.map(Tensor.detach), micro.targets, micro.batch)
             outputs.append([_detached(o) for o in found])
             del found, out  # the graph, before the next one is built
-        if len(self.names) == 1:
+        if not micros and self.together is not None:
+            if at_once:
+                self._sum_counts([])
+            self.scaler.scale(self.together.nothing()).backward()  # type: ignore[no-untyped-call]
+        if not at_once and one_term:
             factor = _PROVISIONAL_COUNT / max(float(self._sum_counts(outputs)), 1e-9)
             for p in self.parameters:
                 if p.grad is not None:
                     p.grad *= factor
         return outputs, seen
 
-    def _backward_at_once(
-        self, micros: Sequence[Micro], step: int, keep: bool
-    ) -> tuple[list[list[LossOutput]], Seen | None]:
-        passes = [self._forward(micro, step) for micro in micros]
-        scales = self._scales(self._sum_counts([found for found, _ in passes]))
-        seen = None
-        for micro, (found, out) in zip(micros, passes, strict=True):
-            self._backward(found, scales)
-            if keep:
-                seen = Seen(out.map(Tensor.detach), micro.targets, micro.batch)
-        return [[_detached(o) for o in found] for found, _ in passes], seen
+    @functools.cached_property
+    def together(self) -> Together | None:
+        """Of several processes; not before the first step, since the trial is each process's own."""
+        if self.workers.world_size == 1:
+            return None
+        return Together(self.model, self.objective.module, self._forward)
+
+    def _summed_forward(self, micro: Micro, step: int) -> tuple[list[LossOutput], ModelOutput]:
+        return (self.together.forward if self.together else self._forward)(micro, step)
+
+    def _adding(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return self.together.adding(last) if self.together else contextlib.nullcontext()
 
     def _backward(self, outputs: Sequence[LossOutput], scales: Tensor) -> None:
         loss = weighted_sum(outputs, scales)

@@ -117,6 +117,9 @@ def test_the_generated_blocks_are_those_of_the_recipes_and_their_results():
 # ---------------------------------------------------------------- commands
 
 
+LAUNCHER = r" --(nproc|nnodes|rdzv|max-restarts)[ =]\S+"  # run.sh's own options, for torchrun
+
+
 def commands(page: Path) -> list[list[str]]:
     """Every ``kdrecipe ...`` and ``./run.sh ...`` in code, as words after ``kdrecipe``."""
     found = []
@@ -126,6 +129,7 @@ def commands(page: Path) -> list[list[str]]:
         if re.match(r"kdrecipe \w", line):
             found.append(shlex.split(line)[1:])
         elif line.startswith("./run.sh "):
+            line = re.sub(LAUNCHER, "", line)
             found.append(["run", *shlex.split(line)[1:]])
     return found
 

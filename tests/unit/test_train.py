@@ -253,8 +253,15 @@ def test_two_processes_equal_one(tmp_path):
         running.append(subprocess.Popen(command, env=env))
     assert [process.wait(timeout=120) for process in running] == [0, 0]
     # The same pairs of batches in one process; the plan's groups are of accumulate * processes.
-    model, _ = toy_run(tmp_path / "one", **toys.distributed_settings(accumulate=2))
-    two = torch.load(tmp_path / "two.pt")
+    settings = toys.distributed_settings(accumulate=2)
+    assert settings["batches"].num_batches(0) % 2 == 1
+    model, _ = toy_run(tmp_path / "one", **settings)
+    two, two_losses = torch.load(tmp_path / "two.pt")
+    losses = settings["objective"].module.state_dict()
+    assert losses["3.offset"] != 0  # learnt
+    assert bool((losses["3.unused"] == 1).all())  # not even decayed
+    for name, value in losses.items():
+        torch.testing.assert_close(two_losses[name], value, rtol=1e-4, atol=1e-5, msg=name)
     start = toy_model(dropout=0.0).state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
