@@ -31,8 +31,8 @@ features: {{name: fbank, num_mel_bins: 40}}
 tokens: {{name: char}}
 seeds: [1]
 training:
-  {{epochs: {epochs}, batch_duration_s: 6, precision: fp32, schedule: cosine, log_every: 1, flat_start: 0, lr: 1e-3,
-   optimizer: adamw, dev_every: 1000}}
+  {{epochs: {epochs}, batch_duration_s: 6, precision: fp32, schedule: cosine, log_every: 1, flat_start: 0,
+   lr: 1e-3, optimizer: adamw, dev_every: 1000}}
 systems:
   teacher:
     train:
@@ -41,11 +41,11 @@ systems:
          heads: {{attention: {{num_layers: 1}}, ctc: {{}}, rnnt: {{predictor_dim: 48, joiner_dim: 48}}}}}}
       losses: [{{name: attention, weight: 0.3}}, {{name: ctc, weight: 0.4}}, {{name: rnnt, weight: 0.3}}]
   ctc:
-    distill: {{teachers: [teacher], model: *model, losses: [{{name: ctc}}, {{name: kl, head: ctc}}]}}
+    distill: &kd {{teachers: [teacher], model: *model, losses: [{{name: ctc}}, {{name: kl, head: ctc}}]}}
   attention:
-    distill: {{teachers: [teacher], model: *model, losses: [{{name: attention}}, {{name: kl, head: attention}}]}}
+    distill: {{<<: *kd, losses: [{{name: attention}}, {{name: kl, head: attention}}]}}
   rnnt:
-    distill: {{teachers: [teacher], model: *model, losses: [{{name: rnnt}}, {{name: rnnt_kl}}]}}
+    distill: {{<<: *kd, losses: [{{name: rnnt}}, {{name: rnnt_kl}}]}}
 """
 
 
@@ -86,8 +86,8 @@ def _compare(work: Path, system: str) -> float:
     worst = max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in zip(one, two, strict=True))
     speeds = [sorted(e["audio_s_per_s"] for e in steps)[len(steps) // 2] for steps in (one, two)]
     print(
-        f"{system:10s} {len(one)} steps, loss {one[0]['loss']:.3f} to {one[-1]['loss']:.3f}; largest relative "
-        f"difference {worst:.1e}; {speeds[0]:.0f} audio-s/s in one process, {speeds[1]:.0f} in two"
+        f"{system:10s} {len(one)} steps, loss {one[0]['loss']:.3f} to {one[-1]['loss']:.3f}; "
+        f"largest relative difference {worst:.1e}; {speeds[0]:.0f} audio-s/s in one process, {speeds[1]:.0f} in two"
     )
     return worst
 

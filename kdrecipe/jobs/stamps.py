@@ -28,6 +28,7 @@ from kdrecipe.artifacts import (
     write_json,
 )
 from kdrecipe.errors import KdrecipeError
+from kdrecipe.jobs.watch import watched
 from kdrecipe.plugin.source_code import core_hash
 
 
@@ -186,7 +187,7 @@ def run_job(job: Job, jobs: Mapping[str, Job], work: Callable[[Job, Path], None]
             half_written.unlink()
         write_json(partial / "started.json", _started(job, jobs))
         needs = {n: read_json(jobs[n].stamp)["content"] for n in job.needs}
-        with disk_errors(job.out):
+        with disk_errors(job.out), watched(job.name, job.out):
             work(job, partial) if work else job.run(partial)
         (partial / "started.json").unlink()
         files = list_files(partial)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdrecipe.artifacts import disk_errors, write_atomic
 from kdrecipe.interfaces import LossOutput
+from kdrecipe.jobs.watch import tell
 from kdrecipe.report.reading import duration
 from kdrecipe.text import read_lines
 
@@ -152,6 +153,8 @@ class Progress:
     def step(self, step: int, facts: str = "") -> None:
         """After step ``step``; ``facts`` is what the last log line said."""
         self._at = step
+        if self.enabled:
+            tell(step, self.num_steps, self.unit, self._at_most, facts)
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(facts, refresh=False)

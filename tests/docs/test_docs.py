@@ -20,6 +20,7 @@ from kdrecipe.cli.main import cli, find_recipe
 from kdrecipe.plugin.loader import Plugins, load_plugins
 from kdrecipe.plugin.registry import KINDS
 from kdrecipe.recipe import parsing, sections
+from kdrecipe.recipe.executor import load_executor, split_overrides
 from kdrecipe.recipe.load import load_recipe
 from kdrecipe.recipe.sections import Named
 from kdrecipe.recipe.yaml import load_yaml, parse_value
@@ -171,7 +172,11 @@ def test_recipes_in_commands_exist_and_take_the_overrides():
     assert recipes
     for words in recipes:
         overrides = [value for option, value in pairwise(words) if option == "--set"]
-        load_recipe(find_recipe(words[1]), overrides=overrides, plugins=plugins())
+        of_recipe, of_executor = split_overrides(overrides)
+        load_recipe(find_recipe(words[1]), overrides=of_recipe, plugins=plugins())
+        names = [value for option, value in pairwise(words) if option == "--executor" and "." not in value]
+        for name in names:
+            load_executor(name, of_executor)
 
 
 def test_profiles_in_commands_exist():
