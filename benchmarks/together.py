@@ -87,7 +87,8 @@ def _compare(work: Path, system: str) -> float:
     speeds = [sorted(e["audio_s_per_s"] for e in steps)[len(steps) // 2] for steps in (one, two)]
     print(
         f"{system:10s} {len(one)} steps, loss {one[0]['loss']:.3f} to {one[-1]['loss']:.3f}; "
-        f"largest relative difference {worst:.1e}; {speeds[0]:.0f} audio-s/s in one process, {speeds[1]:.0f} in two"
+        f"largest relative difference {worst:.1e}; "
+        f"{speeds[0]:.0f} audio-s/s in one process, {speeds[1]:.0f} in two"
     )
     return worst
 

@@ -22,10 +22,12 @@ class DevScore:
     Args:
         loss: the supervised terms, weighted; None if the objective has none.
         ter: token errors per reference token, greedy search of the first head; None without labels.
+        said: tokens found per reference token; None without labels.
     """
 
     loss: float | None
     ter: float | None
+    said: float | None = None
 
 
 @torch.no_grad()
@@ -35,7 +37,7 @@ def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
     terms = stepper.objective.terms
     supervised = [t for t in terms if t.supervised and not t.teachers and t.fade_steps is None]
     meter = Meter()
-    errors = tokens = 0
+    errors = tokens = said = 0
     model.eval()
     stepper.objective.module.eval()
     for ids in dev.epoch(0)[workers.rank :: workers.world_size]:
@@ -49,12 +51,15 @@ def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
             found = model.greedy(out)  # type: ignore[operator]
         wrong, length = token_errors(found, batch)
         errors, tokens = errors + wrong, tokens + length
+        rows = zip(found, batch.labelled_B.tolist(), strict=True)
+        said += sum(len(row) for row, labelled in rows if labelled)
     model.train()
     stepper.objective.module.train()
-    numbers = workers.sum_numbers({**meter.numbers(), "errors|": errors, "tokens|": tokens})
-    errors, tokens = int(numbers.pop("errors|")), int(numbers.pop("tokens|"))
+    own = {"errors|": errors, "tokens|": tokens, "said|": said}
+    numbers = workers.sum_numbers({**meter.numbers(), **own})
+    errors, tokens, said = (int(numbers.pop(key)) for key in own)
     loss, _, _ = normalised(numbers, {term.name: term.weight for term in supervised})
-    return DevScore(loss, errors / tokens if tokens else None)
+    return DevScore(loss, errors / tokens if tokens else None, said / tokens if tokens else None)
 
 
 def _supervised_loss(term: Term, out: ModelOutput, batch: Batch, progress: Progress) -> LossOutput:

@@ -23,6 +23,7 @@ from kdrecipe.targets import TargetSource
 from kdrecipe.train.average import WeightAverage
 from kdrecipe.train.checkpoints import Checkpoints
 from kdrecipe.train.distribution import Workers
+from kdrecipe.train.divergence import Divergence, fell_silent
 from kdrecipe.train.ema import MovingAverage
 from kdrecipe.train.evaluation import DevScore, evaluate
 from kdrecipe.train.flat_start import with_flat_start
@@ -203,6 +204,7 @@ class _Run:
         self.scenes_begun = self.options.augment is not None
         self.epoch = self.index = self.step = 0  # epochs and steps done; steps done in this epoch
         self.seconds = self.audio_s = self.interval_audio_s = self.interval_s = 0.0
+        self.divergence = Divergence()
         self.facts = ""
         self.history: list[dict[str, Any]] = []
 
@@ -232,10 +234,12 @@ class _Run:
         entry: dict[str, Any] = {"step": self.step, "epoch": self.epoch}
         if self.dev and (self.epoch % self.options.dev_every == 0 or self.epoch == self.last_epoch):
             score = self._evaluate(self.dev)
-            entry |= {"dev_loss": score.loss, "dev_ter": score.ter}
+            entry |= {"dev_loss": score.loss, "dev_ter": score.ter, "dev_said": score.said}
         entry |= {"seconds": round(self.seconds, 2), "audio_s": round(self.audio_s, 2)}
         self.history.append(entry)
         self.log.write("epoch", entry)
+        if fell_silent(self.history):
+            self.stepper.diverged("the model has fallen silent: it says next to nothing on dev", self.step)
         if self.options.schedule == "wsd" and self.cooldown is None:
             self._end_in_time()
         self._save()
@@ -334,6 +338,8 @@ class _Run:
                 metrics |= {name: float(value) for name, value in more.items()}
         speed = self.interval_audio_s / max(self.interval_s, 1e-9)
         entry = {"step": self.step, "epoch": self.epoch + 1, "loss": loss, "terms": terms, "metrics": metrics}
+        if name := self.divergence.look(terms):
+            self.stepper.diverged(f"the loss {name} has exploded ({terms[name]:.3g})", self.step)
         self.log.write("step", {**entry, "lr": lr, "grad_norm": norm, "audio_s_per_s": round(speed, 1)})
         shown = "-" if loss is None else f"{loss:.3f}"
         self.facts = f"epoch {self.epoch + 1} loss {shown} lr {lr:.1e} {speed:.0f} audio-s/s"
@@ -436,6 +442,7 @@ class _Run:
                 "average": self.average.state_dict() if self.average else None,
                 "teachers": {name: t.state_dict() for name, t in self.following.items()},
                 "meter": numbers,
+                "divergence": self.divergence.state_dict(),
                 "history": self.history,
                 "cooldown": asdict(self.cooldown) if self.cooldown else None,
             }
@@ -453,6 +460,8 @@ class _Run:
         for name, teacher in self.following.items():
             teacher.load_state_dict(state["teachers"][name])
         self.history = state["history"]
+        if "divergence" in state:
+            self.divergence.load_state_dict(state["divergence"])
         if state["cooldown"]:
             self.cooldown = Cooldown(**state["cooldown"])
             self.num_steps = self.cooldown.from_step + self.cooldown.num_steps

@@ -9,19 +9,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from kdrecipe.artifacts import replacing
 from kdrecipe.errors import TrainingError
 from kdrecipe.frames import full_precision
 from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Targets
 from kdrecipe.targets import TargetSource
 from kdrecipe.train.distribution import Workers
+from kdrecipe.train.divergence import stop
 from kdrecipe.train.log import Meter
 from kdrecipe.train.objective import Objective, count_vector, weighted_sum
 from kdrecipe.train.optimisation import autocast_dtype, clip_gradients, seed_step
@@ -105,6 +105,7 @@ class Stepper:
         self.dtype = autocast_dtype(options.precision, workers.device)
         self.scaler = GradScaler(workers.device.type, enabled=self.dtype == torch.float16)
         self._overflows = 0
+        self._last: tuple[Sequence[Batch], Sequence[Sequence[LossOutput]]] = (), ()
         assert options.spec_augment != "auto"  # the loop knows what that is for this model
         self.masks = options.spec_augment
         self.masks_begun = self.masks is not None
@@ -124,6 +125,7 @@ class Stepper:
         micros = [self._micro(batch, slot, step) for slot, batch in enumerate(batches)]
         with memory_errors(batches, self.options):
             outputs, seen = self.backward(micros, step, keep)
+        self._last = batches, outputs
         norm = self._update(outputs, batches, step)
         if self.objective.listens:
             self.objective.after_step(self._values(outputs))
@@ -340,29 +342,32 @@ class Stepper:
         self._overflows += 1
         if self.scaler.is_enabled() and self._overflows < _MAX_OVERFLOWS:
             return
-        values = [
+        values = self.values_of(outputs)
+        bad = sorted({name for v in values for name, x in v.items() if not math.isfinite(x)})
+        what = f"loss {', '.join(bad)}" if bad else "gradient"
+        path = self.work_dir / f"nonfinite{self._of_rank}.pt"
+        stop(f"the {what} is not finite", step, batches, values, path, self.options)
+
+    def values_of(self, outputs: Sequence[Sequence[LossOutput]]) -> list[dict[str, float]]:
+        """Value of each term by micro-batch of this process."""
+        return [
             {
                 name: float(o.total) / max(float(o.count), 1.0)
                 for name, o in zip(self.names, found, strict=True)
             }
             for found in outputs
         ]
-        path = self.work_dir / "nonfinite.pt"
-        ids = [i for batch in batches for i in batch.ids]
-        if batches:
-            content = {"step": step, "losses": values, "batches": [vars(batch) for batch in batches]}
-            with replacing(path) as part:
-                torch.save(content, part)
-        bad = sorted({name for v in values for name, x in v.items() if not math.isfinite(x)})
-        what = f"loss {', '.join(bad)}" if bad else "gradient"
-        raise TrainingError(
-            f"the {what} is not finite at step {step}; terms: {values}; utterances: {' '.join(ids[:5])}"
-            + (" ..." if len(ids) > 5 else ""),
-            where=str(path),
-            remedy=f"lower training.lr (now {self.options.lr:g}) or grad_clip (now {self.options.grad_clip}),"
-            f" lengthen warmup, or set precision: fp32 (now {self.options.precision}); if it is always "
-            "this batch, look at its audio and text (torch.load of the file above gives it)",
-        )
+
+    def diverged(self, what: str, step: int) -> NoReturn:
+        """Stop after ``step``, its batches saved; TrainingError."""
+        path = self.work_dir / f"diverged{self._of_rank}.pt"
+        batches, outputs = self._last
+        stop(what, step, batches, self.values_of(outputs), path, self.options)
+
+    @property
+    def _of_rank(self) -> str:
+        """In names of files that each process writes."""
+        return "" if self.workers.is_first else f".rank{self.workers.rank}"
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from kdrecipe.cli import scaffold
 from kdrecipe.cli.main import cli, find_recipe, main
 from kdrecipe.cli.scaffold import TEMPLATES, write_plugin
 from kdrecipe.errors import DataError, KdrecipeError, ParityError, RecipeError, TrainingError
+from kdrecipe.recipe.executor import LocalOptions, SlurmOptions
 
 RECIPE = """\
 corpus: {name: manifests, root: "${KDRECIPE_TEST_ROOT}", subsets: {few: {speakers: 1}}}
