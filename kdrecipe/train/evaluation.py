@@ -12,6 +12,7 @@ from kdrecipe.frames import edit_distance
 from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Progress, Targets
 from kdrecipe.train.log import Meter, normalised
 from kdrecipe.train.objective import Term
+from kdrecipe.train.sharding import rest
 from kdrecipe.train.step import Stepper
 
 
@@ -40,10 +41,16 @@ def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
     errors = tokens = said = 0
     model.eval()
     stepper.objective.module.eval()
-    for ids in dev.epoch(0)[workers.rank :: workers.world_size]:
+    plan = dev.epoch(0)
+    mine = plan[workers.rank :: workers.world_size]
+    # A divided model speaks only if all processes ask it.
+    idle = -(-len(plan) // workers.world_size) - len(mine) if stepper.sharded else 0
+    for number, ids in enumerate(mine + plan[:1] * idle):
         batch = dev.load(ids).map(lambda x: x.to(workers.device))
         with stepper.autocast():
             out = model(batch.features_BTF, batch.lens_B, taps=stepper.objective.taps, batch=batch)
+        if number >= len(mine):
+            break
         out = out.map(lambda x: x.float() if x.is_floating_point() else x)
         for term in supervised:
             meter.add([term.name], [_supervised_loss(term, out, batch, stepper.objective.progress(0))])
@@ -53,6 +60,7 @@ def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
         errors, tokens = errors + wrong, tokens + length
         rows = zip(found, batch.labelled_B.tolist(), strict=True)
         said += sum(len(row) for row, labelled in rows if labelled)
+    rest(model)
     model.train()
     stepper.objective.module.train()
     own = {"errors|": errors, "tokens|": tokens, "said|": said}

@@ -25,6 +25,7 @@ from kdrecipe.train.divergence import stop
 from kdrecipe.train.log import Meter
 from kdrecipe.train.objective import Objective, count_vector, weighted_sum
 from kdrecipe.train.optimisation import autocast_dtype, clip_gradients, seed_step
+from kdrecipe.train.sharding import Sharded, clip_sharded, is_sharded
 from kdrecipe.train.spec_augment import spec_augment
 from kdrecipe.train.together import Together
 
@@ -47,12 +48,14 @@ class Micro:
         targets: by teacher; a row for each utterance, or for each utterance of each view.
         slot: the number.
         of_views: whether there are targets for each view.
+        counts: False: it is computed for the sake of the other processes, see :mod:`kdrecipe.train.sharding`.
     """
 
     batch: Batch
     targets: dict[str, Targets]
     slot: int
     of_views: bool = False
+    counts: bool = True
 
 
 @dataclass
@@ -104,6 +107,7 @@ class Stepper:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.dtype = autocast_dtype(options.precision, workers.device)
         self.scaler = GradScaler(workers.device.type, enabled=self.dtype == torch.float16)
+        self.sharded = is_sharded(model)
         self._overflows = 0
         self._last: tuple[Sequence[Batch], Sequence[Sequence[LossOutput]]] = (), ()
         assert options.spec_augment != "auto"  # the loop knows what that is for this model
@@ -111,8 +115,16 @@ class Stepper:
         self.masks_begun = self.masks is not None
         """Whether the input is masked by now: see :class:`kdrecipe.recipe.sections.SpecAugment`."""
 
-    def run(self, batches: Sequence[Batch], step: int, keep: bool = False) -> tuple[float, Seen | None]:
+    def run(
+        self, batches: Sequence[Batch], step: int, keep: bool = False, idle: Sequence[Batch] = ()
+    ) -> tuple[float, Seen | None]:
         """Do step ``step`` on this process's micro-batches (perhaps none).
+
+        Args:
+            batches: of this process.
+            step: from 1.
+            keep: whether what the last micro-batch gave is returned.
+            idle: batches to be computed along, which do not count.
 
         Returns:
             Norm of the gradient before clipping; if ``keep``, what the last micro-batch gave.
@@ -123,9 +135,12 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.at_step(step)
         micros = [self._micro(batch, slot, step) for slot, batch in enumerate(batches)]
+        micros += [replace(self._micro(batch, 0, step), counts=False) for batch in idle]
         with memory_errors(batches, self.options):
             outputs, seen = self.backward(micros, step, keep)
-        self._last = batches, outputs
+        if self.together is not None:
+            self.together.finish()
+        self._last = batches, outputs[: len(batches)]
         norm = self._update(outputs, batches, step)
         if self.objective.listens:
             self.objective.after_step(self._values(outputs))
@@ -156,7 +171,8 @@ class Stepper:
         if all(p.grad is None for p in self.parameters):
             return 0.0
         self.scaler.unscale_(self.optimizer)
-        norm = float(clip_gradients(self.parameters, self.options.grad_clip))
+        clip = clip_sharded if self.sharded else clip_gradients
+        norm = float(clip(self.parameters, self.options.grad_clip))
         self._check_finite(norm, outputs, batches, step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -190,6 +206,9 @@ class Stepper:
         The state is what an update makes of these gradients. Weights are kept on the CPU meanwhile: a
         copy beside them would need memory that training does not. A resumed run has its state.
         """
+        if self.sharded:  # a small part of what one process has
+            yield
+            return
         for p in self.parameters:
             p.grad = torch.zeros_like(p)
         if self.optimizer.state:
@@ -240,7 +259,7 @@ class Stepper:
                 seen = Seen(out.map(Tensor.detach), micro.targets, micro.batch)
             outputs.append([_detached(o) for o in found])
             del found, out  # the graph, before the next one is built
-        if not micros and self.together is not None:
+        if not micros and isinstance(self.together, Together):
             if at_once:
                 self._sum_counts([])
             self.scaler.scale(self.together.nothing()).backward()  # type: ignore[no-untyped-call]
@@ -252,10 +271,12 @@ class Stepper:
         return outputs, seen
 
     @functools.cached_property
-    def together(self) -> Together | None:
+    def together(self) -> Together | Sharded | None:
         """Of several processes; not before the first step, since the trial is each process's own."""
         if self.workers.world_size == 1:
             return None
+        if self.sharded:
+            return Sharded(self.model, self.objective.module, self._forward, self.workers)
         return Together(self.model, self.objective.module, self._forward)
 
     def _summed_forward(self, micro: Micro, step: int) -> tuple[list[LossOutput], ModelOutput]:
@@ -308,7 +329,8 @@ class Stepper:
             )
         # Losses compute in float32: sums over frames lose too much in 8 or 11 bits.
         out = replace(out.map(full_precision), num_views=self.objective.num_views)
-        return self.objective.evaluate(out, micro.targets, micro.batch, micro.of_views), out
+        found = self.objective.evaluate(out, micro.targets, micro.batch, micro.of_views)
+        return (found if micro.counts else [LossOutput(o.total * 0, 0) for o in found]), out
 
     def _augmented(self, batch: Batch, number: int) -> Tensor:
         """Every view's features, masked on its own, one view after the other."""

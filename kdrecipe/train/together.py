@@ -62,6 +62,9 @@ class Together:
         zero: Tensor = self._ddp(None, 0, [])[0]
         return zero
 
+    def finish(self) -> None:
+        """Nothing is left to do after the last backward pass."""
+
     def adding(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Around forward and backward pass: gradients are added up here, and after the last one over
         processes."""

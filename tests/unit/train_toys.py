@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -196,15 +197,28 @@ def killed_at(work_dir, step):
     toy_run(work_dir, on_step=kill)
 
 
-def one_of_several(work_dir, out):
-    """Train as ``torchrun`` would have it; the first process writes the weights."""
-    settings = distributed_settings(accumulate=1)
-    model, _ = toy_run(work_dir, **settings)
+class Halt(Exception):
+    pass
+
+
+def one_of_several(work_dir, out, shard="no"):
+    """Train as ``torchrun`` would have it, halted once; the first process writes the weights."""
+
+    def halt(step, **_):
+        if step == 4:
+            raise Halt
+        return []
+
+    with contextlib.suppress(Halt):
+        toy_run(work_dir, **distributed_settings(accumulate=1, shard=shard == "shard"), train_metrics=halt)
+    settings = distributed_settings(accumulate=1, shard=shard == "shard")
+    model, result = toy_run(work_dir, **settings)
+    assert result.steps > 4
     if int(os.environ["RANK"]) == 0:
         torch.save([model.state_dict(), settings["objective"].module.state_dict()], out)
 
 
-def distributed_settings(accumulate):
+def distributed_settings(accumulate, shard=False):
     """Labels so few that some processes have none in some steps; an epoch ends with one batch for both."""
     terms = toy_objective().terms
     return {
@@ -212,7 +226,13 @@ def distributed_settings(accumulate):
         "model": toy_model(dropout=0.0),
         "batches": toy_batches(labelled=[0, 1, 2]),
         "dev": toy_batches(4, seed=1),
-        "options": toy_options(accumulate=accumulate, spec_augment=None, epochs=2),
+        "options": toy_options(
+            accumulate=accumulate,
+            spec_augment=None,
+            epochs=2,
+            shard=shard,
+            optimizer="adamw",
+        ),
     }
 
 
