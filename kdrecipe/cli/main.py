@@ -95,6 +95,11 @@ def _recipe_options(function: Any) -> Any:
 @click.option(
     "--work", type=click.Path(path_type=Path), help="Where results go.  [default: RECIPE/exp, or exp-PROFILE]"
 )
+@click.option(
+    "--executor",
+    metavar="NAME|FILE",
+    help="Where jobs run: local, slurm, dask, or a YAML file.  [default: local]",
+)
 @click.option("--job", hidden=True, help="Run this one job: how side-by-side processes are started.")
 def run(
     recipe: str,
@@ -107,18 +112,51 @@ def run(
     force: bool,
     jobs: int | None,
     work: Path | None,
+    executor: str | None,
     job: str | None,
 ) -> None:
     """Run the stages of a recipe; what is up to date is skipped."""
     if first > last:
         raise click.UsageError(f"--stage {first} comes after --stop-stage {last}")
-    loaded = _load(recipe, overrides, profile, trust_plugins)
+
+    from kdrecipe.recipe.executor import load_executor, split_overrides
+
+    of_recipe, of_executor = split_overrides(overrides)
+    place = load_executor(executor or "local", of_executor)
+
+    def load() -> Recipe:
+        return _load(recipe, of_recipe, profile, trust_plugins)
+
+    team = None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # under torchrun
+        if jobs is not None or executor is not None:
+            raise click.UsageError("--jobs and --executor spread jobs; under torchrun, all train one model")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns where all parameters are used
+        from kdrecipe.stages.team import Team
+
+        team = Team()
+        if not team.leads:
+            team.follow(load, work)
+            return
+    loaded = load()
     from kdrecipe.stages.run import run_recipe
 
     program = (sys.executable, "-m", "kdrecipe.cli")
     run_recipe(
-        loaded, first, last, dry_run=dry_run, force=force, jobs=jobs, work=work, job=job, program=program
+        loaded,
+        first,
+        last,
+        dry_run=dry_run,
+        force=force,
+        jobs=jobs,
+        work=work,
+        job=job,
+        program=program,
+        team=team,
+        executor=place,
     )
+    if team:
+        team.dismiss()
 
 
 @cli.command()
@@ -338,6 +376,15 @@ def regenerate(
     if not found:
         raise RecipeError("there is no recipe with a RESULTS.md", remedy="call it where recipes/ lies")
     command.regenerate(found, work=work, render=render, dry_run=dry_run, trust_plugins=trust_plugins)
+
+
+@cli.command()
+@click.argument("work", type=click.Path(path_type=Path), metavar="EXP")
+def status(work: Path) -> None:
+    """Say what of a run is where, how far, how fast, and until when. EXP is its work directory."""
+    from kdrecipe.cli.status import status as tell
+
+    tell(work)
 
 
 @cli.command()

@@ -1,4 +1,4 @@
-"""Where jobs run: each in a separate process, with a share of the machine's threads and one GPU."""
+"""Where jobs run. Here: each in a separate process, with a share of the machine's threads and one GPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 from kdrecipe.data.memory import CACHE_GB, PROCESSES, machine_budget
 
@@ -40,13 +41,47 @@ def set_threads() -> None:
 
 def die_with_parent() -> None:
     """Have Linux end this process with the one that started it, so that none keeps training unnoticed."""
-    parent = os.environ.get(PARENT)
-    if parent and sys.platform == "linux":
+    if parent := os.environ.get(PARENT):
+        die_with(int(parent))
+
+
+def die_with(parent: int) -> None:
+    """Have Linux end this process with its parent, the process of that number."""
+    if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(parent):
+        if os.getppid() != parent:
             raise SystemExit(1)
+
+
+class Executor(Protocol):
+    """Runs the commands of jobs, several at a time."""
+
+    @property
+    def running(self) -> Mapping[str, Any]:
+        """The jobs at work or queued, by name."""
+
+    @property
+    def shares_machine(self) -> bool:
+        """Whether jobs are on this machine, so that one that measures time must be alone."""
+
+    @property
+    def full(self) -> bool:
+        """Whether no further job may be started now."""
+
+    def start(self, name: str, command: Sequence[str]) -> None:
+        """Start ``command`` for the job ``name``."""
+
+    def where(self, name: str) -> str:
+        """Where a running job is, in a few words."""
+
+    def finished(self) -> Sequence[tuple[str, int | None, float]]:
+        """Name, exit status and seconds of every job that has ended since the last call; None or below 0: it
+        did not end by itself."""
+
+    def stop(self) -> None:
+        """End all that still run."""
 
 
 @dataclass
@@ -73,6 +108,7 @@ class Processes:
     relay: Callable[[str, str], None]
     cache_bytes: int = field(default_factory=machine_budget)
     running: dict[str, JobProcess] = field(default_factory=dict)
+    shares_machine: ClassVar[bool] = True
 
     @property
     def full(self) -> bool:
@@ -113,9 +149,13 @@ class Processes:
         for line in process.stdout:
             self.relay(name, line.rstrip())
 
-    def finished(self) -> list[tuple[str, int, float]]:
+    def where(self, name: str) -> str:
+        """``process 4711``."""
+        return f"process {self.running[name].process.pid}"
+
+    def finished(self) -> list[tuple[str, int | None, float]]:
         """Name, exit status and seconds of every process that has ended since the last call."""
-        ended = []
+        ended: list[tuple[str, int | None, float]] = []
         for name, one in list(self.running.items()):
             if one.process.poll() is None:
                 continue

@@ -28,6 +28,7 @@ from kdrecipe.artifacts import (
     write_json,
 )
 from kdrecipe.errors import KdrecipeError
+from kdrecipe.jobs.watch import watched
 from kdrecipe.plugin.source_code import core_hash
 
 
@@ -47,6 +48,7 @@ class Job:
         sources: given the finished directory, files elsewhere that it was made from and that are not
             among ``inputs``, since only the work itself finds them; they count by size and time.
         alone: runs with nothing beside it, since it measures time or memory, or uses all cores.
+        together: trains; where several processes train one model, all of them run it.
     """
 
     stage: int
@@ -59,6 +61,7 @@ class Job:
     in_place: bool = False
     sources: Callable[[Path], Iterable[Path]] | None = None
     alone: bool = True
+    together: bool = False
 
     @property
     def stamp(self) -> Path:
@@ -144,13 +147,14 @@ def _short(value: Any) -> str:
 # ---------------------------------------------------------------- running one job
 
 
-def _partial(job: Job) -> Path:
+def working_dir(job: Job) -> Path:
+    """Where a job writes until it is finished."""
     return job.out if job.in_place else job.out.with_name(job.out.name + ".partial")
 
 
 def _resumable(job: Job, jobs: Mapping[str, Job]) -> bool:
     try:
-        return job.resumable and read_json(_partial(job) / "started.json") == _started(job, jobs)
+        return job.resumable and read_json(working_dir(job) / "started.json") == _started(job, jobs)
     except KdrecipeError:
         return False
 
@@ -161,14 +165,19 @@ def _started(job: Job, jobs: Mapping[str, Job]) -> dict[str, str]:
     return {"inputs": fingerprint(_plain(job.inputs)), "needs": fingerprint(needs)}
 
 
-def run_job(job: Job, jobs: Mapping[str, Job]) -> float:
+def run_job(job: Job, jobs: Mapping[str, Job], work: Callable[[Job, Path], None] | None = None) -> float:
     """Run one job to its stamp; returns the seconds it took.
+
+    Args:
+        job: the job.
+        jobs: all of the plan.
+        work: does the job in a directory; None: its own ``run``.
 
     Raises:
         KdrecipeError: the job failed, or another process is running it.
     """
     start = time.monotonic()
-    partial = _partial(job)
+    partial = working_dir(job)
     with locked(job.out.with_name(f".{job.out.name}.lock"), f"job {job.name}"):
         if job.in_place:
             job.stamp.unlink(missing_ok=True)  # what is there is incomplete from here on
@@ -178,8 +187,8 @@ def run_job(job: Job, jobs: Mapping[str, Job]) -> float:
             half_written.unlink()
         write_json(partial / "started.json", _started(job, jobs))
         needs = {n: read_json(jobs[n].stamp)["content"] for n in job.needs}
-        with disk_errors(job.out):
-            job.run(partial)
+        with disk_errors(job.out), watched(job.name, job.out):
+            work(job, partial) if work else job.run(partial)
         (partial / "started.json").unlink()
         files = list_files(partial)
         stamp = {

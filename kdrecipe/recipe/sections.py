@@ -368,6 +368,8 @@ class Training(Options):
         average: whether the running average of the weights is scored and kept, or the last weights.
         precision: ``auto`` takes bf16 where the hardware has it.
         accumulate: batches per optimiser step.
+        shard: under ``torchrun``, weights, gradients and the optimiser's state are divided among the
+            processes (FSDP2), for models that one GPU does not hold; with ``optimizer: adamw``.
         spec_augment: masks over the input; null: none; ``auto``: those of :class:`SpecAugment` for models
             that have at least :data:`MASKED_FROM` parameters or a loss that compares views.
         augment: what surrounds and covers speech in training; null: nothing.
@@ -391,11 +393,18 @@ class Training(Options):
     average: bool = True
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     accumulate: int = Field(default=1, ge=1)
+    shard: bool = False
     spec_augment: SpecAugment | Literal["auto"] | None = "auto"
     augment: Augment | None = None
     log_every: int = Field(default=20, ge=1)
     checkpoint_every_s: Positive = 600.0
     dev_every: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _shard_by_adamw(self) -> Training:
+        if self.shard and (self.optimizer != "adamw" or self.precision == "fp16"):
+            raise ValueError("shard: true goes with optimizer: adamw, and with fp32 or bf16")
+        return self
 
     def for_model(self, num_params: int, num_views: int = 1) -> Training:
         """These settings with every ``auto`` decided, save that of ``precision``.

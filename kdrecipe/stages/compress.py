@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrecipe.errors import RecipeError
+from kdrecipe.errors import KdrecipeError, RecipeError
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job
 from kdrecipe.plugin.carried import carry
@@ -61,6 +61,7 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
                     tuple(dict.fromkeys((parent, *needs))),
                     resumable=True,
                     alone=False,
+                    together=True,
                 )
             )
 
@@ -74,13 +75,19 @@ def fine_tuning(training: Training, epochs: int) -> Training:
 def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) -> None:
     """Apply the steps in order; one that trains does so with the losses of the system or of its parent."""
     from kdrecipe.model.bundle import Bundle, provenance
-    from kdrecipe.train.distribution import local_device
+    from kdrecipe.train.distribution import is_first, is_several, local_device
 
     assert system.parent is not None
     registry = recipe.plugins.registry
     parent = Bundle.load(layout.system(system.parent, recipe.seed_of(system.parent, seed)), registry)
     session, context = _session(recipe, layout, system, seed)
     scales = _Scales(recipe, layout, system, parent) if system.budget else None
+    if system.budget and system.budget.measure == "rtf" and is_several():
+        raise KdrecipeError(
+            "a budget of time is measured, and processes that train together would each find their own",
+            where=system.name,
+            remedy="run stage 6 without --nproc",
+        )
     found = scales.meet(context) if scales else None
     steps = scales.steps(found.strength) if scales and found else system.steps
     results: list[TrainResult] = []
@@ -93,6 +100,8 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         results.append(session.run(model, place, training, on_step=compressor.on_step, penalty=penalty))
 
     model, done = _applied(registry, parent.model.to(local_device()), steps, context, train)
+    if not is_first():
+        return
     model = model.to("cpu")
     effort = results[-1].summary() if results else None
     made = provenance(recipe.command, recipe=recipe.name, seconds=effort.pop("seconds") if effort else 0)

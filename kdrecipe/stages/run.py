@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdrecipe.errors import RecipeError
-from kdrecipe.jobs.executors import die_with_parent, num_gpus, set_threads
+from kdrecipe.jobs.elsewhere import with_torchrun
+from kdrecipe.jobs.executors import Executor, die_with_parent, num_gpus, set_threads
 from kdrecipe.jobs.forecast import Forecast
+from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.run import Run
-from kdrecipe.jobs.stamps import Job, locked, run_job
+from kdrecipe.jobs.stamps import Job, locked, run_job, why_run
+from kdrecipe.recipe.executor import DaskOptions, ExecutorOptions, SlurmOptions
 from kdrecipe.recipe.imported import unset_variables
 from kdrecipe.stages import STAGES, guard
 from kdrecipe.stages.layout import Layout
@@ -21,6 +24,7 @@ from kdrecipe.stages.timing import outlook, seconds_before
 
 if TYPE_CHECKING:
     from kdrecipe.recipe.load import Recipe
+    from kdrecipe.stages.team import Team
 
 TEACHER = 3  # the stage from which on it matters what teachers have learnt
 MAX_JOBS = 8  # more processes than this need a large machine, and a deliberate choice (--jobs)
@@ -37,6 +41,8 @@ def run_recipe(
     work: Path | None = None,
     job: str | None = None,
     program: Sequence[str] = (),
+    team: Team | None = None,
+    executor: ExecutorOptions | None = None,
 ) -> None:
     """Run stages ``first`` to ``last``.
 
@@ -50,16 +56,19 @@ def run_recipe(
         work: directory for everything made; None: see :func:`default_work`.
         job: run this one job and nothing else (what the processes side by side are started with).
         program: the command whose ``run`` this is, for those processes; () keeps to this process.
+        team: the processes that train one model together; None: this one alone.
+        executor: where jobs run; None: processes on this machine.
 
     Raises:
         KdrecipeError: a stage failed or its inputs are missing; what was finished stays.
     """
-    layout = Layout((work or default_work(recipe)).resolve())
-    plan = build_plan(recipe, layout)
+    layout, plan = planned(recipe, work)
     if job is not None:
-        die_with_parent()
+        if team is None:  # torchrun stands in between
+            die_with_parent()
         set_threads()
-        run_job(plan.jobs[job], plan.jobs)
+        if force or why_run(plan.jobs[job], plan.jobs) is not None:  # else it was given out twice
+            run_job(plan.jobs[job], plan.jobs, team.work if team else None)
         return
     selected = [j for j in plan.jobs.values() if first <= j.stage <= last]
     reasons = plan.reasons(selected, force=force)
@@ -73,10 +82,12 @@ def run_recipe(
     with locked(layout.root / ".lock", "this recipe"):
         set_threads()
         verbs = [verb for verb, _ in STAGES]
-        number = _num_jobs(jobs) if reasons and program else 1
+        number = _num_jobs(jobs, executor) if reasons and program and team is None else 1
 
         def command(job: Job) -> list[str]:
-            return [*program, *_job_arguments(recipe, layout, job)]
+            asked = [*program, *_job_arguments(recipe, layout, job, force)]
+            nproc = executor.nproc if isinstance(executor, SlurmOptions) and job.together else 1
+            return with_torchrun(asked, nproc)
 
         forecast = Forecast([j for j in selected if j.name in reasons], seconds_before(recipe, plan), number)
         if forecast.jobs:
@@ -84,10 +95,18 @@ def run_recipe(
         if last >= TEACHER:
             for line in guard.warnings(recipe, layout, plan, reasons):
                 print(line, flush=True)
-        Run(plan, selected, reasons, verbs, command, number, force, forecast).run()
+        do = team.work if team else None
+        make = _maker(executor, number, layout.root) if executor else None
+        Run(plan, selected, reasons, verbs, command, number, force, forecast, do, make, layout.root).run()
     if last == len(STAGES) - 1:
         publish(recipe, layout)
         print(f"\n{closing(recipe, layout)}", flush=True)
+
+
+def planned(recipe: Recipe, work: Path | None) -> tuple[Layout, Plan]:
+    """Where everything of a recipe is, and all its jobs."""
+    layout = Layout((work or default_work(recipe)).resolve())
+    return layout, build_plan(recipe, layout)
 
 
 def default_work(recipe: Recipe) -> Path:
@@ -107,7 +126,7 @@ def _print_dry_run(selected: Sequence[Job], reasons: dict[str, str]) -> None:
             )
 
 
-def _job_arguments(recipe: Recipe, layout: Layout, job: Job) -> list[str]:
+def _job_arguments(recipe: Recipe, layout: Layout, job: Job, force: bool = False) -> list[str]:
     """The arguments with which kdrecipe runs one job of this recipe."""
     arguments = ["run", str(recipe.path), "--job", job.name, "--work", str(layout.root)]
     if recipe.profile:
@@ -116,10 +135,29 @@ def _job_arguments(recipe: Recipe, layout: Layout, job: Job) -> list[str]:
         arguments += ["--set", override]
     if recipe.trust_plugins:
         arguments.append("--trust-plugins")
+    if force:
+        arguments.append("--force")
     return arguments
 
 
-def _num_jobs(jobs: int | None) -> int:
+def _maker(
+    executor: ExecutorOptions, number: int, root: Path
+) -> Callable[[Callable[[str, str], None]], Executor] | None:
+    """Makes the executor, once there is something to run."""
+    if isinstance(executor, SlurmOptions):
+        from kdrecipe.jobs.slurm import SlurmJobs
+
+        return lambda relay: SlurmJobs(executor, root, relay)
+    if isinstance(executor, DaskOptions):
+        from kdrecipe.jobs.dask import DaskTasks
+
+        return lambda relay: DaskTasks(executor, number, root, relay)
+    return None
+
+
+def _num_jobs(jobs: int | None, executor: ExecutorOptions | None) -> int:
+    if isinstance(executor, SlurmOptions):
+        return executor.at_most
     if jobs is not None:
         return max(1, jobs)
     return num_gpus() or min(os.cpu_count() or 1, MAX_JOBS)

@@ -77,6 +77,7 @@ def _add(plan: Plan, recipe: Recipe, layout: Layout, system: System, stage: int)
                 needs=needs_of_training(plan, recipe, system, seed),
                 resumable=True,
                 alone=False,
+                together=True,
             )
         )
 
@@ -91,6 +92,7 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     """Train one system with one seed and write its bundle; ``out/train`` keeps log and checkpoints."""
     from kdrecipe.model.bundle import Bundle, provenance
     from kdrecipe.stages.session import Session
+    from kdrecipe.train.distribution import is_first
 
     assert system.model is not None  # pretrained ones are imported
     session = Session(recipe, layout, system, seed)
@@ -99,6 +101,8 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
         _start(session, model, lender(recipe, layout, system.init_from, seed))
     options = system.training.model_copy(update={"flat_start": 0}) if system.init_from else system.training
     training = session.run(model, out / "train", options).summary()
+    if not is_first():
+        return
     made = provenance(recipe.command, recipe=recipe.name, seconds=training.pop("seconds"))
     meta: dict[str, Any] = {
         "name": system.name,

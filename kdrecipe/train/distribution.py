@@ -1,20 +1,19 @@
-"""Several processes that train one model (``torchrun``), or the only one.
-
-Gradients are summed by hand after the backward passes of a step, not by
-``DistributedDataParallel``: its mean over ranks is not our normalisation, and it expects the same
-parameters to take part on every rank, while a rank without labelled utterances skips terms. What
-is lost is the overlap of communication with the backward pass, little at the sizes trained here.
-"""
+"""Several processes that train one model (``torchrun``), or the only one."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from kdrecipe.errors import KdrecipeError
 
 
 def local_device() -> torch.device:
@@ -22,6 +21,30 @@ def local_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and logs."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def is_several() -> bool:
+    """Whether several processes train one model."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+_by_itself = False
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within, this process trains by itself, whatever ``torchrun`` says."""
+    global _by_itself
+    before, _by_itself = _by_itself, True
+    try:
+        yield
+    finally:
+        _by_itself = before
 
 
 @dataclass(frozen=True)
@@ -44,13 +67,19 @@ class Workers:
 
         Args:
             device: None takes :func:`local_device`.
+
+        Raises:
+            KdrecipeError: there are fewer GPUs than processes, or torch has no NCCL.
         """
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if _by_itself:
+            rank, world_size = 0, 1
         chosen = local_device() if device is None else torch.device(device)
         if chosen.type == "cuda":
+            _check_gpu(chosen, world_size)
             torch.cuda.set_device(chosen)
         if world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+            _join("nccl" if chosen.type == "cuda" else "gloo")
         return cls(rank, world_size, chosen)
 
     @property
@@ -63,23 +92,6 @@ class Workers:
         if self.world_size > 1:
             dist.all_reduce(value)
         return value
-
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum gradients over processes; one that is None here counts as zero if another has it."""
-        if self.world_size == 1:
-            return
-        listed = list(parameters)
-        present = torch.tensor([p.grad is not None for p in listed], dtype=torch.int32, device=self.device)
-        used = [p for p, n in zip(listed, self.sum(present).tolist(), strict=True) if n > 0]
-        if not used:
-            return
-        for p in used:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        grads = [p.grad for p in used if p.grad is not None]
-        flat = self.sum(torch.cat([g.reshape(-1) for g in grads]))
-        for grad, summed in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
-            grad.copy_(summed.view_as(grad))
 
     def sum_numbers(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """Numbers by name summed over processes; a name may be absent from some of them."""
@@ -108,3 +120,29 @@ class Workers:
         """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def _join(backend: str) -> None:
+    """Meet the other processes.
+
+    ``torchrun`` keeps one store for all attempts, and in it a process would find the addresses of those that
+    have died, so each attempt has its own part of it.
+    """
+    store, rank, world_size = next(rendezvous("env://"))  # type: ignore[no-untyped-call]
+    attempt = f"kdrecipe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world_size}"
+    part = PrefixStore(attempt, store)
+    dist.init_process_group(backend, store=part, rank=rank, world_size=world_size)
+
+
+def _check_gpu(device: torch.device, world_size: int) -> None:
+    number, gpus = device.index or 0, torch.cuda.device_count()
+    if number >= gpus:
+        raise KdrecipeError(
+            f"process {number} of this machine finds no GPU of its own: there are {gpus}",
+            remedy=f"start at most {gpus} processes per machine (--nproc {gpus})",
+        )
+    if world_size > 1 and not dist.is_nccl_available():
+        raise KdrecipeError(
+            "several GPUs need NCCL, and this torch was built without it",
+            remedy="install torch from PyPI for Linux, or train on one GPU: no --nproc",
+        )

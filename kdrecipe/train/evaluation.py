@@ -13,6 +13,7 @@ from kdrecipe.frames import edit_distance
 from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Progress, Targets
 from kdrecipe.train.log import Meter, normalised
 from kdrecipe.train.objective import Term
+from kdrecipe.train.sharding import rest
 from kdrecipe.train.step import Stepper
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ class DevScore:
     Args:
         loss: the supervised terms, weighted; None if the objective has none.
         ter: token errors per reference token, greedy search of the first head; None without labels.
+        said: tokens found per reference token; None without labels.
     """
 
     loss: float | None
     ter: float | None
+    said: float | None = None
 
 
 @torch.no_grad()
@@ -53,13 +56,19 @@ def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
     terms = stepper.objective.terms
     supervised = [t for t in terms if t.supervised and not t.teachers and t.fade_steps is None]
     meter = Meter()
-    errors = tokens = 0
+    errors = tokens = said = 0
     model.eval()
     stepper.objective.module.eval()
-    for ids in dev.epoch(0)[workers.rank :: workers.world_size]:
+    plan = dev.epoch(0)
+    mine = plan[workers.rank :: workers.world_size]
+    # A divided model speaks only if all processes ask it.
+    idle = -(-len(plan) // workers.world_size) - len(mine) if stepper.sharded else 0
+    for number, ids in enumerate(mine + plan[:1] * idle):
         batch = dev.load(ids).map(lambda x: x.to(workers.device))
         with stepper.autocast():
             out = model(batch.features_BTF, batch.lens_B, taps=stepper.objective.taps, batch=batch)
+        if number >= len(mine):
+            break
         out = out.map(lambda x: x.float() if x.is_floating_point() else x)
         for term in supervised:
             meter.add([term.name], [_supervised_loss(term, out, batch, stepper.objective.progress(0))])
@@ -67,12 +76,16 @@ def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
             found = model.greedy(out)  # type: ignore[operator]
         wrong, length = token_errors(found, batch)
         errors, tokens = errors + wrong, tokens + length
+        rows = zip(found, batch.labelled_B.tolist(), strict=True)
+        said += sum(len(row) for row, labelled in rows if labelled)
+    rest(model)
     model.train()
     stepper.objective.module.train()
-    numbers = workers.sum_numbers({**meter.numbers(), "errors|": errors, "tokens|": tokens})
-    errors, tokens = int(numbers.pop("errors|")), int(numbers.pop("tokens|"))
+    own = {"errors|": errors, "tokens|": tokens, "said|": said}
+    numbers = workers.sum_numbers({**meter.numbers(), **own})
+    errors, tokens, said = (int(numbers.pop(key)) for key in own)
     loss, _, _ = normalised(numbers, {term.name: term.weight for term in supervised})
-    return DevScore(loss, errors / tokens if tokens else None)
+    return DevScore(loss, errors / tokens if tokens else None, said / tokens if tokens else None)
 
 
 def _supervised_loss(term: Term, out: ModelOutput, batch: Batch, progress: Progress) -> LossOutput:

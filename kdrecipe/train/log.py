@@ -1,16 +1,17 @@
 """What a run says: ``log.jsonl`` for programs, a bar or plain lines for people.
 
 One JSON object per line, ``event`` first: ``step`` (every ``log_every`` steps: step, epoch, loss,
-terms, metrics, lr, grad_norm, audio_s_per_s), ``epoch`` (dev_loss, dev_ter, seconds, audio_s) and
+terms, metrics, lr, grad_norm, audio_s_per_s), ``epoch`` (dev_loss, dev_ter, dev_said, seconds, audio_s) and
 ``end`` (of the averaged weights).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,23 @@ import torch
 from torch import Tensor
 
 from kdrecipe.artifacts import disk_errors, write_atomic
+from kdrecipe.errors import MissingExtra
 from kdrecipe.interfaces import LossOutput
+from kdrecipe.jobs.watch import tell
 from kdrecipe.report.reading import duration
 from kdrecipe.text import read_lines
 
 _LINE_EVERY_S = 10.0  # without a terminal: often enough to see that it runs
 
 
+TENSORBOARD = "KDRECIPE_TENSORBOARD"
+"""Environment variable with the folder for TensorBoard's files; without it there are none."""
+
+
 class TrainLog:
-    """``log.jsonl``, to which lines are appended.
+    """``log.jsonl``, to which lines are appended, and TensorBoard's files if they are wanted.
+
+    Those are no part of what a job makes: they hold times and names of machines.
 
     Args:
         path: the file.
@@ -36,6 +45,7 @@ class TrainLog:
     def __init__(self, path: Path, enabled: bool = True) -> None:
         self.path = path
         self.enabled = enabled
+        self._board: Any = None
 
     def rewind(self, step: int) -> None:
         """Drop lines from after ``step``, which a resumed run will write again."""
@@ -50,12 +60,44 @@ class TrainLog:
             if entry["step"] <= step and entry["event"] != "end":
                 kept.append(line + "\n")
         write_atomic(self.path, "".join(kept))
+        if (folder := os.environ.get(TENSORBOARD)) and self._board is None:
+            self._board = _board(Path(folder) / _run_name(self.path), step + 1)
 
     def write(self, event: str, entry: Mapping[str, Any]) -> None:
         """Append a line."""
         if self.enabled:
             with disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"event": event, **entry}) + "\n")
+        if self._board is not None and event != "end":
+            for name, value in _numbers(entry):
+                self._board.add_scalar(name, value, entry["step"])
+            self._board.flush()
+
+
+def _run_name(path: Path) -> str:
+    """``kd/seed1`` of ``.../systems/kd/seed1.partial/train/log.jsonl``."""
+    parts = [part.removesuffix(".partial") for part in path.parent.parts]
+    after = parts[len(parts) - parts[::-1].index("systems") :] if "systems" in parts else parts[-2:]
+    return "/".join(part for part in after if part != "train")
+
+
+def _board(folder: Path, step: int) -> Any:
+    """A writer that takes back what an interrupted run wrote from ``step`` on."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        install = "pip install 'kdrecipe[tensorboard]'"
+        raise MissingExtra("tensorboard", f"{TENSORBOARD}={folder}", install) from None
+    return SummaryWriter(str(folder), purge_step=step)  # type: ignore[no-untyped-call]
+
+
+def _numbers(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """``terms/ctc`` and its value, of all numbers but the step."""
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and key != "step":
+            yield f"{prefix}{key}", float(value)
 
 
 class Meter:
@@ -152,6 +194,8 @@ class Progress:
     def step(self, step: int, facts: str = "") -> None:
         """After step ``step``; ``facts`` is what the last log line said."""
         self._at = step
+        if self.enabled:
+            tell(step, self.num_steps, self.unit, self._at_most, facts)
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(facts, refresh=False)

@@ -7,6 +7,7 @@ bit for bit.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from kdrecipe.targets import TargetSource
 from kdrecipe.train.average import WeightAverage
 from kdrecipe.train.checkpoints import Checkpoints
 from kdrecipe.train.distribution import Workers
+from kdrecipe.train.divergence import Divergence, fell_silent
 from kdrecipe.train.ema import MovingAverage
 from kdrecipe.train.evaluation import DevScore, evaluate
 from kdrecipe.train.flat_start import with_flat_start
@@ -38,6 +40,7 @@ from kdrecipe.train.optimisation import (
     set_lr,
     wsd_factor,
 )
+from kdrecipe.train.sharding import divided, divided_optimizer, shard, whole
 from kdrecipe.train.step import Seen, Stepper
 
 if TYPE_CHECKING:
@@ -149,6 +152,12 @@ def train(
     workers.share_state([*model.state_dict().values(), *objective.module.state_dict().values()])
     for average in _averages(teachers).values():
         average.start(model)  # type: ignore[arg-type]
+    given = model
+    if options.shard and workers.world_size > 1:
+        _check_shard(teachers, on_step)
+        model = copy.deepcopy(model)
+        given.to("cpu")
+        shard(model, workers)
     num_params = sum(p.numel() for p in model.parameters())
     options = options.for_model(num_params, objective.num_views)
     others = [p for _, p in objective.named_parameters()]
@@ -167,7 +176,22 @@ def train(
             run.do_epoch()
     finally:
         run.progress.close()
-    return run.finish()
+    result = run.finish()
+    if model is not given:
+        given.load_state_dict(whole(model.state_dict()))
+        given.eval()
+    return result
+
+
+def _check_shard(teachers: Mapping[str, TargetSource], on_step: object) -> None:
+    """Refuse to divide a model that something else reads whole."""
+    reader = "teachers: [ema]" if _averages(teachers) else "a compressor" if on_step else None
+    if reader:
+        raise TrainingError(
+            f"{reader} needs the model's weights whole",
+            where="training.shard",
+            remedy="shard: false for this system: then each process has all of it",
+        )
 
 
 def _averages(teachers: Mapping[str, TargetSource]) -> dict[str, MovingAverage]:
@@ -207,6 +231,7 @@ class _Run:
         self.scenes_begun = self.options.augment is not None
         self.epoch = self.index = self.step = 0  # epochs and steps done; steps done in this epoch
         self.seconds = self.audio_s = self.interval_audio_s = self.interval_s = 0.0
+        self.divergence = Divergence()
         self.facts = ""
         self.history: list[dict[str, Any]] = []
 
@@ -236,10 +261,12 @@ class _Run:
         entry: dict[str, Any] = {"step": self.step, "epoch": self.epoch}
         if self.dev and (self.epoch % self.options.dev_every == 0 or self.epoch == self.last_epoch):
             score = self._evaluate(self.dev)
-            entry |= {"dev_loss": score.loss, "dev_ter": score.ter}
+            entry |= {"dev_loss": score.loss, "dev_ter": score.ter, "dev_said": score.said}
         entry |= {"seconds": round(self.seconds, 2), "audio_s": round(self.audio_s, 2)}
         self.history.append(entry)
         self.log.write("epoch", entry)
+        if fell_silent(self.history):
+            self.stepper.diverged("the model has fallen silent: it says next to nothing on dev", self.step)
         if self.options.schedule == "wsd" and self.cooldown is None:
             self._end_in_time()
         self._save()
@@ -305,7 +332,10 @@ class _Run:
         logs = step % self.options.log_every == 0 or step == self.num_steps
         lr = set_lr(self.stepper.optimizer, self._lr_factor(step))
         loaded = [self._load(ids, step, slot) for slot, ids in enumerate(mine)]
-        norm, seen = self.stepper.run(loaded, step, keep=logs and self.train_metrics is not None)
+        short = -(-len(group) // self.workers.world_size) - len(mine) if self.stepper.sharded else 0
+        idle = [self._load(group[0], step, 0) for _ in range(short)]
+        keep = logs and self.train_metrics is not None
+        norm, seen = self.stepper.run(loaded, step, keep, idle)
         self.step, self.index = step, self.index + 1
         if self.on_step:
             self.on_step(self.stepper.model, step, self.num_steps)
@@ -338,6 +368,8 @@ class _Run:
                 metrics |= {name: float(value) for name, value in more.items()}
         speed = self.interval_audio_s / max(self.interval_s, 1e-9)
         entry = {"step": self.step, "epoch": self.epoch + 1, "loss": loss, "terms": terms, "metrics": metrics}
+        if name := self.divergence.look(terms):
+            self.stepper.diverged(f"the loss {name} has exploded ({terms[name]:.3g})", self.step)
         self.log.write("step", {**entry, "lr": lr, "grad_norm": norm, "audio_s_per_s": round(speed, 1)})
         shown = "-" if loss is None else f"{loss:.3f}"
         self.facts = f"epoch {self.epoch + 1} loss {shown} lr {lr:.1e} {speed:.0f} audio-s/s"
@@ -426,6 +458,10 @@ class _Run:
             numbers = self.workers.sum_numbers(self.stepper.meter.numbers())
         else:
             numbers = self.stepper.meter.numbers()
+        model, optimizer = self.stepper.model.state_dict(), self.stepper.optimizer.state_dict()
+        average = self.average.state_dict() if self.average else None
+        if self.stepper.sharded:  # likewise
+            model, optimizer, average = whole(model), whole(optimizer), whole(average)
         if not self.workers.is_first:
             return
         self.checkpoints.save(
@@ -433,13 +469,14 @@ class _Run:
                 "signature": self._signature(),
                 "position": [self.epoch, self.index, self.step],
                 "clocks": [self.seconds, self.audio_s, self.interval_s, self.interval_audio_s],
-                "model": self.stepper.model.state_dict(),
+                "model": model,
                 "losses": self.stepper.objective.module.state_dict(),
-                "optimizer": self.stepper.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "scaler": self.stepper.scaler.state_dict(),
-                "average": self.average.state_dict() if self.average else None,
+                "average": average,
                 "teachers": {name: t.state_dict() for name, t in self.following.items()},
                 "meter": numbers,
+                "divergence": self.divergence.state_dict(),
                 "history": self.history,
                 "cooldown": asdict(self.cooldown) if self.cooldown else None,
             }
@@ -448,15 +485,22 @@ class _Run:
     def _restore(self, state: dict[str, Any]) -> None:
         self.epoch, self.index, self.step = state["position"]
         self.seconds, self.audio_s, self.interval_s, self.interval_audio_s = state["clocks"]
-        self.stepper.model.load_state_dict(state["model"])
+        model, optimizer, average = state["model"], state["optimizer"], state["average"]
+        if self.stepper.sharded:
+            model = divided(model, self.stepper.model.state_dict())
+            optimizer = divided_optimizer(optimizer, self.stepper.optimizer)
+            average = average and self.average and divided(average, self.average.state_dict())
+        self.stepper.model.load_state_dict(model)
         self.stepper.objective.module.load_state_dict(state["losses"])
-        self.stepper.optimizer.load_state_dict(state["optimizer"])
+        self.stepper.optimizer.load_state_dict(optimizer)
         self.stepper.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            self.average.load_state_dict(average)
         for name, teacher in self.following.items():
             teacher.load_state_dict(state["teachers"][name])
         self.history = state["history"]
+        if "divergence" in state:
+            self.divergence.load_state_dict(state["divergence"])
         if state["cooldown"]:
             self.cooldown = Cooldown(**state["cooldown"])
             self.num_steps = self.cooldown.from_step + self.cooldown.num_steps

@@ -94,13 +94,15 @@ def make_optimizer(
         hook: see :data:`OptimizerHook`.
     """
     assert options.lr != "auto"  # the loop knows what that is for this model
-    trainable = [p for p in (*model.parameters(), *others) if p.requires_grad]
-    groups = _groups(trainable, options.weight_decay)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    added = _groups([p for p in others if p.requires_grad], options.weight_decay)
+    # Those of losses are groups of their own: of a model that is divided among processes, they are not.
+    groups = _groups(trainable, options.weight_decay) + added
     optimizer = hook(params=groups, config=options) if hook else None
     if optimizer is None:
         hidden = hidden_matrices(model) if options.optimizer == "muon" else []
         taken = {id(p) for p in hidden}
-        rest = _groups([p for p in trainable if id(p) not in taken], options.weight_decay)
+        rest = _groups([p for p in trainable if id(p) not in taken], options.weight_decay) + added
         if hidden and rest:
             muon = [{"params": hidden, "weight_decay": options.weight_decay}]
             optimizer = MuonWithAdamW(muon, rest, options.lr, options.betas)

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from kdrecipe.artifacts import replacing
 from kdrecipe.errors import TrainingError
 from kdrecipe.frames import full_precision
 from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Targets
 from kdrecipe.targets import TargetSource
 from kdrecipe.train.distribution import Workers
+from kdrecipe.train.divergence import stop
 from kdrecipe.train.log import Meter
 from kdrecipe.train.objective import Objective, count_vector, scales_of, weighted_sum
 from kdrecipe.train.optimisation import autocast_dtype, clip_gradients, seed_step
+from kdrecipe.train.sharding import Sharded, clip_sharded, is_sharded
 from kdrecipe.train.spec_augment import spec_augment
+from kdrecipe.train.together import Together
 
 if TYPE_CHECKING:
     from kdrecipe.recipe.sections import Training
@@ -45,12 +48,14 @@ class Micro:
         targets: by teacher; a row for each utterance, or for each utterance of each view.
         slot: the number.
         of_views: whether there are targets for each view.
+        counts: False: it is computed for the sake of the other processes, see :mod:`kdrecipe.train.sharding`.
     """
 
     batch: Batch
     targets: dict[str, Targets]
     slot: int
     of_views: bool = False
+    counts: bool = True
 
 
 @dataclass
@@ -104,14 +109,24 @@ class Stepper:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.dtype = autocast_dtype(options.precision, workers.device)
         self.scaler = GradScaler(workers.device.type, enabled=self.dtype == torch.float16)
+        self.sharded = is_sharded(model)
         self._overflows = 0
+        self._last: tuple[Sequence[Batch], Sequence[Sequence[LossOutput]]] = (), ()
         assert options.spec_augment != "auto"  # the loop knows what that is for this model
         self.masks = options.spec_augment
         self.masks_begun = self.masks is not None
         """Whether the input is masked by now: see :class:`kdrecipe.recipe.sections.SpecAugment`."""
 
-    def run(self, batches: Sequence[Batch], step: int, keep: bool = False) -> tuple[float, Seen | None]:
+    def run(
+        self, batches: Sequence[Batch], step: int, keep: bool = False, idle: Sequence[Batch] = ()
+    ) -> tuple[float, Seen | None]:
         """Do step ``step`` on this process's micro-batches (perhaps none).
+
+        Args:
+            batches: of this process.
+            step: from 1.
+            keep: whether what the last micro-batch gave is returned.
+            idle: batches to be computed along, which do not count.
 
         Returns:
             Norm of the gradient before clipping; if ``keep``, what the last micro-batch gave.
@@ -122,13 +137,14 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.at_step(step)
         micros = [self._micro(batch, slot, step) for slot, batch in enumerate(batches)]
+        micros += [replace(self._micro(batch, 0, step), counts=False) for batch in idle]
         with memory_errors(batches, self.options):
             outputs, seen = self.backward(micros, step, keep)
-        if self.penalty is not None and self.workers.is_first:  # it is no sum over utterances
-            penalty = self.penalty(step)
-            if penalty.requires_grad:
-                self.scaler.scale(penalty).backward()  # type: ignore[no-untyped-call]
-        self.workers.sum_gradients(self.parameters)
+        if self.together is not None:
+            self.together.finish()
+        if self.penalty is not None:
+            self._add_penalty(self.penalty(step))
+        self._last = batches, outputs[: len(batches)]
         norm = self._update(outputs, batches, step)
         if self.objective.listens:
             self.objective.after_step(self._values(outputs))
@@ -159,7 +175,8 @@ class Stepper:
         if all(p.grad is None for p in self.parameters):
             return 0.0
         self.scaler.unscale_(self.optimizer)
-        norm = float(clip_gradients(self.parameters, self.options.grad_clip))
+        clip = clip_sharded if self.sharded else clip_gradients
+        norm = float(clip(self.parameters, self.options.grad_clip))
         self._check_finite(norm, outputs, batches, step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -193,6 +210,9 @@ class Stepper:
         The state is what an update makes of these gradients. Weights are kept on the CPU meanwhile: a
         copy beside them would need memory that training does not. A resumed run has its state.
         """
+        if self.sharded:  # a small part of what one process has
+            yield
+            return
         for p in self.parameters:
             p.grad = torch.zeros_like(p)
         if self.optimizer.state:
@@ -225,40 +245,59 @@ class Stepper:
           about a quarter of the step. Keeping every graph until the counts are known would cost the
           memory that accumulation is there to save; a gradient per term would cost more time.
         """
-        if self.options.accumulate == 1:
-            return self._backward_at_once(micros, step, keep)
-        if len(self.names) > 1:
+        at_once, one_term = self.options.accumulate == 1, len(self.names) == 1
+        scales = self.weights / _PROVISIONAL_COUNT
+        if not at_once and not one_term:
             with torch.no_grad():
                 passes = [self._forward(micro, step)[0] for micro in micros]
             scales = scales_of(self.weights, self._sum_counts(passes))
-        else:
-            scales = self.weights / _PROVISIONAL_COUNT
-        outputs, seen = [], None
-        for micro in micros:
-            found, out = self._forward(micro, step)
-            self._backward(found, scales)
+        outputs: list[list[LossOutput]] = []
+        seen = None
+        for number, micro in enumerate(micros):
+            with self._adding(last=number == len(micros) - 1):
+                found, out = self._summed_forward(micro, step)
+                if at_once:
+                    scales = scales_of(self.weights, self._sum_counts([found]))
+                self._backward(found, scales)
             if keep:
                 seen = Seen(out.map(Tensor.detach), micro.targets, micro.batch)
             outputs.append([_detached(o) for o in found])
             del found, out  # the graph, before the next one is built
-        if len(self.names) == 1:
+        if not micros and isinstance(self.together, Together):
+            if at_once:
+                self._sum_counts([])
+            self.scaler.scale(self.together.nothing()).backward()  # type: ignore[no-untyped-call]
+        if not at_once and one_term:
             factor = _PROVISIONAL_COUNT / max(float(self._sum_counts(outputs)), 1e-9)
             for p in self.parameters:
                 if p.grad is not None:
                     p.grad *= factor
         return outputs, seen
 
-    def _backward_at_once(
-        self, micros: Sequence[Micro], step: int, keep: bool
-    ) -> tuple[list[list[LossOutput]], Seen | None]:
-        passes = [self._forward(micro, step) for micro in micros]
-        scales = scales_of(self.weights, self._sum_counts([found for found, _ in passes]))
-        seen = None
-        for micro, (found, out) in zip(micros, passes, strict=True):
-            self._backward(found, scales)
-            if keep:
-                seen = Seen(out.map(Tensor.detach), micro.targets, micro.batch)
-        return [[_detached(o) for o in found] for found, _ in passes], seen
+    @functools.cached_property
+    def together(self) -> Together | Sharded | None:
+        """Of several processes; not before the first step, since the trial is each process's own."""
+        if self.workers.world_size == 1:
+            return None
+        if self.sharded:
+            return Sharded(self.model, self.objective.module, self._forward, self.workers)
+        return Together(self.model, self.objective.module, self._forward)
+
+    def _summed_forward(self, micro: Micro, step: int) -> tuple[list[LossOutput], ModelOutput]:
+        return (self.together.forward if self.together else self._forward)(micro, step)
+
+    def _adding(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return self.together.adding(last) if self.together else contextlib.nullcontext()
+
+    def _add_penalty(self, penalty: Tensor) -> None:
+        """Its gradient, which is the same on all processes: it is no sum over utterances."""
+        if not penalty.requires_grad:
+            return
+        scaled: Tensor = self.scaler.scale(penalty)
+        found = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+        for p, grad in zip(self.parameters, found, strict=True):
+            if grad is not None:
+                p.grad = grad if p.grad is None else p.grad.add_(grad)
 
     def _backward(self, outputs: Sequence[LossOutput], scales: Tensor) -> None:
         loss = weighted_sum(outputs, scales)
@@ -300,7 +339,8 @@ class Stepper:
             )
         # Losses compute in float32: sums over frames lose too much in 8 or 11 bits.
         out = replace(out.map(full_precision), num_views=self.objective.num_views)
-        return self.objective.evaluate(out, micro.targets, micro.batch, micro.of_views), out
+        found = self.objective.evaluate(out, micro.targets, micro.batch, micro.of_views)
+        return (found if micro.counts else [LossOutput(o.total * 0, 0) for o in found]), out
 
     def _augmented(self, batch: Batch, number: int) -> Tensor:
         """Every view's features, masked on its own, one view after the other."""
@@ -334,29 +374,32 @@ class Stepper:
         self._overflows += 1
         if self.scaler.is_enabled() and self._overflows < _MAX_OVERFLOWS:
             return
-        values = [
+        values = self.values_of(outputs)
+        bad = sorted({name for v in values for name, x in v.items() if not math.isfinite(x)})
+        what = f"loss {', '.join(bad)}" if bad else "gradient"
+        path = self.work_dir / f"nonfinite{self._of_rank}.pt"
+        stop(f"the {what} is not finite", step, batches, values, path, self.options)
+
+    def values_of(self, outputs: Sequence[Sequence[LossOutput]]) -> list[dict[str, float]]:
+        """Value of each term by micro-batch of this process."""
+        return [
             {
                 name: float(o.total) / max(float(o.count), 1.0)
                 for name, o in zip(self.names, found, strict=True)
             }
             for found in outputs
         ]
-        path = self.work_dir / "nonfinite.pt"
-        ids = [i for batch in batches for i in batch.ids]
-        if batches:
-            content = {"step": step, "losses": values, "batches": [vars(batch) for batch in batches]}
-            with replacing(path) as part:
-                torch.save(content, part)
-        bad = sorted({name for v in values for name, x in v.items() if not math.isfinite(x)})
-        what = f"loss {', '.join(bad)}" if bad else "gradient"
-        raise TrainingError(
-            f"the {what} is not finite at step {step}; terms: {values}; utterances: {' '.join(ids[:5])}"
-            + (" ..." if len(ids) > 5 else ""),
-            where=str(path),
-            remedy=f"lower training.lr (now {self.options.lr:g}) or grad_clip (now {self.options.grad_clip}),"
-            f" lengthen warmup, or set precision: fp32 (now {self.options.precision}); if it is always "
-            "this batch, look at its audio and text (torch.load of the file above gives it)",
-        )
+
+    def diverged(self, what: str, step: int) -> NoReturn:
+        """Stop after ``step``, its batches saved; TrainingError."""
+        path = self.work_dir / f"diverged{self._of_rank}.pt"
+        batches, outputs = self._last
+        stop(what, step, batches, self.values_of(outputs), path, self.options)
+
+    @property
+    def _of_rank(self) -> str:
+        """In names of files that each process writes."""
+        return "" if self.workers.is_first else f".rank{self.workers.rank}"
 
 
 @contextlib.contextmanager

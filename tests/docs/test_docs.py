@@ -21,6 +21,7 @@ from kdrecipe.plugin.loader import Plugins, load_plugins
 from kdrecipe.plugin.registry import KINDS
 from kdrecipe.recipe import parsing, sections, system_sections
 from kdrecipe.recipe.budget import Budget
+from kdrecipe.recipe.executor import load_executor, split_overrides
 from kdrecipe.recipe.load import load_recipe
 from kdrecipe.recipe.sections import Named
 from kdrecipe.recipe.yaml import load_yaml, parse_value
@@ -118,6 +119,9 @@ def test_the_generated_blocks_are_those_of_the_recipes_and_their_results():
 # ---------------------------------------------------------------- commands
 
 
+LAUNCHER = r" --(nproc|nnodes|rdzv|max-restarts)[ =]\S+"  # run.sh's own options, for torchrun
+
+
 def commands(page: Path) -> list[list[str]]:
     """Every ``kdrecipe ...`` and ``./run.sh ...`` in code, as words after ``kdrecipe``."""
     found = []
@@ -127,6 +131,7 @@ def commands(page: Path) -> list[list[str]]:
         if re.match(r"kdrecipe \w", line):
             found.append(shlex.split(line)[1:])
         elif line.startswith("./run.sh "):
+            line = re.sub(LAUNCHER, "", line)
             found.append(["run", *shlex.split(line)[1:]])
     return found
 
@@ -168,7 +173,11 @@ def test_recipes_in_commands_exist_and_take_the_overrides():
     assert recipes
     for words in recipes:
         overrides = [value for option, value in pairwise(words) if option == "--set"]
-        load_recipe(find_recipe(words[1]), overrides=overrides, plugins=plugins())
+        of_recipe, of_executor = split_overrides(overrides)
+        load_recipe(find_recipe(words[1]), overrides=of_recipe, plugins=plugins())
+        names = [value for option, value in pairwise(words) if option == "--executor" and "." not in value]
+        for name in names:
+            load_executor(name, of_executor)
 
 
 def test_profiles_in_commands_exist():

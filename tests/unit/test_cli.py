@@ -14,6 +14,7 @@ from kdrecipe.cli import scaffold
 from kdrecipe.cli.main import cli, find_recipe, main
 from kdrecipe.cli.scaffold import TEMPLATES, write_plugin
 from kdrecipe.errors import DataError, KdrecipeError, ParityError, RecipeError, TrainingError
+from kdrecipe.recipe.executor import LocalOptions, SlurmOptions
 
 RECIPE = """\
 corpus: {name: manifests, root: "${KDRECIPE_TEST_ROOT}", subsets: {few: {speakers: 1}}}
@@ -223,10 +224,12 @@ def test_a_plugins_command(capsys, monkeypatch):
 def test_run_passes_everything_on(recipe, runs, tmp_path):
     options = ["--dry-run", "--force", "--jobs", "2", "--work", str(tmp_path / "w"), "--job", "one"]
     arguments = ["--stage", "teacher", "--stop-stage", "5", "--set", "seeds=[4]", "--profile", "tiny"]
+    options += ["--executor", "slurm", "--set", "executor.gpus=1"]
     assert main(["run", "toy/first", *arguments, *options]) == 0
     [(loaded, first, last, given)] = runs
     assert (first, last) == (3, 5)
     assert given.pop("program") == (sys.executable, "-m", "kdrecipe.cli")
+    assert (given.pop("team"), given.pop("executor")) == (None, SlurmOptions(gpus=1))
     assert given == {"dry_run": True, "force": True, "jobs": 2, "work": tmp_path / "w", "job": "one"}
     assert loaded.seeds == (4,)
     assert loaded.training.epochs == 1
@@ -239,6 +242,7 @@ def test_run_defaults(recipe, runs, monkeypatch):
     [(loaded, first, last, given)] = runs
     assert (first, last) == (0, 10)
     assert given.pop("program")
+    assert (given.pop("team"), given.pop("executor")) == (None, LocalOptions())
     assert given == {"dry_run": False, "force": False, "jobs": None, "work": None, "job": None}
     assert loaded.name == "toy/first"
 

@@ -220,6 +220,7 @@ def test_live_teachers_are_on_the_processs_own_gpu(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "to", to)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: moved.append(str(device)))
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(session_module, "train", lambda *_, device=None, **__: moved.append(str(device)))

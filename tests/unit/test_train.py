@@ -25,8 +25,9 @@ from kdrecipe.interfaces import LossOutput
 from kdrecipe.recipe.sections import Augment, SpecAugment
 from kdrecipe.train import loop
 from kdrecipe.train.distribution import Workers
+from kdrecipe.train.ema import MovingAverage
 from kdrecipe.train.evaluation import DevScore
-from kdrecipe.train.loop import Objective, Term
+from kdrecipe.train.loop import Objective, Term, _check_shard
 from kdrecipe.train.optimisation import (
     Cooldown,
     autocast_dtype,
@@ -241,7 +242,8 @@ def test_accumulating_equals_one_large_batch(terms, tmp_path):
     assert (means - at_once).norm() > 0.01 * at_once.norm()
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("shard", ["no", "shard"])
+def test_two_processes_equal_one(shard, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -249,12 +251,21 @@ def test_two_processes_equal_one(tmp_path):
     for rank in range(2):
         env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, SCRIPT, "rank", tmp_path / "two", tmp_path / "two.pt"]
+        command = [sys.executable, SCRIPT, "rank", tmp_path / "two", tmp_path / "two.pt", shard]
         running.append(subprocess.Popen(command, env=env))
     assert [process.wait(timeout=120) for process in running] == [0, 0]
+    checkpoint = torch.load(tmp_path / "two" / "checkpoints" / "last.pt")  # whole, of divided weights, too
+    toy_model().load_state_dict(checkpoint["model"])
     # The same pairs of batches in one process; the plan's groups are of accumulate * processes.
-    model, _ = toy_run(tmp_path / "one", **toys.distributed_settings(accumulate=2))
-    two = torch.load(tmp_path / "two.pt")
+    settings = toys.distributed_settings(accumulate=2)
+    assert settings["batches"].num_batches(0) % 2 == 1
+    model, _ = toy_run(tmp_path / "one", **settings)
+    two, two_losses = torch.load(tmp_path / "two.pt")
+    losses = settings["objective"].module.state_dict()
+    assert losses["3.offset"] != 0  # learnt
+    assert bool((losses["3.unused"] == 1).all())  # not even decayed
+    for name, value in losses.items():
+        torch.testing.assert_close(two_losses[name], value, rtol=1e-4, atol=1e-5, msg=name)
     start = toy_model(dropout=0.0).state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -267,6 +278,19 @@ def test_two_processes_equal_one(tmp_path):
         assert a.keys() == b.keys()
         for key in {"loss", "grad_norm", "dev_loss", "dev_ter"} & a.keys():
             assert a[key] == pytest.approx(b[key], rel=1e-3)
+
+
+def test_a_model_that_others_read_whole_is_not_divided():
+    for teachers, on_step, reader in (
+        ({"ema": MovingAverage(0.9, [])}, None, "ema"),
+        ({}, print, "compressor"),
+    ):
+        with pytest.raises(
+            TrainingError, match=rf"(?s){reader}.* needs the model's weights whole.*shard: false"
+        ):
+            _check_shard(teachers, on_step)
+    with pytest.raises(ValueError, match="shard: true goes with optimizer: adamw"):
+        toy_options(shard=True)
 
 
 # ---------------------------------------------------------------- what losses see

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -115,6 +116,20 @@ class Imitate(nn.Module):
         return LossOutput(total, wanted.lens_B.sum())
 
 
+class Offset(nn.Module):
+    """Pulls the logits of labelled utterances to what it learns; has a weight that it does not use."""
+
+    supervised = True
+
+    def __init__(self):
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(()))
+        self.unused = nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, out, targets, batch):
+        return LossOutput((out.logits["ctc"][:, 0].sum(-1) - 1 - self.offset).square().sum(), len(batch))
+
+
 class ToyTeacher:
     """A live teacher; remembers the features that it was shown."""
 
@@ -182,20 +197,42 @@ def killed_at(work_dir, step):
     toy_run(work_dir, on_step=kill)
 
 
-def one_of_several(work_dir, out):
-    """Train as ``torchrun`` would have it; the first process writes the weights."""
-    model, _ = toy_run(work_dir, **distributed_settings(accumulate=1))
+class Halt(Exception):
+    pass
+
+
+def one_of_several(work_dir, out, shard="no"):
+    """Train as ``torchrun`` would have it, halted once; the first process writes the weights."""
+
+    def halt(step, **_):
+        if step == 4:
+            raise Halt
+        return []
+
+    with contextlib.suppress(Halt):
+        toy_run(work_dir, **distributed_settings(accumulate=1, shard=shard == "shard"), train_metrics=halt)
+    settings = distributed_settings(accumulate=1, shard=shard == "shard")
+    model, result = toy_run(work_dir, **settings)
+    assert result.steps > 4
     if int(os.environ["RANK"]) == 0:
-        torch.save(model.state_dict(), out)
+        torch.save([model.state_dict(), settings["objective"].module.state_dict()], out)
 
 
-def distributed_settings(accumulate):
-    """Labels so few that some processes have none in some steps."""
+def distributed_settings(accumulate, shard=False):
+    """Labels so few that some processes have none in some steps; an epoch ends with one batch for both."""
+    terms = toy_objective().terms
     return {
+        "objective": Objective([*terms, Term("offset", 0.2, Offset())]),
         "model": toy_model(dropout=0.0),
         "batches": toy_batches(labelled=[0, 1, 2]),
         "dev": toy_batches(4, seed=1),
-        "options": toy_options(accumulate=accumulate, spec_augment=None, epochs=2),
+        "options": toy_options(
+            accumulate=accumulate,
+            spec_augment=None,
+            epochs=2,
+            shard=shard,
+            optimizer="adamw",
+        ),
     }
 
 
