@@ -35,7 +35,10 @@ GROUP = "kdrecipe"
 BUILT_IN = ("kdrecipe.model.heads.ctc", "kdrecipe.model.heads.attention", "kdrecipe.model.heads.rnnt")
 SHIPPED = ("kdrecipe_plugins", "kdrecipe_local")
 """Packages whose modules are plugins wherever they carry ``@hookimpl``: found by folder, declared nowhere."""
-CORE_COMMANDS = ("bench", "check", "new", "plugins", "regenerate", "run", "stages", "transcribe")
+CORE_COMMANDS = (
+    "bench", "check", "compare", "demo", "new", "plugins", "regenerate", "run", "sensitivity", "stages",
+    "transcribe",
+)  # fmt: skip
 
 
 class _Commands(click.Group):
