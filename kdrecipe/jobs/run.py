@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdrecipe.artifacts import write_json
 from kdrecipe.errors import KdrecipeError, TrainingError
 from kdrecipe.jobs.elsewhere import here
 from kdrecipe.jobs.executors import Executor, Processes
 from kdrecipe.jobs.forecast import Forecast
 from kdrecipe.jobs.plan import Plan
 from kdrecipe.jobs.stamps import Job, run_job, why_run
-from kdrecipe.jobs.watch import EVERY_S, RUN_FILE
+from kdrecipe.jobs.watch import EVERY_S, RUN_FILE, put
 
 _AGAIN = 2  # times that a job is given out again after it was lost
 
@@ -180,8 +179,8 @@ class Run:
         }
         left = self.forecast.progress if self.forecast else ""
         about = {"where": here(), "since": self._since, "left": left, "ended": ended, "jobs": jobs}
-        with contextlib.suppress(KdrecipeError, OSError):  # the disk is full: what matters more will say so
-            write_json(self.root / RUN_FILE, about)
+        with contextlib.suppress(OSError):  # the disk is full: what matters more will say so
+            put(self.root / RUN_FILE, about)
 
     def _print(self, line: str) -> None:
         if self.bar is None:

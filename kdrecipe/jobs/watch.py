@@ -8,6 +8,8 @@ work directory: the state of all its jobs.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -15,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdrecipe.artifacts import read_json, write_json
+from kdrecipe.artifacts import read_json
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.jobs.elsewhere import here
 
@@ -77,16 +79,27 @@ def watched(job: str, out: Path) -> Iterator[None]:
         _beat = None
         ended.set()
         writer.join()
-        path.unlink(missing_ok=True)
+        for left in (path, _new(path)):
+            left.unlink(missing_ok=True)
 
 
 def _write(path: Path, beat: Beat, ended: threading.Event) -> None:
     while True:
         # A status is not worth a job: a full disk stops what is worth more, and says so.
-        with contextlib.suppress(KdrecipeError, OSError):
-            write_json(path, asdict(beat))
+        with contextlib.suppress(OSError):
+            put(path, asdict(beat))
         if ended.wait(EVERY_S):
             return
+
+
+def put(path: Path, state: Mapping[str, Any]) -> None:
+    """Replace a file of state. What a kill leaves of it is overwritten next time."""
+    _new(path).write_text(json.dumps(state, indent=1) + "\n")
+    os.replace(_new(path), path)
+
+
+def _new(path: Path) -> Path:
+    return path.with_name(path.name + ".new")
 
 
 def tell(done: int, total: int | None, unit: str, at_most: bool, facts: str) -> None:

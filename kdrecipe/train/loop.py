@@ -222,11 +222,9 @@ class _Run:
         # A step takes this many batches of the plan, all processes together; the last step of an
         # epoch what is left.
         self.group = self.options.accumulate * self.workers.world_size
-        self.num_steps = self._steps_of(range(self.options.epochs))
+        self.epoch_steps: list[int] = []
+        self.num_steps = 0
         """Of the whole run; until it is known when a run with ``schedule: wsd`` ends, the most it can be."""
-        stepper.objective.num_steps = self.num_steps
-        # in a short run, no more than a tenth
-        self.warmup_steps = min(self.options.warmup_steps, max(1, self.num_steps // 10))
         self.cooldown: Cooldown | None = None
         self.scenes_begun = self.options.augment is not None
         self.epoch = self.index = self.step = 0  # epochs and steps done; steps done in this epoch
@@ -235,8 +233,16 @@ class _Run:
         self.facts = ""
         self.history: list[dict[str, Any]] = []
 
-    def _steps_of(self, epochs: Iterable[int]) -> int:
-        return sum(-(-self.batches.num_batches(epoch) // self.group) for epoch in epochs)
+    def _expect(self, epoch_steps: list[int] | None) -> None:
+        """So many steps in each epoch that there can be; None: to be counted, which takes a while for a
+        million utterances, so checkpoints know it."""
+        if epoch_steps is None:
+            epochs = range(self.options.epochs)
+            epoch_steps = [-(-self.batches.num_batches(epoch) // self.group) for epoch in epochs]
+        self.epoch_steps, self.num_steps = epoch_steps, sum(epoch_steps)
+        self.stepper.objective.num_steps = self.num_steps
+        # in a short run, no more than a tenth
+        self.warmup_steps = min(self.options.warmup_steps, max(1, self.num_steps // 10))
 
     @property
     def last_epoch(self) -> int:
@@ -285,7 +291,7 @@ class _Run:
         if reason is None:
             return
         last = last_epoch(self.epoch, reason, self.options)
-        steps = self._steps_of(range(self.epoch, last))
+        steps = sum(self.epoch_steps[self.epoch : last])
         self.cooldown = Cooldown(self.epoch, last, self.step, steps, reason)
         self.num_steps = self.step + steps
         self.progress.expect(self.num_steps)
@@ -412,12 +418,13 @@ class _Run:
         signature = self._signature()
         if state and state["signature"] != signature:
             changed = sorted(k for k, v in signature.items() if state["signature"].get(k) != v)
-            self.progress = Progress(self.label, self.num_steps, 0, self._talks)
+            self.progress = Progress(self.label, 0, 0, self._talks)
             self.progress.say(f"starting from the beginning: the checkpoint's {', '.join(changed)} differ")
             self.workers.wait()  # all have read it
             if self.workers.is_first:
                 self.checkpoints.clear()
             state = None
+        self._expect(state.get("epoch_steps") if state else None)
         if state:
             self._restore(state)
         self.log.rewind(self.step)
@@ -478,6 +485,7 @@ class _Run:
                 "meter": numbers,
                 "divergence": self.divergence.state_dict(),
                 "history": self.history,
+                "epoch_steps": self.epoch_steps,
                 "cooldown": asdict(self.cooldown) if self.cooldown else None,
             }
         )

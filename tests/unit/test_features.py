@@ -9,6 +9,7 @@ import pytest
 import soundfile
 from lhotse.array import TemporalArray
 from lhotse.audio import Recording, RecordingSet
+from lhotse.cut import CutSet
 from lhotse.features.kaldi.extractors import Fbank, FbankConfig
 from lhotse.supervision import SupervisionSegment, SupervisionSet
 
@@ -66,6 +67,13 @@ def test_stored_features_are_those_of_the_audio_not_normalised(features):
     samples = cut.load_audio()[0]
     np.testing.assert_array_equal(cut.load_features(), extract(samples, SAMPLE_RATE, CONFIG))
     assert len(cut.load_features()) == round(cut.duration / FRAME_SHIFT_S)
+
+
+def test_cuts_are_those_of_lhotse_with_paths_below_the_folder(features):
+    stored = CutSet.from_file(features / "train.jsonl.gz")
+    folder = features.absolute()
+    wanted = [cut.with_features_path_prefix(folder).with_recording_path_prefix(folder) for cut in stored]
+    assert list(load_cuts(features, "train")) == wanted
 
 
 @pytest.mark.parametrize("num_samples", [959_999, 960_000, 960_080, 960_161, 2_000_007])

@@ -169,6 +169,18 @@ def test_a_finished_run_is_not_done_again(whole, tmp_path):
     assert len(lines(tmp_path, "end")) == 1
 
 
+def test_a_resumed_run_does_not_count_the_batches_of_all_epochs_again(tmp_path, monkeypatch):
+    toy_run(tmp_path)
+    counted, count = [], CutBatches.num_batches
+    monkeypatch.setattr(
+        CutBatches, "num_batches", lambda self, epoch: counted.append(epoch) or count(self, epoch)
+    )
+    toy_run(tmp_path)
+    assert counted == [0]
+    toy_run(tmp_path, options=toy_options(lr=1e-3))  # another run
+    assert set(counted) == {0, 1, 2}
+
+
 def test_a_checkpoint_of_another_run_is_not_taken_up(tmp_path, capfd):
     toy_run(tmp_path)
     steps = []
