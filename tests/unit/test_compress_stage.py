@@ -203,7 +203,6 @@ PRUNE = "{name: structured_prune, epochs: 0, multiple_of: 1, kinds: [units, chan
     ("measure", "share", "steps"),
     [
         ("params", 0.6, PRUNE),
-        ("size_mb", 0.6, PRUNE),
         ("size_mb", 0.25, PRUNE + ", {name: int8_dynamic}"),
         ("macs_per_s", 0.5, PRUNE),
     ],
