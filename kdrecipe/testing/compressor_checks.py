@@ -19,6 +19,7 @@ from kdrecipe.testing.models import INPUT_DIM, random_batch, tiny_model
 
 NUM_STEPS = 20  # optimiser steps of the little training here
 TOLERANCE = 1e-5
+SIZE_TOLERANCE = 0.02  # as of a budget
 
 
 def _tiny(seed: int) -> nn.Module:
@@ -193,12 +194,35 @@ def check_finetune_hooks(case: CompressorCase) -> None:
     )
 
 
+def check_strength_meets_budgets(case: CompressorCase) -> None:
+    """If it names a ``strength``: more of it makes the model smaller, and training changes no size."""
+    option = getattr(case.cls, "strength", None)
+    if option is None:
+        raise CheckSkipped("it has no strength for a budget to decide")
+
+    def size(strength: float) -> int:
+        config = type(case.config).model_validate({**case.config.model_dump(), option: strength})
+        compressor = case.cls(config)
+        return _num_params(compressor.finish(compressor.apply(case.make_model(0), case.context())))
+
+    own, trained = float(getattr(case.config, option)), _num_params(case.compress()[1])
+    found, whole = size(own), size(0.0)
+    require(found < whole, f"at {option} {own} it leaves {found} parameters, at 0 {whole}")
+    near = abs(found - trained) <= SIZE_TOLERANCE * whole
+    require(near, f"{found} parameters without training, {trained} with it")
+
+
+def _num_params(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
 COMPRESSOR_CHECKS = by_id(
     check_keeps_interface,
     check_rebuild_roundtrip,
     check_report_numbers,
     check_deterministic,
     check_finetune_hooks,
+    check_strength_meets_budgets,
     check_config_strict,
 )
 """Contract of a compressor, by check id."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,10 +74,32 @@ def fitting(
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if sizes(left(middle)) <= goal else (middle + 1, high)
+    kept = _filled_up(left(low), steps, ranks, whole, lambda counts: sizes(counts) <= goal)
     return [
         rank.argsort(descending=True, stable=True)[:number].sort().values
-        for rank, number in zip(ranks, left(low), strict=True)
+        for rank, number in zip(ranks, kept, strict=True)
     ]
+
+
+def _filled_up(
+    kept: list[int],
+    steps: Sequence[int],
+    ranks: Sequence[Tensor],
+    whole: Sequence[int],
+    fits: Callable[[list[int]], bool],
+) -> list[int]:
+    """With more units while they fit, the best first: what a large unit left over, small ones take."""
+    falling = [rank.sort(descending=True).values.tolist() for rank in ranks]
+    open_groups = {number for number, size in enumerate(whole) if kept[number] < size}
+    while open_groups:
+        best = max(open_groups, key=lambda number: falling[number][kept[number]])
+        more = list(kept)
+        more[best] = min(whole[best], kept[best] + steps[best])
+        if fits(more):
+            kept = more
+        if not fits(more) or kept[best] == whole[best]:
+            open_groups.remove(best)
+    return kept
 
 
 def _ranks(

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdrecipe import hookimpl
-from kdrecipe.errors import KdrecipeError
+from kdrecipe.errors import KdrecipeError, Problem
 from kdrecipe.interfaces import CompressContext, Options, UnitGroup, UnitKind
 from kdrecipe.structure import ENCODER, Sizes, cut, drop_layers, layers_of, unit_groups
 
@@ -45,9 +45,9 @@ class StructuredPrune:
             parts: ``encoder``, and heads by name.
             drop_layers: so many whole layers of the encoder go first, those that change their input least;
                 they are part of the share.
-            score: what a unit is worth: ``magnitude``, ``activation`` (needs calibration data) or
-                ``taylor`` (needs losses).
-            scope: ``per_group``: the same share of each group; ``global``: the least of all groups together.
+            score: what a unit is worth: ``taylor`` (needs losses), ``activation`` (needs calibration data) or
+                ``magnitude``.
+            scope: ``global``: the least of all groups together; ``per_group``: the same share of each group.
             at_least: share of each group's units that stays.
             multiple_of: of a group that loses some, so many units or a multiple stay, heads excepted:
                 processors take 8 or 16 numbers at once, and a width of 134 costs more time than one of 144.
@@ -58,8 +58,8 @@ class StructuredPrune:
         kinds: tuple[UnitKind, ...] = DEFAULT_KINDS
         parts: tuple[str, ...] = Field(default=(ENCODER,), min_length=1)
         drop_layers: int = Field(default=0, ge=0)
-        score: Score = "activation"
-        scope: Literal["per_group", "global"] = "per_group"
+        score: Score = "taylor"
+        scope: Literal["global", "per_group"] = "global"
         at_least: float = Field(default=0.1, ge=0.0, le=1.0)
         multiple_of: int = Field(default=8, ge=1)
         epochs: int = Field(default=5, ge=0)
@@ -174,3 +174,19 @@ class StructuredPrune:
 @hookimpl
 def register_compressors(register: Callable[[str, type], None]) -> None:
     register("structured_prune", StructuredPrune)
+
+
+@hookimpl
+def check_recipe(recipe: Any) -> list[Problem]:
+    """Scores by gradients need losses."""
+    return [
+        Problem(
+            "score: taylor needs losses, and a bundle that was made elsewhere holds none",
+            recipe.document.where(("systems", system.name, "compress", "steps", number)),
+            "add losses to the system, or score: activation",
+        )
+        for system in recipe.systems.values()
+        for number, step in enumerate(system.steps)
+        if step.name == "structured_prune" and step.options["score"] == "taylor"
+        if recipe.objective_of(system.name) is None
+    ]

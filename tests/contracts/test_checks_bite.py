@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,12 @@ class FixedLength(TinyEncoder):
         return hidden_BTD + torch.tensor(positions)[:, None], out_lens_B
 
 
+class ForgetsWhoReads(TinyEncoder):
+    def unit_groups(self):
+        [group] = super().unit_groups()
+        return [replace(group, parts=tuple(p for p in group.parts if p.layer != "layers.1.0"))]
+
+
 @cases(
     {
         None: TinyEncoder,
@@ -290,6 +297,7 @@ class FixedLength(TinyEncoder):
         "batch_invariance": LooksAtOthers,
         "gradients_everywhere": IdleLayer,
         "onnx_export": FixedLength,
+        "units_go_together": ForgetsWhoReads,
         "config_strict": LooseEncoder,
     },
     ARCHITECTURE_CHECKS,
@@ -391,6 +399,25 @@ class LooseCompressor(SoundCompressor):
     Config = Loose
 
 
+class PrunesMoreWhileItTrains(SoundCompressor):
+    """Its size is known only after training, so no budget can be met."""
+
+    strength = "share"
+
+    class Config(Options):
+        share: float = 0.5
+
+    stepped = False
+
+    def on_step(self, model, step, num_steps):
+        self.stepped = True
+
+    def finish(self, model):
+        if self.config.share and not self.stepped:
+            model.encoder.layers = model.encoder.layers[:1]
+        return model
+
+
 @cases(
     {
         None: SoundCompressor,
@@ -399,6 +426,7 @@ class LooseCompressor(SoundCompressor):
         "report_numbers": ReportsWords,
         "deterministic": DrawsFreely,
         "finetune_hooks": ChangesItsMind,
+        "strength_meets_budgets": PrunesMoreWhileItTrains,
         "config_strict": LooseCompressor,
     },
     COMPRESSOR_CHECKS,

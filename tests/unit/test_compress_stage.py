@@ -75,7 +75,7 @@ class Probe:
         self.found["steps"] = step
 
     def finish(self, model):
-        self.found["pushed"] = float(model.pushed)
+        self.found["pushed"] = float(model.pushed.detach())
         del model.pushed
         return model
 
@@ -183,6 +183,9 @@ def test_gradients_of_a_bundle_without_losses_are_refused(made, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
     (tmp_path / "plugin.py").write_text(PLUGIN)
     recipe = load_recipe(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(text.replace("name: probe", "name: structured_prune, epochs: 0"))
+    with pytest.raises(KdrecipeError, match="score: taylor needs losses"):
+        load_recipe(tmp_path)
     system = recipe.systems["small"]
     layout = SimpleNamespace(**{n: getattr(made.layout, n) for n in ("features", "tokens")})
     layout.system = lambda name, seed: bundle
@@ -200,7 +203,6 @@ PRUNE = "{name: structured_prune, epochs: 0, multiple_of: 1, kinds: [units, chan
     ("measure", "share", "steps"),
     [
         ("params", 0.6, PRUNE),
-        ("size_mb", 0.6, PRUNE),
         ("size_mb", 0.25, PRUNE + ", {name: int8_dynamic}"),
         ("macs_per_s", 0.5, PRUNE),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import Part
+from kdrecipe.interfaces import Part, taps_of
 from kdrecipe.model.asr import build_model
 from kdrecipe.plugin.loader import load_plugins
 from kdrecipe.structure import Sizes, cut, drop_layers, layers_of, positions, unit_groups
@@ -83,6 +83,18 @@ def test_heads_and_units_that_nobody_reads_may_go(name):
     for group in groups:
         cut(model, group, keep[group.name])
     torch.testing.assert_close(said(model)[0][0], want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["conformer", "transformer", "whisper_encoder", "bilstm", "cnn"])
+def test_taps_tell_the_widths_that_are_left(name):
+    model = built({"ctc": {}}, name)
+    for number, group in enumerate(unit_groups(model)):
+        cut(model, group, torch.arange(max(1, group.size // 2 - number % 3)))
+    names = list(taps_of(model.encoder, {}))
+    with torch.no_grad():
+        out = model(BATCH.features_BTF, BATCH.lens_B, taps=names)  # refuses other widths than declared
+    assert set(out.taps) == set(names)
+    assert {tap.dim for tap in taps_of(model.encoder, {}).values()} != {16}
 
 
 def test_layers_are_left_out():
