@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,9 @@ def _recipe_options(function: Any) -> Any:
 @click.option(
     "--work", type=click.Path(path_type=Path), help="Where results go.  [default: RECIPE/exp, or exp-PROFILE]"
 )
+@click.option(
+    "--trials", "with_trials", is_flag=True, help="Compare each system with its trials, on dev alone."
+)
 @click.option("--job", hidden=True, help="Run this one job: how side-by-side processes are started.")
 def run(
     recipe: str,
@@ -105,6 +109,7 @@ def run(
     force: bool,
     jobs: int | None,
     work: Path | None,
+    with_trials: bool,
     job: str | None,
 ) -> None:
     """Run the stages of a recipe; what is up to date is skipped."""
@@ -113,9 +118,18 @@ def run(
     loaded = _load(recipe, overrides, profile, trust_plugins)
     from kdrecipe.stages.run import run_recipe
 
-    program = (sys.executable, "-m", "kdrecipe.cli")
+    tried = _load(recipe, overrides, profile, trust_plugins, with_trials=True) if with_trials else None
     run_recipe(
-        loaded, first, last, dry_run=dry_run, force=force, jobs=jobs, work=work, job=job, program=program
+        loaded,
+        first,
+        last,
+        dry_run=dry_run,
+        force=force,
+        jobs=jobs,
+        work=work,
+        job=job,
+        program=(sys.executable, "-m", "kdrecipe.cli"),
+        tried=tried,
     )
 
 
@@ -141,12 +155,17 @@ def check(recipe: str, profile: str | None, overrides: tuple[str, ...], trust_pl
                 click.echo(
                     "  to make it work: profiles: {tiny: {...}}, which is put over what the rule gives"
                 )
+    if loaded.trials and not problems:
+        load_recipe(
+            loaded.path, overrides=overrides, profile=profile, trust_plugins=trust_plugins, with_trials=True
+        )
     if problems:
         raise RecipeError(problems)
     _summary(loaded, sound)
 
 
 def _summary(recipe: Recipe, profiles: Sequence[str]) -> None:
+    from kdrecipe.recipe.trials import unequal
     from kdrecipe.stages.needed import missing
 
     teachers = recipe.teaching()
@@ -160,6 +179,11 @@ def _summary(recipe: Recipe, profiles: Sequence[str]) -> None:
     click.echo(f"  tokens {trimmed}from {_texts(recipe.tokens)}")
     if recipe.lm is not None and recipe.lm.text is None:
         click.echo(f"  language model from {_texts(recipe.lm)}")
+    if recipe.trials:
+        count = Counter(trial.of for trial in recipe.trials)
+        click.echo(f"  {len(recipe.trials)} trials of {len(count)} systems")
+        if note := unequal(recipe.trials, recipe.systems):
+            click.echo(f"  {note}")
     for problem in missing(recipe):
         where = f" ({problem.where})" if problem.where else ""
         remedy = f": {problem.remedy}" if problem.remedy else ""
@@ -265,11 +289,24 @@ cli.add_command(new)
 # ---------------------------------------------------------------- recipes
 
 
-def _load(text: str, overrides: Sequence[str], profile: str | None, trust_plugins: bool) -> Recipe:
+def _load(
+    text: str,
+    overrides: Sequence[str],
+    profile: str | None,
+    trust_plugins: bool,
+    *,
+    with_trials: bool = False,
+) -> Recipe:
     path = find_recipe(text)
     from kdrecipe.recipe.load import load_recipe
 
-    return load_recipe(path, overrides=overrides, profile=profile, trust_plugins=trust_plugins)
+    return load_recipe(
+        path,
+        overrides=overrides,
+        profile=profile,
+        trust_plugins=trust_plugins,
+        with_trials=with_trials,
+    )
 
 
 def _recipe_folders() -> list[Path]:

@@ -159,15 +159,7 @@ class _Shrinking:
 
     def at(self, path: KeyPath) -> Any:
         """What stands there; None if nothing does."""
-        node = self.document.data
-        for key in path:
-            if isinstance(node, dict):
-                node = node.get(key)
-            elif isinstance(node, list) and isinstance(key, int):
-                node = node[key]
-            else:
-                return None
-        return node
+        return self.document.at(path)
 
     def keys(self, path: KeyPath) -> list[str]:
         """Keys of the mapping there."""

@@ -168,6 +168,14 @@ def _search_facts(
     }
 
 
+def main_search(recipe: Recipe, layout: Layout, bundle: Bundle) -> tuple[str, Decoder]:
+    """Label and decoder of the search that makes a system's row."""
+    from kdrecipe.model.decoders import build_decoder
+
+    label, named = next(iter(_searches(recipe, bundle).items()))
+    return label, build_decoder(bundle, named, _language_model({label: named}, layout, bundle))
+
+
 def _searches(recipe: Recipe, bundle: Bundle) -> dict[str, Named]:
     heads = list(bundle.meta["model"]["heads"])
     found = searches(heads, recipe.decode.decoders, recipe.plugins.registry)

@@ -13,9 +13,10 @@ from kdrecipe.jobs.forecast import Forecast
 from kdrecipe.jobs.run import Run
 from kdrecipe.jobs.stamps import Job, locked, run_job
 from kdrecipe.recipe.imported import unset_variables
-from kdrecipe.stages import STAGES, guard
+from kdrecipe.recipe.trials import OPTION
+from kdrecipe.stages import STAGES, guard, trials
 from kdrecipe.stages.layout import Layout
-from kdrecipe.stages.plan import build_plan
+from kdrecipe.stages.plan import build_plan, trials_plan
 from kdrecipe.stages.report import closing, publish
 from kdrecipe.stages.timing import outlook, seconds_before
 
@@ -37,6 +38,7 @@ def run_recipe(
     work: Path | None = None,
     job: str | None = None,
     program: Sequence[str] = (),
+    tried: Recipe | None = None,
 ) -> None:
     """Run stages ``first`` to ``last``.
 
@@ -50,12 +52,13 @@ def run_recipe(
         work: directory for everything made; None: see :func:`default_work`.
         job: run this one job and nothing else (what the processes side by side are started with).
         program: the command whose ``run`` this is, for those processes; () keeps to this process.
+        tried: the recipe with a system for each of its trials, which are then what is run and compared.
 
     Raises:
         KdrecipeError: a stage failed or its inputs are missing; what was finished stays.
     """
     layout = Layout((work or default_work(recipe)).resolve())
-    plan = build_plan(recipe, layout)
+    plan = build_plan(recipe, layout) if tried is None else trials_plan(recipe, tried, layout)
     if job is not None:
         die_with_parent()
         set_threads()
@@ -76,16 +79,21 @@ def run_recipe(
         number = _num_jobs(jobs) if reasons and program else 1
 
         def command(job: Job) -> list[str]:
-            return [*program, *_job_arguments(recipe, layout, job)]
+            more = [OPTION] if tried is not None else []
+            return [*program, *_job_arguments(recipe, layout, job), *more]
 
         forecast = Forecast([j for j in selected if j.name in reasons], seconds_before(recipe, plan), number)
         if forecast.jobs:
             print(outlook(forecast), flush=True)
-        if last >= TEACHER:
+        if last >= TEACHER and tried is None:
             for line in guard.warnings(recipe, layout, plan, reasons):
                 print(line, flush=True)
         Run(plan, selected, reasons, verbs, command, number, force, forecast).run()
-    if last == len(STAGES) - 1:
+    if last < len(STAGES) - 1:
+        return
+    if tried is not None:
+        trials.publish(tried, plan.jobs[trials.JOB].out)
+    else:
         publish(recipe, layout)
         print(f"\n{closing(recipe, layout)}", flush=True)
 
