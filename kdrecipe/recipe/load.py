@@ -243,8 +243,10 @@ def load_recipe(
             problems += error.problems
             plugins = load_plugins()
     if profile == tiny.NAME:
-        whole = written_out(written)[0] if with_trials else written  # what trials say is shrunk, too
-        document, _ = _apply(tiny.shrink(whole, plugins.registry), profile, overrides)
+        document, _ = _apply(tiny.shrink(written, plugins.registry), profile, overrides)
+        if with_trials:
+            document, trials, _ = written_out(document)
+            document = tiny.shrink(document, plugins.registry, [trial.name for trial in trials])
     parser = Parser(document, plugins.registry)
     parser.problems += problems
     parser.top_keys()

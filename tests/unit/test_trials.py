@@ -32,7 +32,7 @@ systems:
       - {losses.kl.weight: 0.25, losses.kl.top_k: 3}
       - TRIAL
   kd_int8: {compress: {from: kd, steps: [{name: int8_dynamic}]}}
-claims: [{text: as elsewhere, system: kd, figure: wer, value: 5, split: test}]
+claims: [{text: as elsewhere, system: scratch, figure: wer, value: 5, split: test}]
 """
 GOOD = "{training.epochs: 7}"
 
@@ -88,6 +88,12 @@ def test_without_the_option_a_recipe_is_what_it_is_without_trials(load):
 def test_tiny_shrinks_what_trials_say(load):
     recipe = load("{training.epochs: 90}", profile="tiny", with_trials=True)
     assert recipe.systems["kd-trial2"].training.epochs == 2
+
+
+def test_what_is_left_out_has_no_trials(load):
+    for options in ({}, {"profile": "tiny"}):
+        recipe = load(overrides=["systems.kd=null", "systems.kd_int8=null"], with_trials=True, **options)
+        assert sorted(recipe.systems) == ["scratch", "scratch-trial1", "teacher"]
 
 
 def test_an_override_reaches_the_trials(load):
