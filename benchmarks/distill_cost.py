@@ -1,11 +1,12 @@
 """What distillation costs: a training step with a teacher beside one without, bytes on disk, teachers' speed.
 
-    python benchmarks/distill_cost.py [--work DIR] [--whisper DIR] [--wav2vec2 DIR] [--quick]
+    python benchmarks/distill_cost.py [--work DIR] [--whisper DIR] [--wav2vec2 DIR] [--only losses] [--quick]
 
 Steps are those of the training loop (``kdrecipe.train.step``), optimiser included, of a Conformer of 6 x 144
 taught by one of 12 x 256. Each kind of target is measured in turn: a step without the teacher, one with
 cached and one with live targets, on the same batch, round by round; figures are medians over the rounds, and
-the ratios are medians of each round's. With ``--work``, the work directory of a recipe whose stages 0 to 2
+the ratios are medians of each round's. The second table has every distilling loss with cached targets, in the
+same way. With ``--work``, the work directory of a recipe whose stages 0 to 2
 are done, batches are its own; without, they are noise. Teachers of Hugging Face's library have random
 weights of the shape of tiny.en and of wav2vec 2.0 base unless a directory is given.
 """
@@ -39,7 +40,7 @@ from kdrecipe.frames import valid_frames
 from kdrecipe.interfaces import SAMPLE_RATE, Batch, LossSetup, TargetSpec, Teacher
 from kdrecipe.model.asr import AsrModel, build_model, model_info
 from kdrecipe.plugin.loader import load_plugins
-from kdrecipe.recipe.sections import Training
+from kdrecipe.recipe.sections import EMA, Training
 from kdrecipe.targets import TargetSource
 from kdrecipe.targets.cache import TargetCache, write_targets
 from kdrecipe.targets.kinds import KINDS
@@ -47,6 +48,7 @@ from kdrecipe.targets.live import LiveTargets, ModelTeacher
 from kdrecipe.targets.quantiser import CodedTeacher, train_quantiser
 from kdrecipe.testing.pretrained import save_wav2vec2, save_whisper
 from kdrecipe.train.distribution import Workers
+from kdrecipe.train.ema import MovingAverage
 from kdrecipe.train.objective import Objective, Term
 from kdrecipe.train.optimisation import make_optimizer
 from kdrecipe.train.step import Stepper
@@ -58,6 +60,8 @@ LAST = {LAST_TAP: LAST_TAP}
 WARM_UP = 2  # steps: a part of the others reads the cache from disk, as the first epoch does
 LABELS = "hypotheses as labels"
 TEACHERS = "teachers"
+LOSSES = "losses"
+TEACHER, SECOND = "teacher", "teacher_2"
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,14 @@ class Case:
         plain: the supervised loss.
         distilling: the loss that learns from the teacher, with its options; :data:`LAST_TAP` stands for the
             last layer.
+        teachers: whom it learns from; :data:`EMA` is at work in each step, others are cached.
     """
 
     title: str
     heads: Mapping[str, Any]
     plain: str
     distilling: Mapping[str, Any]
+    teachers: tuple[str, ...] = (TEACHER,)
 
 
 CASES: tuple[tuple[str, Case], ...] = (
@@ -102,6 +108,35 @@ CASES: tuple[tuple[str, Case], ...] = (
     ("rnnt_lattice", Case("rnnt_lattice", {"rnnt": {}}, "rnnt", {"name": "rnnt_kl"})),
     ("hypotheses", Case("hypotheses, the best text", {"ctc": {}}, "ctc", {"name": "ctc_nbest"})),
 )
+
+
+LOSS_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "askd": {"steps": 1000},
+    "taid": {"steps": 1000},
+    "ctc_nbest": {"num_texts": 4},
+    "ctc_full_sum": {"num_texts": 4},
+    "inter_ctc_kl": {"layers": [LAST_TAP]},
+    "self_ctc_kl": {"layers": ["encoder.0"]},
+    "mvq": {"layer": LAST_TAP},
+    "rkd": {"layer": LAST_TAP},
+    **{name: {"layers": LAST} for name in ("hidden_mse", "hidden_l1_cos", "fitnets_hint", "hidden_weighted")},
+    "minilm": {"layers": LAST},
+}
+"""Of losses whose defaults do not do."""
+LOSS_TEACHERS = {"ensemble_kl": (TEACHER, SECOND), "askd": (TEACHER, EMA), "cr_ctc": (), "self_ctc_kl": ()}
+
+
+def loss_cases() -> list[Case]:
+    """A case for each distilling loss that is installed."""
+    registry = load_plugins().registry
+    cases = []
+    for name in registry.names("losses"):
+        if registry.problem("losses", name) or getattr(registry.get("losses", name), "supervised", False):
+            continue
+        head = "rnnt" if name.startswith("rnnt_") else "ctc"
+        options = {"name": name, **LOSS_OPTIONS.get(name, {})}
+        cases.append(Case(name, {head: {}}, head, options, LOSS_TEACHERS.get(name, (TEACHER,))))
+    return cases
 
 
 @dataclass(frozen=True)
@@ -284,11 +319,12 @@ class Bench:
         self._student = sizes.student
         self.teacher = ModelTeacher(self._model(*sizes.teacher))
         mine, its = (f"encoder.{layers - 1}" for layers, _ in (sizes.student, sizes.teacher))
-        places = {repr(LAST): {mine: its}, repr(LAST_TAP): its}
+        places = {repr(LAST): {mine: its}, repr(LAST_TAP): its, repr([LAST_TAP]): [mine]}
         options = {key: value for key, value in case.distilling.items() if key != "name"}
         self._options: dict[str, Any] = {key: places.get(repr(v), v) for key, v in options.items()}
         loss = self._registry.get("losses", case.distilling["name"])
-        self.needs: list[TargetSpec] = loss.requires(loss.Config.model_validate(self._options))
+        config = loss.Config.model_validate(self._options)
+        self.needs: list[TargetSpec] = list(loss.requires(config)) if case.teachers else []
         self.source = self._with_codebooks()
 
     def _with_codebooks(self) -> Teacher:
@@ -308,24 +344,38 @@ class Bench:
             description, input_dim=80, vocab_size=self.data.vocab_size, registry=self._registry
         )
 
-    def stepper(self, source: TargetSource | None) -> Stepper:
-        """The student's steps: from labels alone, or with a teacher's targets as well."""
+    def stepper(self, source: TargetSource | None, *, plain: bool = False) -> Stepper:
+        """The student's steps: from labels alone (``plain``), or with the loss as well.
+
+        ``source``: targets of every teacher but the student's own average.
+        """
         student = self._model(*self._student).train()
         info = model_info(student, "bench")
-        setup = LossSetup(info, model_info(self.teacher._model, "bench"))
-        terms = [self._term(self.case.plain, {}, setup, None)]
-        if source is not None:
-            terms.append(self._term(self.case.distilling["name"], self._options, setup, "teacher"))
+        terms = [self._term(self.case.plain, {}, LossSetup(info), ())]
+        teachers: dict[str, TargetSource] = {}
+        if not plain:
+            taught = model_info(self.teacher._model, "bench")
+            names = self.case.teachers
+            setup = LossSetup(info, taught, {name: info if name == EMA else taught for name in names})
+            terms.append(self._term(self.case.distilling["name"], self._options, setup, names))
+            for name in names:
+                teachers[name] = (
+                    MovingAverage(0.999, self.needs) if name == EMA else cast(TargetSource, source)
+                )
         objective = Objective(terms)
         options = Training(lr=1e-5, spec_augment=None)  # noise teaches nothing; it must not diverge
         optimizer = make_optimizer(student, objective.module.parameters(), options)
-        teachers = {} if source is None else {"teacher": source}
         workers = Workers(0, 1, torch.device("cpu"))
+        if (average := teachers.get(EMA)) is not None:
+            cast(MovingAverage, average).start(student)
         return Stepper(student, objective, teachers, optimizer, options, workers, 0, self.work_dir)
 
-    def _term(self, name: str, options: Mapping[str, Any], setup: LossSetup, teacher: str | None) -> Term:
+    def _term(self, name: str, options: Mapping[str, Any], setup: LossSetup, teachers: Sequence[str]) -> Term:
         cls = self._registry.get("losses", name)
-        return Term(name, 1.0, cls(cls.Config.model_validate(dict(options)), setup), teacher)
+        loss = cls(cls.Config.model_validate(dict(options)), setup)
+        if getattr(cls, "all_teachers", False):
+            return Term(name, 1.0, loss, all_teachers=tuple(teachers))
+        return Term(name, 1.0, loss, *teachers)
 
     def cached(self) -> TargetCache:
         """The teacher's targets of all batches, on disk."""
@@ -337,23 +387,40 @@ class Bench:
         cached = self.cached()
         size = sum(path.stat().st_size for path in cached.directory.iterdir())
         steppers = {
-            "plain": self.stepper(None),
+            "plain": self.stepper(None, plain=True),
             "cached": self.stepper(cached),
             "live": self.stepper(LiveTargets(self.source, self.needs)),
         }
+        spent = self._in_turn(steppers, rounds)
+        longest = max(self.data.listed, key=lambda batch: batch.features_BTF.numel())
+        for name, stepper in steppers.items():
+            spent[name].peak_mb = peak_of(lambda s=stepper: s.run([longest], rounds + 1))  # type: ignore[misc]
+        weights = sum(p.numel() * p.element_size() for p in self.teacher._model.parameters())
+        spent["live"].peak_mb += weights / 2**20
+        return spent, size / self.data.hours
+
+    def run_loss(self, rounds: int) -> tuple[Spent, Spent]:
+        """Steps from labels alone, and with the loss and cached targets."""
+        loss = self.stepper(self.cached() if self.case.teachers else None)
+        spent = self._in_turn({"plain": self.stepper(None, plain=True), "loss": loss}, rounds)
+        return spent["plain"], spent["loss"]
+
+    def _in_turn(self, steppers: Mapping[str, Stepper], rounds: int) -> dict[str, Spent]:
+        """A step of each on the same batch, round by round."""
         spent = {name: Spent() for name in steppers}
         batches = self.data.listed
         for number in range(WARM_UP + rounds):
             batch = batches[number % len(batches)]
             for name, stepper in steppers.items():
                 kept = spent[name] if number >= WARM_UP else Spent()
-                measured(lambda s=stepper, b=batch, n=number: s.run([b], n + 1), kept)  # type: ignore[misc]
-        longest = max(batches, key=lambda batch: batch.features_BTF.numel())
-        for name, stepper in steppers.items():
-            spent[name].peak_mb = peak_of(lambda s=stepper: s.run([longest], rounds + 1))  # type: ignore[misc]
-        weights = sum(p.numel() * p.element_size() for p in self.teacher._model.parameters())
-        spent["live"].peak_mb += weights / 2**20
-        return spent, size / self.data.hours
+                measured(lambda s=stepper, b=batch, n=number: self._step(s, b, n + 1), kept)  # type: ignore[misc]
+        return spent
+
+    def _step(self, stepper: Stepper, batch: Batch, number: int) -> None:
+        stepper.run([batch], number)
+        for source in stepper.teachers.values():
+            if isinstance(source, MovingAverage):
+                source.update()
 
 
 def ratio(of: Spent, to: Spent) -> float:
@@ -399,6 +466,18 @@ def steps_table(data: Data, sizes: Sizes, directory: Path, only: Sequence[str]) 
     if LABELS in only:
         none, size = ["–"] * 3, f"{hypotheses_per_hour(data) / 1e6:.3g}"
         yield f"| {' | '.join([LABELS, *none, '1', '–', *none, size])} |"
+
+
+def losses_table(data: Data, sizes: Sizes, directory: Path) -> Iterator[str]:
+    """A row for each distilling loss, with cached targets."""
+    yield "| loss | plain, CPU s (wall s) | with it | ratio |"
+    yield "|---|--:|--:|--:|"
+    for case in loss_cases():
+        place = directory / case.title
+        place.mkdir()
+        plain, spent = Bench(case, sizes, data, place).run_loss(sizes.rounds)
+        times = [f"{_median(s.cpu_s)} ({_median(s.wall_s)})" for s in (plain, spent)]
+        yield f"| {' | '.join([f'`{case.title}`', *times, f'{ratio(spent, plain):.2f}'])} |"
 
 
 def _median(seconds: Sequence[float]) -> str:
@@ -448,7 +527,7 @@ def main() -> None:
     parser.add_argument("--whisper", help="directory of a Whisper")
     parser.add_argument("--wav2vec2", help="directory of a wav2vec 2.0 with a CTC head")
     parser.add_argument("--rounds", type=int, help="timed steps of each variant")
-    rows = [*KINDS, LABELS, TEACHERS]
+    rows = [*KINDS, LABELS, LOSSES, TEACHERS]
     parser.add_argument("--only", nargs="+", choices=rows, default=rows)
     parser.add_argument("--quick", action="store_true", help="toy sizes, whose figures mean nothing")
     options = parser.parse_args()
@@ -464,6 +543,9 @@ def main() -> None:
             f"{len(data.listed)} batches, {data.vocab_size} tokens; medians of {sizes.rounds} rounds\n"
         )
         for line in steps_table(data, sizes, directory, options.only):
+            print(line, flush=True)
+        print()
+        for line in losses_table(data, sizes, directory) if LOSSES in options.only else ():
             print(line, flush=True)
         print()
         paths = {"whisper": options.whisper, "hf_ctc": options.wav2vec2}

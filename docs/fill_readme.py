@@ -1,7 +1,7 @@
-"""Fills the README's generated blocks from the recipes and their committed results.
+"""Fills the generated blocks of the README and of which-loss.md from the recipes and their committed results.
 
     python docs/fill_readme.py            # after recipes or their results have changed
-    python docs/fill_readme.py --check    # exit status 1 if the README is out of date
+    python docs/fill_readme.py --check    # exit status 1 if a page is out of date
 
 A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``.
 """
@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import which_loss
 
 from kdrecipe.recipe.load import Recipe, load_recipe
 from kdrecipe.report.write import FORMAT
@@ -131,32 +133,37 @@ def heads(recipe: Recipe) -> str:
 # ---------------------------------------------------------------- filling in
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"headline": headline, "recipes": recipes}
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {"headline": headline, "recipes": recipes},
+    ROOT / "docs" / "which-loss.md": which_loss.BLOCKS,
+}
 
 
-def filled(text: str) -> str:
-    """``text`` with each block generated again.
+def filled(path: Path) -> str:
+    """The text of a page with each block generated again.
 
     Raises:
         ValueError: a block is missing or there twice.
     """
-    for name, make in BLOCKS.items():
+    text = path.read_text(encoding="utf-8")
+    for name, make in PAGES[path].items():
         start, end = f"<!-- generated: {name} -->\n", f"<!-- end: {name} -->"
         if text.count(start) != 1 or text.count(end) != 1:
-            raise ValueError(f"{README.name} needs one block named {name!r}")
+            raise ValueError(f"{path.name} needs one block named {name!r}")
         before, rest = text.split(start)
         text = f"{before}{start}{make()}\n{end}{rest.split(end)[1]}"
     return text
 
 
 def main() -> int:
-    text = README.read_text(encoding="utf-8")
-    new = filled(text)
+    new = {path: filled(path) for path in PAGES}
+    old = [path for path, text in new.items() if text != path.read_text(encoding="utf-8")]
     if "--check" in sys.argv[1:]:
-        if new != text:
-            print("README.md is out of date -> python docs/fill_readme.py", file=sys.stderr)
-        return int(new != text)
-    README.write_text(new, encoding="utf-8")
+        for path in old:
+            print(f"{path.name} is out of date -> python docs/fill_readme.py", file=sys.stderr)
+        return int(bool(old))
+    for path in old:
+        path.write_text(new[path], encoding="utf-8")
     return 0
 
 

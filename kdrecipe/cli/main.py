@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -100,6 +101,9 @@ def _recipe_options(function: Any) -> Any:
     metavar="NAME|FILE",
     help="Where jobs run: local, slurm, dask, or a YAML file.  [default: local]",
 )
+@click.option(
+    "--trials", "with_trials", is_flag=True, help="Compare each system with its trials, on dev alone."
+)
 @click.option("--job", hidden=True, help="Run this one job: how side-by-side processes are started.")
 def run(
     recipe: str,
@@ -113,6 +117,7 @@ def run(
     jobs: int | None,
     work: Path | None,
     executor: str | None,
+    with_trials: bool,
     job: str | None,
 ) -> None:
     """Run the stages of a recipe; what is up to date is skipped."""
@@ -124,8 +129,13 @@ def run(
     of_recipe, of_executor = split_overrides(overrides)
     place = load_executor(executor or "local", of_executor)
 
-    def load() -> Recipe:
-        return _load(recipe, of_recipe, profile, trust_plugins)
+    def load() -> tuple[Recipe, Recipe | None]:
+        def one(with_trials: bool) -> Recipe:
+            return _load(recipe, of_recipe, profile, trust_plugins, with_trials=with_trials)
+
+        return one(False), one(True) if with_trials else None
+
+    from kdrecipe.stages.run import planned, run_recipe
 
     team = None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # under torchrun
@@ -136,12 +146,9 @@ def run(
 
         team = Team()
         if not team.leads:
-            team.follow(load, work)
+            team.follow(lambda: planned(*load(), work)[1].jobs)
             return
-    loaded = load()
-    from kdrecipe.stages.run import run_recipe
-
-    program = (sys.executable, "-m", "kdrecipe.cli")
+    loaded, tried = load()
     run_recipe(
         loaded,
         first,
@@ -151,9 +158,10 @@ def run(
         jobs=jobs,
         work=work,
         job=job,
-        program=program,
+        program=(sys.executable, "-m", "kdrecipe.cli"),
         team=team,
         executor=place,
+        tried=tried,
     )
     if team:
         team.dismiss()
@@ -181,12 +189,17 @@ def check(recipe: str, profile: str | None, overrides: tuple[str, ...], trust_pl
                 click.echo(
                     "  to make it work: profiles: {tiny: {...}}, which is put over what the rule gives"
                 )
+    if loaded.trials and not problems:
+        load_recipe(
+            loaded.path, overrides=overrides, profile=profile, trust_plugins=trust_plugins, with_trials=True
+        )
     if problems:
         raise RecipeError(problems)
     _summary(loaded, sound)
 
 
 def _summary(recipe: Recipe, profiles: Sequence[str]) -> None:
+    from kdrecipe.recipe.trials import unequal
     from kdrecipe.stages.needed import missing
 
     teachers = recipe.teaching()
@@ -200,6 +213,11 @@ def _summary(recipe: Recipe, profiles: Sequence[str]) -> None:
     click.echo(f"  tokens {trimmed}from {_texts(recipe.tokens)}")
     if recipe.lm is not None and recipe.lm.text is None:
         click.echo(f"  language model from {_texts(recipe.lm)}")
+    if recipe.trials:
+        count = Counter(trial.of for trial in recipe.trials)
+        click.echo(f"  {len(recipe.trials)} trials of {len(count)} systems")
+        if note := unequal(recipe.trials, recipe.systems):
+            click.echo(f"  {note}")
     for problem in missing(recipe):
         where = f" ({problem.where})" if problem.where else ""
         remedy = f": {problem.remedy}" if problem.remedy else ""
@@ -401,11 +419,24 @@ cli.add_command(new)
 # ---------------------------------------------------------------- recipes
 
 
-def _load(text: str, overrides: Sequence[str], profile: str | None, trust_plugins: bool) -> Recipe:
+def _load(
+    text: str,
+    overrides: Sequence[str],
+    profile: str | None,
+    trust_plugins: bool,
+    *,
+    with_trials: bool = False,
+) -> Recipe:
     path = find_recipe(text)
     from kdrecipe.recipe.load import load_recipe
 
-    return load_recipe(path, overrides=overrides, profile=profile, trust_plugins=trust_plugins)
+    return load_recipe(
+        path,
+        overrides=overrides,
+        profile=profile,
+        trust_plugins=trust_plugins,
+        with_trials=with_trials,
+    )
 
 
 def _recipe_folders() -> list[Path]:

@@ -25,6 +25,16 @@ class Plan:
         assert all(n in self.jobs for n in job.needs), (job.name, job.needs)
         self.jobs[job.name] = job
 
+    def keep_for(self, name: str) -> None:
+        """Drop every job but this one and those that it needs, directly or not."""
+        kept: set[str] = set()
+        waiting = [name]
+        while waiting:
+            if (job := waiting.pop()) not in kept:
+                kept.add(job)
+                waiting += self.jobs[job].needs
+        self.jobs = {n: job for n, job in self.jobs.items() if n in kept}
+
     def reasons(self, selected: Sequence[Job], *, force: bool = False) -> dict[str, str]:
         """Why each selected job would run; jobs that are up to date are left out."""
         reasons: dict[str, str] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from kdrecipe.recipe.sections import (
     depth_first,
 )
 from kdrecipe.recipe.suitable import heads_of, model_of, objective_of, searches
+from kdrecipe.recipe.trials import OPTION, Trial, without_effect, written_out
 from kdrecipe.recipe.yaml import Document, KeyPath, load_yaml, parse_value
 
 __all__ = [
@@ -78,6 +79,8 @@ class Recipe:
         profile: the profile that was merged in, if any.
         overrides: ``key=value`` texts that were applied.
         trust_plugins: whether the code of imported bundles may run.
+        trials: other options of its systems, which ``--trials`` compares.
+        with_trials: whether they are systems here.
     """
 
     document: Document
@@ -99,6 +102,8 @@ class Recipe:
     profile: str | None = None
     overrides: tuple[str, ...] = field(default=())
     trust_plugins: bool = False
+    trials: tuple[Trial, ...] = ()
+    with_trials: bool = False
 
     @property
     def path(self) -> Path:
@@ -132,6 +137,7 @@ class Recipe:
         for override in self.overrides:
             words += ["--set", override]
         words += ["--trust-plugins"] if self.trust_plugins else []
+        words += [OPTION] if self.with_trials else []
         return shlex.join(words)
 
     def teaching(self) -> list[str]:
@@ -204,6 +210,7 @@ def load_recipe(
     profile: str | None = None,
     plugins: Plugins | None = None,
     trust_plugins: bool = False,
+    with_trials: bool = False,
 ) -> Recipe:
     """Read and check a recipe.
 
@@ -216,6 +223,7 @@ def load_recipe(
         plugins: use these instead of loading what is installed and what the recipe names.
         trust_plugins: load the plugin files of imported bundles, too. Without it, a bundle with plugin
             files that the recipe does not name itself is refused.
+        with_trials: make a system of each trial, see :mod:`kdrecipe.recipe.trials`.
 
     Raises:
         RecipeError: all that is wrong, each with file and line.
@@ -223,6 +231,9 @@ def load_recipe(
     path = Path(path)
     written = load_yaml(path / "recipe.yaml" if path.is_dir() else path)
     document, problems = _apply(written.copy(), profile, overrides)
+    tried, trials, wrong_trials = written_out(document)
+    problems += wrong_trials
+    document = tried if with_trials else document
     files, file_problems = _plugin_files(document)
     carried, carried_problems = _carried_files(document, files, trust_plugins)
     files += carried
@@ -235,6 +246,9 @@ def load_recipe(
             plugins = load_plugins()
     if profile == tiny.NAME:
         document, _ = _apply(tiny.shrink(written, plugins.registry), profile, overrides)
+        if with_trials:
+            document, trials, _ = written_out(document)
+            document = tiny.shrink(document, plugins.registry, [trial.name for trial in trials])
     parser = Parser(document, plugins.registry)
     parser.problems += problems
     parser.top_keys()
@@ -255,6 +269,8 @@ def load_recipe(
     check_features(parser, systems, features)
     if not parser.problems:
         FitChecker(checker, features, tokens).check()
+        if with_trials and profile != tiny.NAME:  # which makes trials alike
+            parser.problems += without_effect(trials, systems)
     if parser.problems or corpus is None:
         raise RecipeError(_sorted(parser.problems))
     recipe = Recipe(
@@ -277,6 +293,8 @@ def load_recipe(
         profile=profile,
         overrides=tuple(overrides),
         trust_plugins=trust_plugins,
+        trials=trials,
+        with_trials=with_trials,
     )
     _ask_plugins(recipe)
     return recipe
@@ -316,8 +334,9 @@ def _no_profiles(document: Document) -> Problem | None:
 def _override(document: Document, override: str) -> None:
     where = f"--set {override}"
     key, equals, text = override.partition("=")
-    path: KeyPath = tuple(key.strip().split("."))
-    if not equals or not all(path):
+    keys = key.strip().split(".")
+    path: KeyPath = tuple(keys)
+    if not equals or not all(keys):
         raise RecipeError(
             "not of the form key=value", where=where, remedy="for example --set training.epochs=3"
         )
@@ -338,22 +357,7 @@ def _override(document: Document, override: str) -> None:
                     where=where,
                     remedy=did_you_mean(name, known),
                 )
-    document.set(_with_indices(document.data, path), parse_value(text, where), where)
-
-
-def _with_indices(data: Any, path: KeyPath) -> KeyPath:
-    """List indices in ``path`` as numbers, so that key paths agree with those of the file."""
-    result: list[str | int] = []
-    for key in path:
-        is_index = isinstance(data, list) and str(key).isdecimal()
-        result.append(int(key) if is_index else key)
-        if isinstance(data, Mapping):
-            data = data.get(str(key))
-        elif is_index and int(key) < len(data):
-            data = data[int(key)]
-        else:
-            data = None
-    return tuple(result)
+    document.set(document.path_of(keys), parse_value(text, where), where)
 
 
 def _plugin_files(document: Document) -> tuple[list[Path], list[Problem]]:

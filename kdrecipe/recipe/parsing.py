@@ -57,6 +57,9 @@ KINDS: Mapping[str, Kind] = {
 
 SECTION_OF = {kind: key for key, kind in KINDS.items()}
 
+TRIALS = "trials"
+"""Beside the kind of a system: see :mod:`kdrecipe.recipe.trials`."""
+
 TOP_KEYS = (
     "corpus", "features", "tokens", "lm", "seeds", "plugins", "training", "targets", "systems", "decode",
     "export", "parity", "claims", "profiles",
@@ -232,7 +235,7 @@ class Parser(Validator):
             self.problem(path, f"is {short(data)}", f"give it one of {', '.join(KINDS)}")
             return None
         for key in data:
-            if key not in KINDS:
+            if key not in (*KINDS, TRIALS):
                 self.problem((*path, key), "unknown kind of system", did_you_mean(key, KINDS))
         kinds = [key for key in data if key in KINDS]
         if len(kinds) > 1:

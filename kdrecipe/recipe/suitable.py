@@ -131,7 +131,7 @@ def measured_exporter(
     return fitting[0][0] if fitting else None
 
 
-def main_search(heads: Sequence[str], decoders: Mapping[str, Named], registry: Registry) -> Named | None:
+def search_of_row(heads: Sequence[str], decoders: Mapping[str, Named], registry: Registry) -> Named | None:
     """The search of a system's row; None: nothing searches its first head."""
     return next(iter(searches(heads, decoders, registry).values()), None)
 

@@ -9,7 +9,7 @@ recipe's own ``profiles: {tiny: ...}`` is merged over the result, for what the r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -51,10 +51,16 @@ _SUBSETS: Mapping[str, Mapping[str, int]] = {
 """Rule of a subset -> the rule in its place."""
 
 
-def shrink(document: Document, registry: Registry) -> Document:
-    """A copy of a recipe's document, shrunk; what is wrong in it is left for the checks to tell."""
+def shrink(document: Document, registry: Registry, systems: Iterable[str] | None = None) -> Document:
+    """A copy of a recipe's document, shrunk; what is wrong in it is left for the checks to tell.
+
+    ``systems``: only these of it; None: all of the recipe.
+    """
     tiny = _Shrinking(document.copy(), registry)
-    tiny.recipe()
+    if systems is None:
+        tiny.recipe()
+    else:
+        tiny.systems(systems)
     return tiny.document
 
 
@@ -78,11 +84,15 @@ class _Shrinking:
         self.plugin("corpora", ("corpus",))
         for name in self.keys(("corpus", "subsets")):
             self.subset(("corpus", "subsets", name))
-        for name in self.keys(("systems",)):
-            for kind in KINDS:
-                self.system(("systems", name, kind))
+        self.systems(self.keys(("systems",)))
         for label in self.keys(("decode", "decoders")):
             self.plugin("decoders", ("decode", "decoders", label))
+
+    def systems(self, names: Iterable[str]) -> None:
+        """Those of these names."""
+        for name in names:
+            for kind in KINDS:
+                self.system(("systems", name, kind))
 
     def system(self, path: KeyPath) -> None:
         """What stands under ``train:``, ``distill:`` or ``compress:``."""
@@ -159,15 +169,7 @@ class _Shrinking:
 
     def at(self, path: KeyPath) -> Any:
         """What stands there; None if nothing does."""
-        node = self.document.data
-        for key in path:
-            if isinstance(node, dict):
-                node = node.get(key)
-            elif isinstance(node, list) and isinstance(key, int):
-                node = node[key]
-            else:
-                return None
-        return node
+        return self.document.at(path)
 
     def keys(self, path: KeyPath) -> list[str]:
         """Keys of the mapping there."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,28 @@ class Document:
         _merge(result, overlay, path, ())
         return result
 
+    def at(self, path: KeyPath) -> Any:
+        """What stands at ``path``; None if nothing does."""
+        return _at(self.data, path)
+
+    def copied(self, source: KeyPath, target: KeyPath) -> Document:
+        """A copy in which ``target`` holds what ``source`` does, with its lines; the mapping above exists."""
+        result = self.copy()
+        found, above = _at(result.data, source), _at(result.data, target[:-1])
+        above[target[-1]] = copy.deepcopy(found)
+        result._forget(target)
+        result._take_lines(self, source, target)
+        return result
+
+    def path_of(self, keys: Iterable[str]) -> KeyPath:
+        """The key path that ``keys`` mean: an item of a list is named by its number or its ``name``."""
+        node, path = self.data, list[str | int]()
+        for key in keys:
+            part: str | int = _item(node, key) if isinstance(node, list) else key
+            path.append(part)
+            node = _at(node, (part,))
+        return tuple(path)
+
     def set(self, path: KeyPath, value: Any, where: str) -> None:
         """Put ``value`` at ``path``, making mappings on the way.
 
@@ -100,6 +122,11 @@ class Document:
     def _forget(self, path: KeyPath) -> None:
         for known in [p for p in self.lines if p[: len(path)] == path]:
             del self.lines[known]
+
+    def _take_lines(self, other: Document, source: KeyPath, target: KeyPath) -> None:
+        """The lines of ``source`` in ``other`` are those of ``target`` here."""
+        found = {p: where for p, where in other.lines.items() if p[: len(source)] == source}
+        self.lines.update({target + p[len(source) :]: where for p, where in found.items()})
 
     def _place(self, path: KeyPath, value: Any, where: str) -> None:
         self.lines[path] = where
@@ -307,6 +334,30 @@ class _Builder:
 # ---------------------------------------------------------------- merging
 
 
+def _at(node: Any, path: KeyPath) -> Any:
+    """What stands at ``path``; None if nothing does."""
+    for key in path:
+        if isinstance(node, dict):
+            node = node.get(key)
+        else:
+            here = isinstance(node, list) and isinstance(key, int) and key < len(node)
+            node = node[key] if here else None
+    return node
+
+
+def _names(items: Sequence[Any]) -> list[str | None]:
+    """The ``name`` of each item of a list, if it has one."""
+    return [str(x["name"]) if isinstance(x, dict) and "name" in x else None for x in items]
+
+
+def _item(items: Sequence[Any], key: str) -> str | int:
+    """The number of the item that ``key`` means; ``key`` itself if that is not one item."""
+    names = _names(items)
+    if names.count(key) == 1:
+        return names.index(key)
+    return int(key) if re.fullmatch("[0-9]+", key) else key
+
+
 def _children(value: Any) -> list[tuple[str | int, Any]]:
     if isinstance(value, dict):
         return list(value.items())
@@ -325,8 +376,7 @@ def _merge(document: Document, overlay: Any, source: KeyPath, target: KeyPath) -
             continue
         node[key] = copy.deepcopy(value)
         document._forget(there)
-        moved = {p: w for p, w in document.lines.items() if p[: len(here)] == here}
-        document.lines.update({there + p[len(here) :]: w for p, w in moved.items()})
+        document._take_lines(document, here, there)
 
 
 def _slot(node: Any, path: KeyPath, depth: int, where: str) -> Any:
@@ -337,9 +387,10 @@ def _slot(node: Any, path: KeyPath, depth: int, where: str) -> Any:
     if not isinstance(node, list):
         raise RecipeError(f"{parent} is {node!r}, it has no {key!r} in it", where=where)
     if not re.fullmatch(r"[0-9]+", str(key)) or int(key) >= len(node):
-        named = [str(x["name"]) for x in node if isinstance(x, dict) and "name" in x]
-        close = closest(str(key), named)
-        hint = f"; {close!r} is number {named.index(close)}" if close else ""
+        names = _names(node)
+        close = closest(str(key), [name for name in names if name is not None])
+        numbers = " and ".join(str(i) for i, name in enumerate(names) if name == close)
+        hint = f"; {close!r} is number {numbers}" if close else ""
         have = f"it has {len(node)} item(s), counted from 0{hint}"
         raise RecipeError(f"{parent} is a list: {key!r} is no item of it", where=where, remedy=have)
     return int(key)

@@ -470,11 +470,12 @@ def markdown(results: Mapping[str, Any]) -> str:
     body = sections(results)
     extra = [Section(item["title"], [item["markdown"]]) for item in results["sections"]]
     for section in [*body[:-1], *extra, body[-1]]:
-        parts += [f"## {section.title}", *(_block(block) for block in section.blocks)]
+        parts += [f"## {section.title}", *map(rendered, section.blocks)]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def _block(block: Block) -> str:
+def rendered(block: Block) -> str:
+    """A block as Markdown."""
     if isinstance(block, Table):
         return _markdown_table(block)
     if isinstance(block, Code):

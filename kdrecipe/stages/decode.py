@@ -25,8 +25,8 @@ from kdrecipe.recipe.load import Named, Recipe, System
 from kdrecipe.recipe.sections import uses_lm
 from kdrecipe.recipe.suitable import (
     head_of,
-    main_search,
     measured_exporter,
+    search_of_row,
     searches,
 )
 from kdrecipe.score.hypotheses import bundle_hyps_file, hyps_file
@@ -94,7 +94,7 @@ def _imported_job(recipe: Recipe, layout: Layout, system: System, seed: int) -> 
 def _exporter_input(recipe: Recipe, system: str) -> dict[str, str] | None:
     """The exporter whose files the row shows, and a hash of its code; None if the heads are not known yet."""
     registry, heads = recipe.plugins.registry, recipe.heads_of(system)
-    search = main_search(heads, recipe.decode.decoders, registry) if heads else None
+    search = search_of_row(heads, recipe.decode.decoders, registry) if heads else None
     wanted = measured_exporter(heads, recipe.export, registry, search) if heads else None
     if wanted is None:
         return None
@@ -168,6 +168,14 @@ def _search_facts(
         }
         for label, d in found.items()
     }
+
+
+def main_search(recipe: Recipe, layout: Layout, bundle: Bundle) -> tuple[str, Decoder]:
+    """Label and decoder of the search that makes a system's row."""
+    from kdrecipe.model.decoders import build_decoder
+
+    label, named = next(iter(_searches(recipe, bundle).items()))
+    return label, build_decoder(bundle, named, _language_model({label: named}, layout, bundle))
 
 
 def _searches(recipe: Recipe, bundle: Bundle) -> dict[str, Named]:

@@ -17,7 +17,7 @@ from kdrecipe.plugin.returned import returned
 from kdrecipe.plugin.source_code import core_hash
 from kdrecipe.recipe.load import Recipe, System
 from kdrecipe.recipe.sections import Learnt, Tokens, beyond_labels
-from kdrecipe.recipe.suitable import main_search, measured_exporter
+from kdrecipe.recipe.suitable import measured_exporter, search_of_row
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.score import hypotheses, search_facts
 from kdrecipe.stages.teachers import facts_of
@@ -122,7 +122,7 @@ def _to_try(recipe: Recipe, layout: Layout, results: Mapping[str, Any]) -> Path:
     for row in rows:
         exports = layout.export(row["name"], row["seeds"][0])
         heads = recipe.heads_of(row["name"])
-        search = main_search(heads, recipe.decode.decoders, registry) if heads else None
+        search = search_of_row(heads, recipe.decode.decoders, registry) if heads else None
         named = measured_exporter(heads, recipe.export, registry, search) if heads else None
         installed = named is not None and registry.source("exporters", named.name).package
         if named is not None and installed and (exports / named.name).is_dir():

@@ -16,9 +16,10 @@ from kdrecipe.jobs.run import Run
 from kdrecipe.jobs.stamps import Job, locked, run_job, why_run
 from kdrecipe.recipe.executor import DaskOptions, ExecutorOptions, SlurmOptions
 from kdrecipe.recipe.imported import unset_variables
-from kdrecipe.stages import STAGES, guard
+from kdrecipe.recipe.trials import OPTION
+from kdrecipe.stages import STAGES, guard, trials
 from kdrecipe.stages.layout import Layout
-from kdrecipe.stages.plan import build_plan
+from kdrecipe.stages.plan import build_plan, trials_plan
 from kdrecipe.stages.report import closing, publish
 from kdrecipe.stages.timing import outlook, seconds_before
 
@@ -43,6 +44,7 @@ def run_recipe(
     program: Sequence[str] = (),
     team: Team | None = None,
     executor: ExecutorOptions | None = None,
+    tried: Recipe | None = None,
 ) -> None:
     """Run stages ``first`` to ``last``.
 
@@ -58,11 +60,12 @@ def run_recipe(
         program: the command whose ``run`` this is, for those processes; () keeps to this process.
         team: the processes that train one model together; None: this one alone.
         executor: where jobs run; None: processes on this machine.
+        tried: the recipe with a system for each of its trials, which are then what is run and compared.
 
     Raises:
         KdrecipeError: a stage failed or its inputs are missing; what was finished stays.
     """
-    layout, plan = planned(recipe, work)
+    layout, plan = planned(recipe, tried, work)
     if job is not None:
         if team is None:  # torchrun stands in between
             die_with_parent()
@@ -86,27 +89,32 @@ def run_recipe(
 
         def command(job: Job) -> list[str]:
             asked = [*program, *_job_arguments(recipe, layout, job, force)]
+            asked += [OPTION] if tried is not None else []
             nproc = executor.nproc if isinstance(executor, SlurmOptions) and job.together else 1
             return with_torchrun(asked, nproc)
 
         forecast = Forecast([j for j in selected if j.name in reasons], seconds_before(recipe, plan), number)
         if forecast.jobs:
             print(outlook(forecast), flush=True)
-        if last >= TEACHER:
+        if last >= TEACHER and tried is None:
             for line in guard.warnings(recipe, layout, plan, reasons):
                 print(line, flush=True)
         do = team.work if team else None
         make = _maker(executor, number, layout.root) if executor else None
         Run(plan, selected, reasons, verbs, command, number, force, forecast, do, make, layout.root).run()
-    if last == len(STAGES) - 1:
+    if last < len(STAGES) - 1:
+        return
+    if tried is not None:
+        trials.publish(tried, plan.jobs[trials.JOB].out)
+    else:
         publish(recipe, layout)
         print(f"\n{closing(recipe, layout)}", flush=True)
 
 
-def planned(recipe: Recipe, work: Path | None) -> tuple[Layout, Plan]:
-    """Where everything of a recipe is, and all its jobs."""
+def planned(recipe: Recipe, tried: Recipe | None, work: Path | None) -> tuple[Layout, Plan]:
+    """Where everything of a recipe is, and all its jobs, or those that compare its trials."""
     layout = Layout((work or default_work(recipe)).resolve())
-    return layout, build_plan(recipe, layout)
+    return layout, build_plan(recipe, layout) if tried is None else trials_plan(recipe, tried, layout)
 
 
 def default_work(recipe: Recipe) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +19,10 @@ import torch.distributed as dist
 
 from kdrecipe.jobs.executors import die_with
 from kdrecipe.jobs.stamps import Job, working_dir
-from kdrecipe.stages.run import planned
 from kdrecipe.train.distribution import Workers, alone
 
 if TYPE_CHECKING:
-    from kdrecipe.recipe.load import Recipe
+    pass
 
 _PATIENCE = timedelta(days=365)  # a process waits while the first prepares a corpus
 
@@ -66,18 +65,17 @@ class Team:
 
     # ------------------------------------------------------------ the others
 
-    def follow(self, load: Callable[[], Recipe], work: Path | None) -> None:
+    def follow(self, plan: Callable[[], Mapping[str, Job]]) -> None:
         """Take part in what the first process says, until it has finished.
 
         Args:
-            load: gives the recipe; called once there is something to do, so that only the first process says
-                what is wrong with it.
-            work: directory for everything made, as in :func:`kdrecipe.stages.run.run_recipe`.
+            plan: gives all jobs by name; called once there is something to do, so that only the first process
+                says what is wrong with the recipe.
         """
-        jobs: dict[str, Job] = {}
+        jobs: Mapping[str, Job] = {}
         with _quiet_end(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             while (name := self._say()) is not None:
-                jobs = jobs or planned(load(), work)[1].jobs
+                jobs = jobs or plan()
                 jobs[name].run(working_dir(jobs[name]))
                 self._meet()
         dist.destroy_process_group()

@@ -34,6 +34,7 @@ from kdrecipe.interfaces import (
     TargetSpec,
     Teacher,
     TokenTable,
+    taps_of,
 )
 from kdrecipe.model.asr import model_info
 from kdrecipe.targets.kinds import kind_of
@@ -86,8 +87,21 @@ class ModelTeacher:
         with model.tapped(taps) as of_heads:
             out = model.with_heads(out, batch if forced else None)
         out = replace(out, taps={**of_encoder, **of_heads})
-        items = {spec.key: kind_of(spec).of_model(out, batch, spec) for spec in needs}
+        items = {
+            spec.key: kind_of(spec).of_model(self._with_frames_of(spec, out, batch), batch, spec)
+            for spec in needs
+        }
         return Targets(items, batch.tokens_BU, batch.token_lens_B) if forced else Targets(items)
+
+    def _with_frames_of(self, spec: TargetSpec, out: ModelOutput, batch: Batch) -> ModelOutput:
+        """The output with the lengths of the tap, where that has other frames than the encoder's output."""
+        if spec.kind != "hidden":
+            return out
+        tap = taps_of(self._model.encoder, dict(self._model.heads.items()))[spec.tap]  # type: ignore[arg-type]
+        if tap.subsampling is None:
+            return out
+        lens_B = torch.div(batch.lens_B + tap.subsampling - 1, tap.subsampling, rounding_mode="floor")
+        return replace(out, lens_B=lens_B.clamp(max=out.taps[spec.tap].shape[1]))
 
     def hypotheses(self, batch: Batch) -> list[Hypothesis]:
         """By greedy search of its first head."""

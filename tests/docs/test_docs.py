@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import shlex
@@ -17,6 +18,7 @@ import pytest
 from pydantic import BaseModel
 
 from kdrecipe.cli.main import cli, find_recipe
+from kdrecipe.cli.scaffold import write_plugin
 from kdrecipe.plugin.loader import Plugins, load_plugins
 from kdrecipe.plugin.registry import KINDS
 from kdrecipe.recipe import parsing, sections, system_sections
@@ -58,6 +60,11 @@ def readme_block(marker: str) -> str:
 @cache
 def plugins() -> Plugins:
     return load_plugins()
+
+
+def plugins_for(recipe: Path) -> Plugins | None:
+    """None: the recipe has a file of its own, and is to load it."""
+    return None if recipe.with_name("plugin.py").exists() else plugins()
 
 
 # ---------------------------------------------------------------- links and paths
@@ -174,7 +181,7 @@ def test_recipes_in_commands_exist_and_take_the_overrides():
     for words in recipes:
         overrides = [value for option, value in pairwise(words) if option == "--set"]
         of_recipe, of_executor = split_overrides(overrides)
-        load_recipe(find_recipe(words[1]), overrides=of_recipe, plugins=plugins())
+        load_recipe(path := find_recipe(words[1]), overrides=of_recipe, plugins=plugins_for(path))
         names = [value for option, value in pairwise(words) if option == "--executor" and "." not in value]
         for name in names:
             load_executor(name, of_executor)
@@ -215,9 +222,9 @@ RECIPES = sorted((ROOT / "recipes").glob("*/*/recipe.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: "/".join(p.parts[-3:-1]))
 def test_a_recipe_s_readme_tells_of_every_system(path):
     text = text_of(path.with_name("README.md"))
-    systems = load_recipe(path, plugins=plugins()).systems
+    systems = load_recipe(path, plugins=plugins_for(path)).systems
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \| .* \|$", text, re.MULTILINE))
-    assert list(rows) == list(systems)
+    assert list(rows) == list(systems), path
     for name, what in rows.items():
         if size := re.search(r"(\d+) layers of width (\d+)", what):
             model = systems[name].model
@@ -235,6 +242,40 @@ def test_the_readme_s_loss_keeps_the_contract(tmp_path):
     results = run_contract(loaded.registry, "losses", "brier")
     assert results
     assert all(result.ok for result in results), [r for r in results if not r.ok]
+
+
+def statements(code: str) -> int:
+    """How many there are, docstrings not counted."""
+    found = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.stmt)]
+    return sum(not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)) for n in found)
+
+
+def test_the_scaffold_s_loss_is_as_short_as_the_readme_s(tmp_path):
+    path = write_plugin("mine", "loss", tmp_path)
+    assert statements(text_of(path / "kdrecipe_mine.py")) <= statements(readme_block("@hookimpl"))
+
+
+def test_the_loss_beside_the_recipe_has_twenty_lines_and_keeps_the_contract():
+    from kdrecipe.testing.contracts import test_plugin as run_contract
+
+    recipe = ROOT / "recipes" / "voice_commands" / "losses"
+    assert len(text_of(recipe / "plugin.py").splitlines()) <= 20
+    loaded = load_recipe(recipe)
+    rows = [system for system in loaded.systems.values() if "symmetric_kl" in {t.name for t in system.terms}]
+    assert [system.name for system in rows] == ["symmetric_kl"]
+    results = run_contract(loaded.plugins.registry, "losses", "symmetric_kl")
+    assert results
+    assert all(result.ok for result in results), [r for r in results if not r.ok]
+
+
+def test_every_distilling_loss_has_a_row_in_the_ablation_or_its_readme_says_why_not():
+    recipe = ROOT / "recipes" / "voice_commands" / "losses"
+    rows = {term.name for system in load_recipe(recipe).systems.values() for term in system.terms}
+    registry = plugins().registry
+    known = [name for name in registry.names("losses") if registry.problem("losses", name) is None]
+    distilling = {n for n in known if not getattr(registry.get("losses", n), "supervised", False)}
+    without = set(re.findall(r"^- `(\w+)` has no row", text_of(recipe / "README.md"), re.MULTILINE))
+    assert distilling - rows == without
 
 
 def test_the_teacher_of_the_hooks_keeps_the_contract(tmp_path):

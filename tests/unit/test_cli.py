@@ -229,7 +229,11 @@ def test_run_passes_everything_on(recipe, runs, tmp_path):
     [(loaded, first, last, given)] = runs
     assert (first, last) == (3, 5)
     assert given.pop("program") == (sys.executable, "-m", "kdrecipe.cli")
-    assert (given.pop("team"), given.pop("executor")) == (None, SlurmOptions(gpus=1))
+    assert (given.pop("tried"), given.pop("team"), given.pop("executor")) == (
+        None,
+        None,
+        SlurmOptions(gpus=1),
+    )
     assert given == {"dry_run": True, "force": True, "jobs": 2, "work": tmp_path / "w", "job": "one"}
     assert loaded.seeds == (4,)
     assert loaded.training.epochs == 1
@@ -242,7 +246,7 @@ def test_run_defaults(recipe, runs, monkeypatch):
     [(loaded, first, last, given)] = runs
     assert (first, last) == (0, 10)
     assert given.pop("program")
-    assert (given.pop("team"), given.pop("executor")) == (None, LocalOptions())
+    assert (given.pop("tried"), given.pop("team"), given.pop("executor")) == (None, None, LocalOptions())
     assert given == {"dry_run": False, "force": False, "jobs": None, "work": None, "job": None}
     assert loaded.name == "toy/first"
 

@@ -170,6 +170,24 @@ def test_set_suggests_the_item_with_that_name(load):
         document.set(("losses", "hiden_mse", "weight"), 0, "--set")
 
 
+def test_an_item_is_named_by_its_number_or_its_name(load):
+    document = load("losses: [{name: ctc}, {name: kl}, {name: kl}, {name: '0'}]\n")
+    assert document.path_of(["losses", "ctc", "weight"]) == ("losses", 0, "weight")
+    assert document.path_of(["losses", "2", "weight"]) == ("losses", 2, "weight")
+    assert document.path_of(["losses", "0", "weight"]) == ("losses", 3, "weight")
+    with pytest.raises(RecipeError, match="'kl' is number 1 and 2"):
+        document.set(document.path_of(["losses", "kl", "weight"]), 0, "--set")
+
+
+def test_a_copied_part_keeps_its_lines(load):
+    document = load("a:\n  x: {y: 1}\nb: {}\n")
+    copied = document.copied(("a", "x"), ("b", "z"))
+    copied.set(("b", "z", "y"), 2, "here")
+    assert (document.data, copied.data["b"]) == ({"a": {"x": {"y": 1}}, "b": {}}, {"z": {"y": 2}})
+    assert copied.where(("b", "z")) == "recipe.yaml:2"
+    assert (copied.where(("b", "z", "y")), document.where(("a", "x", "y"))) == ("here", "recipe.yaml:2")
+
+
 def test_merged_replaces_lists_and_keeps_the_rest(load):
     document = load("a: {x: 1, l: [1, 2]}\nb: 5\np:\n  t:\n    a: {l: [9], y: null}\n    c: {d: 1}\n")
     merged = document.merged(("p", "t"))

@@ -502,6 +502,8 @@ def test_profile_and_overrides(load):
     )
     assert recipe.training.epochs == 3
     assert recipe.systems["kd"].terms[1].weight == 0.1
+    by_name = load(base(), overrides=["systems.kd.distill.losses.soft.weight=0.2"])
+    assert by_name.systems["kd"].terms[1].weight == 0.2
     assert load(base(), overrides=["systems.small=null", "seeds=[5]"]).seeds == (5,)
 
 
@@ -520,7 +522,7 @@ def test_a_profile_may_leave_systems_out(load):
         ("systems.kdd.distill.data=few", "did you mean 'kd'?"),
         ("systems.kd.distil.data=few", "did you mean 'distill'?"),
         ("systems.kd.distill.losses.5.weight=1", "it has 2 item(s)"),
-        ("systems.kd.distill.losses.soft.weight=1", "'soft' is number 1"),
+        ("systems.kd.distill.losses.soff.weight=1", "'soft' is number 1"),
         ("training", "not of the form key=value"),
         ("=3", "not of the form key=value"),
         ("training..epochs=1", "not of the form key=value"),

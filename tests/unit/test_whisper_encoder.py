@@ -13,7 +13,9 @@ from kdrecipe.errors import RecipeError
 from kdrecipe.interfaces import SOS_EOS_ID
 from kdrecipe.model.asr import FeatureNorm, build_model
 from kdrecipe.plugin.loader import load_plugins
+from kdrecipe.targets.live import ModelTeacher
 from kdrecipe.testing.corpus import speak
+from kdrecipe.testing.models import random_batch
 from kdrecipe_plugins.architectures.whisper_encoder import WhisperEncoder, WhisperEncoderOptions
 from kdrecipe_plugins.architectures.whisper_features import RANGE, WINDOW, log_mel
 from kdrecipe_plugins.teachers import whisper_weights
@@ -235,3 +237,19 @@ def test_positions_have_no_end():
     hidden_BTD, lens_B = model(torch.randn(1, 3300, 80), torch.tensor([3300]))
     assert lens_B.tolist() == [825]
     assert hidden_BTD.isfinite().all()
+
+
+def test_a_teacher_s_layers_have_the_frames_that_they_declare():
+    description = {
+        "name": "whisper_encoder",
+        "num_layers": 1,
+        "dim": 16,
+        "num_heads": 2,
+        "heads": {"ctc": {}},
+    }
+    model = build_model(description, input_dim=80, vocab_size=9, registry=load_plugins().registry)
+    teacher, batch = ModelTeacher(model), random_batch([41, 30], input_dim=80, vocab_size=9)
+    given = {spec.key: spec for spec in teacher.provides()}
+    found = teacher.targets(batch, [given["hidden:encoder.0"], given["frame_logits:ctc"]])
+    assert found.hidden("encoder.0").lens_B.tolist() == [21, 15]
+    assert found.posteriors("ctc").lens_B.tolist() == [11, 8]
