@@ -89,15 +89,15 @@ def load(folder: Path) -> None:
 
 
 def start(folder: Path) -> None:
-    """A training start: cuts, plan of the first epoch, first batch."""
+    """A training start: cuts, the steps of a hundred epochs, plan of the first, first batch."""
     batches = _batches(folder)
+    sum(batches.num_batches(epoch) for epoch in range(100))
     batches.load(batches.epoch(0)[0])
 
 
 def resume(folder: Path) -> None:
-    """The same in the middle of the hundredth epoch, whose number of steps must be known."""
+    """The same in the middle of the hundredth epoch; the checkpoint knows the steps of all."""
     batches = _batches(folder)
-    sum(batches.num_batches(epoch) for epoch in range(100))
     plan = batches.epoch(99)
     batches.load(plan[len(plan) // 2])
 

@@ -13,7 +13,6 @@ from kdrecipe.frames import edit_distance
 from kdrecipe.interfaces import Batch, LossOutput, ModelOutput, Progress, Targets
 from kdrecipe.train.log import Meter, normalised
 from kdrecipe.train.objective import Term
-from kdrecipe.train.sharding import rest
 from kdrecipe.train.step import Stepper
 
 if TYPE_CHECKING:
@@ -78,7 +77,10 @@ def evaluate(stepper: Stepper, dev: CutBatches) -> DevScore:
         errors, tokens = errors + wrong, tokens + length
         rows = zip(found, batch.labelled_B.tolist(), strict=True)
         said += sum(len(row) for row, labelled in rows if labelled)
-    rest(model)
+    if stepper.sharded:
+        from kdrecipe.train.sharding import rest
+
+        rest(model)
     model.train()
     stepper.objective.module.train()
     own = {"errors|": errors, "tokens|": tokens, "said|": said}

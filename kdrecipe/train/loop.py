@@ -40,7 +40,6 @@ from kdrecipe.train.optimisation import (
     set_lr,
     wsd_factor,
 )
-from kdrecipe.train.sharding import divided, divided_optimizer, shard, whole
 from kdrecipe.train.step import Seen, Stepper
 
 if TYPE_CHECKING:
@@ -154,6 +153,8 @@ def train(
         average.start(model)  # type: ignore[arg-type]
     given = model
     if options.shard and workers.world_size > 1:
+        from kdrecipe.train.sharding import shard
+
         _check_shard(teachers, on_step)
         model = copy.deepcopy(model)
         given.to("cpu")
@@ -178,6 +179,8 @@ def train(
         run.progress.close()
     result = run.finish()
     if model is not given:
+        from kdrecipe.train.sharding import whole
+
         given.load_state_dict(whole(model.state_dict()))
         given.eval()
     return result
@@ -468,6 +471,8 @@ class _Run:
         model, optimizer = self.stepper.model.state_dict(), self.stepper.optimizer.state_dict()
         average = self.average.state_dict() if self.average else None
         if self.stepper.sharded:  # likewise
+            from kdrecipe.train.sharding import whole
+
             model, optimizer, average = whole(model), whole(optimizer), whole(average)
         if not self.workers.is_first:
             return
@@ -495,6 +500,8 @@ class _Run:
         self.seconds, self.audio_s, self.interval_s, self.interval_audio_s = state["clocks"]
         model, optimizer, average = state["model"], state["optimizer"], state["average"]
         if self.stepper.sharded:
+            from kdrecipe.train.sharding import divided, divided_optimizer
+
             model = divided(model, self.stepper.model.state_dict())
             optimizer = divided_optimizer(optimizer, self.stepper.optimizer)
             average = average and self.average and divided(average, self.average.state_dict())

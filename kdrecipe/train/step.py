@@ -25,12 +25,12 @@ from kdrecipe.train.divergence import stop
 from kdrecipe.train.log import Meter
 from kdrecipe.train.objective import Objective, count_vector, scales_of, weighted_sum
 from kdrecipe.train.optimisation import autocast_dtype, clip_gradients, seed_step
-from kdrecipe.train.sharding import Sharded, clip_sharded, is_sharded
 from kdrecipe.train.spec_augment import spec_augment
 from kdrecipe.train.together import Together
 
 if TYPE_CHECKING:
     from kdrecipe.recipe.sections import Training
+    from kdrecipe.train.sharding import Sharded
 
 # fp16's loss scale starts high and is halved after each overflow: so many in a row mean
 # that no scale works.
@@ -109,7 +109,8 @@ class Stepper:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.dtype = autocast_dtype(options.precision, workers.device)
         self.scaler = GradScaler(workers.device.type, enabled=self.dtype == torch.float16)
-        self.sharded = is_sharded(model)
+        self.sharded = options.shard and workers.world_size > 1
+        """Whether the model is divided among the processes: see :mod:`kdrecipe.train.sharding`."""
         self._overflows = 0
         self._last: tuple[Sequence[Batch], Sequence[Sequence[LossOutput]]] = (), ()
         assert options.spec_augment != "auto"  # the loop knows what that is for this model
@@ -175,7 +176,9 @@ class Stepper:
         if all(p.grad is None for p in self.parameters):
             return 0.0
         self.scaler.unscale_(self.optimizer)
-        clip = clip_sharded if self.sharded else clip_gradients
+        clip = clip_gradients
+        if self.sharded:
+            from kdrecipe.train.sharding import clip_sharded as clip
         norm = float(clip(self.parameters, self.options.grad_clip))
         self._check_finite(norm, outputs, batches, step)
         self.scaler.step(self.optimizer)
@@ -280,6 +283,8 @@ class Stepper:
         if self.workers.world_size == 1:
             return None
         if self.sharded:
+            from kdrecipe.train.sharding import Sharded
+
             return Sharded(self.model, self.objective.module, self._forward, self.workers)
         return Together(self.model, self.objective.module, self._forward)
 
