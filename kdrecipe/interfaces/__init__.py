@@ -33,12 +33,14 @@ from kdrecipe.interfaces.corpora import (
     Prepared,
 )
 from kdrecipe.interfaces.exports import (
+    Bounds,
     BundleLike,
     Exporter,
     Runner,
     Runtime,
     RuntimeSearch,
     Speller,
+    Variant,
 )
 from kdrecipe.interfaces.losses import (
     GivenTargets,
@@ -100,6 +102,7 @@ __all__ = [
     "Align",
     "Architecture",
     "Batch",
+    "Bounds",
     "BundleLike",
     "Codes",
     "CompressContext",
@@ -140,6 +143,7 @@ __all__ = [
     "Teacher",
     "TokenTable",
     "TokenTeacher",
+    "Variant",
     "call_loss",
     "float_copy",
     "taps_of",
