@@ -81,6 +81,7 @@ class Part:
         inputs: names of the inputs and their axes.
         outputs: names of the outputs and their axes.
         metadata: what runtimes and persons read in the file.
+        quantised: whether variants differ in it; without, all have the file in float32.
     """
 
     name: str
@@ -89,12 +90,18 @@ class Part:
     inputs: Axes
     outputs: Axes
     metadata: dict[str, str]
+    quantised: bool = True
 
 
-def file_names(*parts: str) -> dict[str, dict[str, str]]:
-    """Variant -> part -> file name, as :func:`write` writes them."""
-    endings = {variant: "" if variant == "fp32" else f".{variant}" for variant in VARIANTS}
-    return {variant: {part: f"{part}{end}.onnx" for part in parts} for variant, end in endings.items()}
+def file_names(*parts: str, float_parts: Collection[str] = ()) -> dict[str, dict[str, str]]:
+    """Variant -> part -> file name, as :func:`write` writes them; ``float_parts`` are not quantised."""
+    return {
+        variant: {
+            part: f"{part}.onnx" if variant == "fp32" or part in float_parts else f"{part}.{variant}.onnx"
+            for part in parts
+        }
+        for variant in VARIANTS
+    }
 
 
 def write(
@@ -121,10 +128,11 @@ def write(
         parts = make_parts(model)
         sizes = {p: p.numel() for part in parts for p in part.module.parameters()}
         num_params = {"num_params": str(sum(sizes.values()))}  # of all files together
-        names = [file_names(part.name)[variant][part.name] for part in parts]
+        float_parts = [part.name for part in parts if not part.quantised]
+        names = [*file_names(*(part.name for part in parts), float_parts=float_parts)[variant].values()]
         for part, name in zip(parts, names, strict=True):
             graph = decode_at_load(slim(_traced(part, bundle.name)))
-            if variant == "fp16":
+            if variant == "fp16" and part.quantised:
                 graph = halve(graph)
             onnx.helper.set_model_props(graph, part.metadata | num_params)
             onnx.checker.check_model(graph)
