@@ -236,9 +236,7 @@ def _texts(learnt: Learnt) -> str:
 @click.argument("model", type=click.Path(path_type=Path), metavar="BUNDLE_OR_EXPORT")
 @click.argument("audio", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--decoder", help="The search, for bundles.  [default: greedy, of the model's first head]")
-@click.option(
-    "--variant", type=click.Choice(["fp32", "int8"]), help="Of an export.  [default: int8 if there]"
-)
+@click.option("--variant", help="Of an export: fp32, fp16, int8, int8_qdq, int4.  [default: int8 if there]")
 @click.option("--channel", type=click.IntRange(min=0), help="To listen to.  [default: the average of all]")
 @click.option(
     "--longest",

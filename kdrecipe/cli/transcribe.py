@@ -43,7 +43,8 @@ def transcribe(
         audio_files: of any length and sampling rate, read by libsndfile.
         decoder: the search, for bundles (exports bring their runtime's own); None: the greedy one of
             the model's first head.
-        variant: ``fp32`` or ``int8`` of an export's directory; None: int8 if it is there.
+        variant: ``fp32``, ``int8``, ... of an export's directory; None: the last of the exporter's that is
+            there.
         channel: the one to listen to, from 0; None: the average of all.
         longest_s: audio that is longer is recognised in pieces, cut where it is quietest; 1 or more.
         trust_plugins: run the plugin files that a bundle brings.
@@ -107,8 +108,7 @@ def _open_export(path: Path, variant: str | None) -> Recogniser | None:
     from kdrecipe.plugin.loader import load_plugins
 
     exports = {export.variant: export for export in find_exports(path, load_plugins().registry)}
-    wanted = (variant,) if variant is not None and path.is_dir() else ("int8", "fp32", *exports)
-    for name in wanted:
+    for name in (variant,) if variant is not None and path.is_dir() else reversed(exports):
         if name in exports:
             return exports[name].load()
     return None

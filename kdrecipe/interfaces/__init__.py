@@ -33,12 +33,14 @@ from kdrecipe.interfaces.corpora import (
     Prepared,
 )
 from kdrecipe.interfaces.exports import (
+    Bounds,
     BundleLike,
     Exporter,
     Runner,
     Runtime,
     RuntimeSearch,
     Speller,
+    Variant,
 )
 from kdrecipe.interfaces.losses import (
     GivenTargets,
@@ -107,6 +109,7 @@ __all__ = [
     "Align",
     "Architecture",
     "Batch",
+    "Bounds",
     "BundleLike",
     "Codes",
     "CompressContext",
@@ -150,6 +153,7 @@ __all__ = [
     "TokenTeacher",
     "UnitGroup",
     "UnitKind",
+    "Variant",
     "call_loss",
     "float_copy",
     "taps_of",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -31,7 +31,8 @@ class BundleLike(Protocol):
     def tokens(self) -> TokenTable: ...
 
     @property
-    def is_int8(self) -> bool: ...
+    def number_formats(self) -> frozenset[str]:
+        """What its layers say they are stored in (``number_format``), or the weights' type (``fp32``)."""
 
 
 class Runner(Protocol):
@@ -101,12 +102,52 @@ class Runtime:
     searches: Mapping[str, RuntimeSearch]
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """How far a variant of an export may stray from the model that it is compared with; None: any distance.
+
+    Args:
+        max_log_prob_diff: largest difference of any log-probability at any step.
+        max_kl: nats per frame (attention: per token), mean divergence of the posteriors.
+        max_token_error: share of tokens, 0 to 1, that it recognises otherwise.
+        max_wer_increase: percentage points.
+        max_deletion_increase: percentage points of words left out.
+    """
+
+    max_log_prob_diff: float | None = None
+    max_kl: float | None = None
+    max_token_error: float | None = None
+    max_wer_increase: float | None = None
+    max_deletion_increase: float | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A number format that an exporter writes.
+
+    Args:
+        bounds: of parity, unless the recipe has others.
+        remedy: what to do where one is exceeded.
+        in_floats: it computes with weights in floating point, so of a quantised bundle it is compared with
+            the copy in floating point; any other with the model as it is.
+    """
+
+    bounds: Bounds
+    remedy: str
+    in_floats: bool = False
+
+
 class Exporter(Protocol):
     """Writes a bundle where it runs, built as ``cls(config)``.
 
     ``head`` names the head that it exports; systems without it are skipped. ``runtime`` is the
-    runtime whose texts, time and memory make the row of the table; None: it has none here. ``files``
-    says what the runtime loads: variant -> part (``encoder``) -> file name.
+    runtime whose texts, time and memory make the row of the table; None: it has none here. ``variants``
+    are the number formats that it knows, by names of its own; the last of them that a directory holds is
+    what ``kdrecipe transcribe`` runs. ``ships`` (static) says which of them computes as a bundle with layers
+    of these number formats does: that makes the row. ``files`` says what the runtime loads: variant ->
+    part (``encoder``) -> file name, in the order of ``variants``.
+    Layers come to an exporter as the compressor left them, integers and scales included; ``float_copy`` gives
+    their twin in floating point.
 
     Optional static methods: ``unfit(model)`` says why a model of this description (``{name, <options>,
     heads: {...}}``) can't be exported, or None; such a system keeps its row, without size and speed.
@@ -118,12 +159,16 @@ class Exporter(Protocol):
 
     Config: ClassVar[type[Options]]
     head: ClassVar[str]
-    variants: ClassVar[tuple[str, ...]]
+    variants: ClassVar[Mapping[str, Variant]]
     runtime: ClassVar[Runtime | None]
     files: ClassVar[Mapping[str, Mapping[str, str]]]
 
     def export(self, bundle: BundleLike, directory: Path) -> dict[str, list[str]]:
-        """Write files; returns variant (``fp32``, ``int8``) -> file names that ship with it."""
+        """Write files; returns variant -> file names that ship with it."""
+
+    @staticmethod
+    def ships(number_formats: Collection[str]) -> str:
+        """The variant that computes as a bundle of these number formats does."""
 
     def load(self, directory: Path, variant: str, *, num_threads: int = 1) -> Runner:
         """Load a variant that :meth:`export` wrote."""

@@ -133,7 +133,7 @@ def cost_of(
     if measure == "macs_per_s":
         return macs_per_second(bundle.model, bundle.meta["features"])
     with tempfile.TemporaryDirectory() as name:
-        directory, variant = Path(name), bundle.ships
+        directory, variant = Path(name), exporter.ships(bundle.number_formats)
         exporter.export(bundle, directory)
         if measure == "size_mb":
             files = exporter.files[variant].values()

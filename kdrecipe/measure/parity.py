@@ -3,7 +3,7 @@
 For every variant of an export, on real utterances, it compares the log-posteriors with the model's, along
 the model's own greedy path; the tokens that greedy search finds; and the texts that the device's runtime
 recognises, with their word errors. Deletions have a limit of their own, since they are the first thing
-that goes wrong in int8. A text that is not what its tokens spell is told from tokens that were heard
+that goes wrong in few bits. A text that is not what its tokens spell is told from tokens that were heard
 otherwise: it is no near tie, but a rule of the runtime.
 
 Shapes: T frames, F feature bins, V vocabulary, M steps of a path.
@@ -22,10 +22,11 @@ import numpy as np
 from kdrecipe.corpus.audio import Utterance
 from kdrecipe.data.features import extract
 from kdrecipe.errors import ParityError, Problem
-from kdrecipe.interfaces import SAMPLE_RATE, BundleLike, Exporter, Hypothesis, Runner, float_copy
+from kdrecipe.interfaces import SAMPLE_RATE, Bounds, BundleLike, Exporter, Hypothesis, Runner, float_copy
 from kdrecipe.measure.edits import Edits, edits
 from kdrecipe.measure.reference import STEPS, Reference, reference
 from kdrecipe.measure.spelling import Spelling, speller_of
+from kdrecipe.measure.strain import CLICK, Strain
 from kdrecipe.recipe.sections import Parity
 from kdrecipe.text import clean
 
@@ -46,6 +47,7 @@ class _Comparison:
     runtime: Edits = field(default_factory=Edits)  # of the runtime's own features, against that
     words: Edits = field(default_factory=Edits)  # of the runtime, against the transcript
     more: list[tuple[int, int]] = field(default_factory=list)  # errors and deletions, by utterance
+    strain: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add_words(self, reference: str, said: Hypothesis, greedy: list[int], own: Edits) -> None:
         """Count one utterance; ``greedy``: tokens by the model's graph, ``own``: the bundle's edits."""
@@ -69,7 +71,7 @@ class _Comparison:
         self.kl_sum += float((np.exp(expected_MV) * (np.expm1(diff_MV) - diff_MV)).sum())
         self.num_steps += len(expected_MV)
 
-    def figures(self) -> dict[str, float | int]:
+    def figures(self) -> dict[str, Any]:
         steps = max(1, self.num_steps)
         return {
             "max_log_prob_diff": self.max_diff,
@@ -80,6 +82,7 @@ class _Comparison:
             "wer": self.words.rate,
             "deletions": self.words.deletions / max(1, self.words.length),
             "rewritten": self.spelling.rate,
+            "strain": self.strain,
         }
 
 
@@ -94,8 +97,9 @@ def check_parity(
 ) -> dict[str, Any]:
     """Compare every variant of an export with its bundle.
 
-    The fp32 variant is compared with the bundle's model in float weights, the int8 variant with the model
-    as it is (that of an int8 bundle computes in int8, too).
+    A variant that computes in floats is compared with the bundle's model in float weights, any other with the
+    model as it is (that of a quantised bundle computes in integers, too). Long audio and audio with a click
+    are compared, too (:mod:`kdrecipe.measure.strain`), within the same bounds.
 
     Args:
         bundle: the bundle that was exported.
@@ -103,13 +107,14 @@ def check_parity(
         directory: where they are.
         utterances: a few dozen, with transcripts.
         limits: see :class:`kdrecipe.recipe.sections.Parity`.
-        variants: those that were exported; None: all variants of the exporter.
+        variants: those that were exported; None: all that are there.
 
     Returns:
         ``{"num_utterances", "num_words", "bundle": {"wer", "deletions"}, <variant>: figures}``: figures
         of each variant: ``max_log_prob_diff``, ``mean_log_prob_diff``, ``kl`` (nats per frame, of
         attention per token), ``token_error``, ``runtime_token_error``, ``wer``, ``deletions`` and
-        ``rewritten`` (shares, not percent).
+        ``rewritten`` (shares, not percent), and ``strain``: see
+        :meth:`kdrecipe.measure.strain.Strain.compare`.
 
     Raises:
         ParityError: names every limit that was exceeded, with the numbers.
@@ -131,25 +136,39 @@ def check_parity(
         "num_words": own.length,
         "bundle": {"wer": own.rate, "deletions": own.deletions / max(1, own.length)},
     }
-    differs = any(hasattr(m, "to_float") for m in bundle.model.modules())  # from its copy in float
+    strain = Strain(bundle.model, head, utterances, bundle.meta["features"])
+    in_floats = own_references, strain.expected
+    if any(hasattr(m, "to_float") for m in bundle.model.modules()):
+        model = float_copy(bundle.model)
+        in_floats = [reference(model, head, f) for f in features], strain.by(model, head)
     problems: list[Problem] = []
     speller = speller_of(exporter, bundle.tokens.pieces)
     runtime = exporter.runtime.name if exporter.runtime else "the export's program"
-    for variant in exporter.variants if variants is None else variants:
+    for variant in _there(exporter, directory) if variants is None else variants:
+        kind = exporter.variants[variant]
         runner = exporter.load(directory, variant)
-        expected = own_references
-        if variant != "int8" and differs:
-            model = float_copy(bundle.model)
-            expected = [reference(model, head, f) for f in features]
+        expected, under_strain = in_floats if kind.in_floats else (own_references, strain.expected)
         found = _Comparison(Spelling(bundle.tokens, speller, runtime))
         _compare(found, runner, expected, own_edits, features, utterances)
-        if variant != "int8":  # its activations share a scale over the whole batch
-            _add_padded_batch(found, runner, expected, features)
+        _add_padded_batch(found, runner, expected, features)
+        found.strain = strain.compare(runner, under_strain)
         result[variant] = found.figures()
-        problems += _broken(variant, found, own, limits, f"{bundle.name}, {head} {variant}", STEPS[head])
+        held = _Held(
+            limits.bounds(variant, kind.bounds), kind.remedy, f"{bundle.name}, {head} {variant}", STEPS[head]
+        )
+        problems += held.broken(found, own, limits)
     if problems:
         raise ParityError(problems)
     return result
+
+
+def _there(exporter: Exporter, directory: Path) -> list[str]:
+    """The variants whose files are in a directory."""
+    return [
+        variant
+        for variant, files in exporter.files.items()
+        if all((directory / name).is_file() for name in files.values())
+    ]
 
 
 def _compare(
@@ -185,56 +204,69 @@ def _add_padded_batch(
         found.add_steps(wanted.log_probs_MV, found_MV)
 
 
-def _broken(
-    variant: str, found: _Comparison, own: Edits, limits: Parity, where: str, step: str
-) -> list[Problem]:
-    """Every limit that a variant exceeds."""
-    slack = limits.slack
-    more_errors, more_deletions = (_beyond_chance(m, slack) for m in zip(*found.more, strict=True))
-    tokens = found.tokens.rate if found.tokens.errors > slack else 0.0
-    runtime = found.runtime.rate if found.runtime.errors > slack else 0.0
-    words = max(1, own.length)
-    if variant == "int8":
-        remedy = _INT8_REMEDY
-        bounds = [
-            (f"divergence, nats per {step}", found.figures()["kl"], "max_kl_int8"),
-            ("share of tokens that differ", tokens, "max_token_error_int8"),
-            (
-                "WER, percentage points",
-                100 * more_errors / words,
-                "max_wer_increase_int8",
-            ),
-            (
-                "deletions, percentage points",
-                100 * more_deletions / words,
-                "max_deletion_increase_int8",
+@dataclass
+class _Held:
+    """What a variant is held to.
+
+    Args:
+        bounds: of it.
+        remedy: where one is exceeded.
+        where: names system, head and variant.
+        step: what a step of the head's path is called.
+    """
+
+    bounds: Bounds
+    remedy: str
+    where: str
+    step: str
+
+    def broken(self, found: _Comparison, own: Edits, limits: Parity) -> list[Problem]:
+        """Every bound that it exceeds."""
+        slack, words = limits.slack, max(1, own.length)
+        more_errors, more_deletions = (_beyond_chance(m, slack) for m in zip(*found.more, strict=True))
+        tokens = found.tokens.rate if found.tokens.errors > slack else 0.0
+        problems = [
+            *self._over("largest difference of log-probabilities", found.max_diff, "max_log_prob_diff"),
+            *self._over(f"divergence, nats per {self.step}", found.figures()["kl"], "max_kl"),
+            *self._over("share of tokens that differ", tokens, "max_token_error"),
+            *self._over("WER, percentage points", 100 * more_errors / words, "max_wer_increase"),
+            *self._over(
+                "deletions, percentage points", 100 * more_deletions / words, "max_deletion_increase"
             ),
         ]
-    else:
-        remedy = _FP32_REMEDY
-        bounds = [
-            ("largest difference of log-probabilities", found.max_diff, "max_log_prob_diff_fp32"),
-            ("share of tokens that differ", tokens, "max_token_error_fp32"),
+        for name, figures in found.strain.items():
+            of_it = f" ({_STRAINS.get(name, f'{name} of audio')})"
+            for what, figure, bound in (
+                ("largest difference of log-probabilities", "max_log_prob_diff", "max_log_prob_diff"),
+                (f"divergence, nats per {self.step}", "kl", "max_kl"),
+                (f"share of {self.step}s whose best token differs", "step_error", "max_token_error"),
+            ):
+                problems += self._over(what + of_it, figures[figure], bound)
+        if not found.same_length:
+            what = f"its number of {self.step}s differs from the model's"
+            problems.append(Problem(what, self.where, _LENGTH_REMEDY))
+        # If the runtime's features differ from those of training, this shows it. With few bits, the last
+        # digits of a feature decide how activations are rounded, so the limit is that of the tokens.
+        limit, name = limits.max_token_error_runtime, "max_token_error_runtime"
+        if self.bounds.max_token_error is not None and self.bounds.max_token_error > limit:
+            limit, name = self.bounds.max_token_error, "max_token_error"
+        runtime = found.runtime.rate if found.runtime.errors > slack else 0.0
+        if runtime > limit:
+            what = f"share of tokens that the runtime changes: {runtime:.4g}, at most {limit:.4g}"
+            problems.append(Problem(f"{what} allowed (parity.{name})", self.where, _RUNTIME_REMEDY))
+        if found.spelling.rate > limits.max_rewritten:  # no slack: this is no near tie
+            problems.append(found.spelling.problem(self.where, limits.max_rewritten))
+        return problems
+
+    def _over(self, what: str, value: float, name: str) -> list[Problem]:
+        limit: float | None = getattr(self.bounds, name)
+        if limit is None or value <= limit:  # NaN is not
+            return []
+        return [
+            Problem(
+                f"{what}: {value:.4g}, at most {limit:.4g} allowed (parity.{name})", self.where, self.remedy
+            )
         ]
-    problems = [
-        Problem(
-            f"{what}: {value:.4g}, at most {getattr(limits, name):.4g} allowed (parity.{name})", where, remedy
-        )
-        for what, value, name in bounds
-        if not value <= getattr(limits, name)  # NaN breaks it, too
-    ]
-    if not found.same_length:
-        problems.append(Problem(f"its number of {step}s differs from the model's", where, _FP32_REMEDY))
-    # If the runtime's features differ from those of training, fp32 shows it. In int8, the last digits of a
-    # feature decide how activations are rounded, so the limit is that of int8.
-    name = "max_token_error_int8" if variant == "int8" else "max_token_error_runtime"
-    if runtime > getattr(limits, name):
-        what = f"share of tokens that the runtime changes: {runtime:.4g}, at most "
-        what += f"{getattr(limits, name):.4g} allowed (parity.{name})"
-        problems.append(Problem(what, where, _RUNTIME_REMEDY))
-    if found.spelling.rate > limits.max_rewritten:  # no slack: this is no near tie
-        problems.append(found.spelling.problem(where, limits.max_rewritten))
-    return problems
 
 
 def _beyond_chance(more: Sequence[int], slack: int) -> int:
@@ -248,9 +280,6 @@ def _beyond_chance(more: Sequence[int], slack: int) -> int:
     return total if total > max(slack, 3 * math.sqrt(sum(m * m for m in more))) else 0
 
 
-_FP32_REMEDY = "the graph computes something else: look for Python numbers in forward() that tracing froze"
-_INT8_REMEDY = (
-    "ship the fp32 file, keep the output layer in float (int8_dynamic: output_layer: false), or on an x86 "
-    "processor without VNNI set reduce_range: true under export"
-)
+_STRAINS = {CLICK: "audio with one click"}
+_LENGTH_REMEDY = "the graph computes something else: look for Python numbers in forward() that tracing froze"
 _RUNTIME_REMEDY = "the runtime computes other features: it needs 16 kHz audio, and mel bins as Lhotse's Fbank"

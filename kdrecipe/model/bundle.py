@@ -146,14 +146,9 @@ class Bundle:
         return dict(read_json(path)) if path.exists() else {}
 
     @property
-    def is_int8(self) -> bool:
-        """Whether the weights are 8-bit integers."""
-        return bool(self.meta["number_format"] == "int8")
-
-    @property
-    def ships(self) -> str:
-        """The variant of its export that ships."""
-        return "int8" if self.is_int8 else "fp32"
+    def number_formats(self) -> frozenset[str]:
+        """What the layers say they are stored in, or the type of all weights."""
+        return frozenset(str(self.meta["number_format"]).split("+"))
 
     @property
     def plugin_files(self) -> dict[Path, str]:
@@ -282,9 +277,13 @@ def compressor_state(name: str, compressor: Any) -> dict[str, Any]:
 
 
 def number_format(model: AsrModel) -> str:
-    """What the weights are stored in: ``fp32``, ``fp16``, ``bf16``, or ``int8`` if some matrices are."""
+    """What the weights are stored in: what layers declare (``number_format``: ``int4+int8`` of two kinds),
+    ``int8`` if some matrices are without a word, otherwise ``fp32``, ``fp16`` or ``bf16``."""
     import torch
 
+    declared = {str(m.number_format) for m in model.modules() if hasattr(m, "number_format")}
+    if declared:
+        return "+".join(sorted(declared))
     matrices = [x.dtype for x in (*model.parameters(), *model.buffers()) if x.dim() > 1]
     if {torch.int8, torch.uint8} & set(matrices):
         return "int8"

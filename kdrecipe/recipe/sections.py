@@ -8,13 +8,13 @@ paths within a section are at first as the recipe writes them; the parser puts a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, SkipValidation, field_validator, model_validator
 
-from kdrecipe.interfaces import Options
+from kdrecipe.interfaces import Bounds, Options
 from kdrecipe.recipe.budget import Budget
 from kdrecipe.recipe.yaml import expand_env
 from kdrecipe.score.keep import Keep
@@ -449,18 +449,20 @@ class TargetOptions(Options):
 class Parity(Options):
     """``parity``: how far an export may stray from its bundle before the recipe fails.
 
+    Every exporter has bounds of its own for each variant (``fp32``, ``int8``, ...). A number given here takes
+    the place of those that there are of that kind: one for all variants, or by variant (``{int8: 0.1}``).
     Token and word errors are counted against what the bundle itself recognises, not against the
     transcripts. Percentage points are those of the word error rate.
 
     Args:
-        max_log_prob_diff_fp32: largest difference of any log-probability at any step, fp32.
-        max_token_error_fp32: share of tokens, 0 to 1, that the fp32 file recognises otherwise.
-        max_kl_int8: nats per frame (attention: per token), mean divergence of the int8 file's posteriors.
-        max_token_error_int8: share of tokens, 0 to 1, that the int8 file recognises otherwise.
+        max_log_prob_diff: largest difference of any log-probability at any step.
+        max_kl: nats per frame (attention: per token), mean divergence of the file's posteriors.
+        max_token_error: share of tokens, 0 to 1, that the file recognises otherwise.
+        max_wer_increase: percentage points.
+        max_deletion_increase: percentage points of words left out: what few bits break first.
         max_token_error_runtime: share of tokens, 0 to 1, that the device's runtime recognises
-            otherwise than the same fp32 file does on the features of the training (int8: as above).
-        max_wer_increase_int8: percentage points.
-        max_deletion_increase_int8: percentage points of words left out: what int8 breaks first.
+            otherwise than the same file does on the features of the training; where ``max_token_error`` is
+            larger, that.
         max_rewritten: share of words, 0 to 1, that the device's runtime writes otherwise than its tokens
             spell, by a rule such as no space before an apostrophe. That is no near tie: ``slack`` does not
             apply. Stage 2 holds the transcripts of dev and ``decode.splits`` to it, stage 7 what is said.
@@ -470,16 +472,24 @@ class Parity(Options):
         num_utterances: taken for the comparison, drawn over all speakers of dev (without it, of train).
     """
 
-    max_log_prob_diff_fp32: Positive = 1e-3
-    max_token_error_fp32: float = Field(default=0.01, ge=0, le=1)
-    max_kl_int8: Positive = 0.05
-    max_token_error_int8: float = Field(default=0.1, ge=0, le=1)
+    max_log_prob_diff: Positive | dict[str, Positive] | None = None
+    max_kl: Positive | dict[str, Positive] | None = None
+    max_token_error: Share | dict[str, Share] | None = None
+    max_wer_increase: NotNegative | dict[str, NotNegative] | None = None
+    max_deletion_increase: NotNegative | dict[str, NotNegative] | None = None
     max_token_error_runtime: float = Field(default=0.02, ge=0, le=1)
-    max_wer_increase_int8: NotNegative = 1.0
-    max_deletion_increase_int8: NotNegative = 1.0
     max_rewritten: float = Field(default=0.0, ge=0, le=1)
     slack: int = Field(default=3, ge=0)
     num_utterances: int = Field(default=50, ge=1)
+
+    def bounds(self, variant: str, own: Bounds) -> Bounds:
+        """Those of a variant, by default ``own``."""
+        found: dict[str, float | None] = {}
+        for bound in fields(own):
+            default, given = getattr(own, bound.name), getattr(self, bound.name)
+            value = given.get(variant) if isinstance(given, dict) else given
+            found[bound.name] = default if default is None or value is None else value
+        return Bounds(**found)
 
 
 DEFAULT_DECODERS = ("ctc_greedy", "attention_greedy", "rnnt_greedy")

@@ -29,7 +29,7 @@ class Row:
 
     Args:
         search: ``label``, ``decoder`` and ``options`` in the recipe; ``runs_in``: ``sherpa-onnx``, or
-            ``torch`` for a bundle; ``name``: its name there; ``variant``: ``fp32`` or ``int8``.
+            ``torch`` for a bundle; ``name``: its name there; ``variant``: of the exporter.
         hypotheses: split -> rows of the hypotheses file, which are scored.
         recognise: the texts of any other utterances by the same search in the same place.
         costs: of the same recognition: ``size_mb``, ``rtf``, ``peak_rss_mb``, ``runtime`` and more; of a
@@ -64,7 +64,8 @@ def row_of(
             where=recipe.document.where(("export",)),
             remedy="kdrecipe plugins list",
         )
-    cls, variant, label = registry.get("exporters", wanted.name), bundle.ships, search[0]
+    cls, label = registry.get("exporters", wanted.name), search[0]
+    variant = cls.ships(bundle.number_formats)
     about = {"label": label, "decoder": search[1].name, "options": search[1].options, "variant": variant}
     why = unfit(registry, wanted.name, bundle.meta["model"])
     if why is None and variant not in cls.files:

@@ -41,9 +41,15 @@ BLANK_ID = 0
 SOS_EOS_ID = 1
 TOKENS = "tokens.txt"
 FILES = {
-    "fp32": {"encoder": "encoder.onnx", "decoder": "decoder.onnx"},
-    "int8": {"encoder": "encoder.int8.onnx", "decoder": "decoder.int8.onnx"},
-}
+    variant: {part: f"{part}{ending}.onnx" for part in ("encoder", "decoder")}
+    for variant, ending in {
+        "fp32": "",
+        "fp16": ".fp16",
+        "int4": ".int4",
+        "int8_qdq": ".int8_qdq",
+        "int8": ".int8",
+    }.items()
+}  # the last that is there is the one to run
 FLOOR = -1e4  # of CTC's log-posteriors: differences of their sums must stay defined
 CANDIDATES_PER_BEAM = 2  # tokens that CTC scores per hypothesis, in beams
 
@@ -120,10 +126,11 @@ class Recogniser:
 
     @classmethod
     def load(cls, directory: Path | str, variant: str | None = None, *, num_threads: int = 1) -> Recogniser:
-        """The export in ``directory``, ``fp32`` or ``int8``; None: int8 if it is there."""
+        """The export in ``directory``, a variant of :data:`FILES`; None: the last that is there."""
         directory = Path(directory)
         if variant is None:
-            variant = "int8" if (directory / FILES["int8"]["encoder"]).is_file() else "fp32"
+            there = [v for v, names in FILES.items() if (directory / names["encoder"]).is_file()]
+            variant = there[-1] if there else "fp32"
         files = {part: directory / name for part, name in FILES[variant].items()}
         return cls(files["encoder"], files["decoder"], directory / TOKENS, num_threads=num_threads)
 
@@ -492,7 +499,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(description="Recognise WAV files with the model beside this file.")
     parser.add_argument("audio", nargs="+", help="WAV files of any sampling rate")
-    parser.add_argument("--variant", choices=FILES, help="default: int8 if it is there")
+    parser.add_argument(
+        "--variant", choices=FILES, help=f"default: the last that is there of {', '.join(FILES)}"
+    )
     parser.add_argument("--beam", type=int, help="hypotheses kept in a beam search; default: greedy search")
     parser.add_argument("--ctc-weight", type=float, default=0.3, help="share of CTC in a beam search")
     parser.add_argument("--longest", type=float, default=LONGEST_S, help="seconds that are recognised as one")

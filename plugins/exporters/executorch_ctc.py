@@ -16,10 +16,10 @@ import os
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from kdrecipe.errors import KdrecipeError, MissingExtra, Problem
 from kdrecipe.interfaces import BundleLike, Options, Runner, Runtime, RuntimeSearch, float_copy
 
 from .feature_runner import TOKENS, FeatureRunner, write_notes
+from .onnx_files import VARIANTS
 from .shared import CtcLogProbs, check_head, existing
 
 INSTALL = "pip install 'kdrecipe[executorch]', in an environment of its own: it needs pytest below 9"
@@ -61,8 +62,8 @@ class ExecuTorch:
         "kdrecipe_plugins.exporters.executorch_runtime:start",
         {"ctc_greedy": RuntimeSearch("greedy_search")},
     )
-    variants = ("fp32", "int8")
-    files = {"fp32": {"model": "model.pte"}, "int8": {"model": "model.int8.pte"}}
+    variants: ClassVar = {name: VARIANTS[name] for name in ("fp32", "int8")}
+    files: ClassVar = {"fp32": {"model": "model.pte"}, "int8": {"model": "model.int8.pte"}}
     Config = ExecuTorchOptions
 
     def __init__(self, config: ExecuTorchOptions) -> None:
@@ -82,7 +83,7 @@ class ExecuTorch:
         num_bins = int(bundle.meta["features"]["num_mel_bins"])
         longest = STEP * round(100 * self.config.longest_s / STEP)
         shipped = {}
-        for variant in self.variants if self.config.int8 else self.variants[:1]:
+        for variant in ("fp32", "int8") if self.config.int8 else ("fp32",):
             name = self.files[variant]["model"]
             with _quiet(), _flatc():
                 program = _exported(module, num_bins, longest, bundle.name)
@@ -93,6 +94,11 @@ class ExecuTorch:
         shutil.copyfile(bundle.path / TOKENS, directory / TOKENS)
         write_notes(bundle, directory)
         return shipped
+
+    @staticmethod
+    def ships(number_formats: Collection[str]) -> str:
+        """int8 of layers in int8 with scales as activations come; of all others the twin in floats."""
+        return "int8" if "int8" in number_formats else "fp32"
 
     def load(self, directory: Path, variant: str, *, num_threads: int = 1) -> Runner:
         """Load a variant in ExecuTorch's Python runtime, whose number of threads is the process's.

@@ -1,4 +1,4 @@
-"""ONNX of an attention encoder-decoder, in fp32 and int8, with a program that runs it.
+"""ONNX of an attention encoder-decoder, with a program that runs it.
 
 ::
 
@@ -36,7 +36,7 @@ from kdrecipe.corpus import segments
 from kdrecipe.corpus.segments import LONGEST_S
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.frames import frame_mask
-from kdrecipe.interfaces import BundleLike, Hypothesis, Runner, Runtime, RuntimeSearch, float_copy
+from kdrecipe.interfaces import BundleLike, Hypothesis, Runner, Runtime, RuntimeSearch
 from kdrecipe.layers import attention_bias
 
 from . import attention_runtime, onnx_files
@@ -61,7 +61,8 @@ class OnnxAttention:
             ),
         },
     )
-    variants = ("fp32", "int8")
+    variants = onnx_files.VARIANTS
+    ships = staticmethod(onnx_files.ships)
     files = attention_runtime.FILES
     Config = onnx_files.OnnxOptions
 
@@ -69,18 +70,19 @@ class OnnxAttention:
         self.config = config
 
     def export(self, bundle: BundleLike, directory: Path) -> dict[str, list[str]]:
-        """Write both variants; those of an int8 bundle keep exactly its int8 weights.
+        """Write the variants; that of a quantised bundle has exactly its integers and scales.
 
         Raises:
             KdrecipeError: the model has no head ``attention``.
         """
         check_head(bundle, self.head, "onnx_attention")
-        model = float_copy(bundle.model)
         batch = onnx_files.example_batch(int(bundle.meta["features"]["num_mel_bins"]))
         about = onnx_files.metadata(bundle, "kdrecipe_attention", frame_shift_s=bundle.meta["frame_shift_s"])
-        written = onnx_files.write(
-            [_encoder(model, batch, about), _decoder(model, about)], bundle, self.config, directory
-        )
+
+        def parts(model: nn.Module) -> list[onnx_files.Part]:
+            return [_encoder(model, batch, about), _decoder(model, about)]
+
+        written = onnx_files.write(parts, bundle, self.config, directory)
         (directory / PROGRAM).write_text(program(), encoding="utf-8")
         return {variant: [*names, PROGRAM] for variant, names in written.items()}
 

@@ -1,4 +1,4 @@
-"""ONNX for sherpa-onnx's slot of CTC models that subsample by 4, in fp32 and int8.
+"""ONNX for sherpa-onnx's slot of CTC models that subsample by 4.
 
 ::
 
@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from torch import nn
 
 from kdrecipe import hookimpl
 from kdrecipe.corpus.segments import LONGEST_S
 from kdrecipe.data.tokens import ids_by_name, read_pieces
-from kdrecipe.interfaces import BundleLike, Hypothesis, Runner, Runtime, RuntimeSearch, float_copy
+from kdrecipe.interfaces import BundleLike, Hypothesis, Runner, Runtime, RuntimeSearch
 
 from . import onnx_files, sherpa
 from .shared import (
@@ -45,32 +46,38 @@ class OnnxCtc:
         {"ctc_greedy": RuntimeSearch("greedy_search")},
     )
     suffix = ".onnx"
-    variants = ("fp32", "int8")
+    variants = onnx_files.VARIANTS
     files = onnx_files.file_names("model")
     Config = onnx_files.OnnxOptions
     speller = staticmethod(sherpa.ctc_speller)
+    ships = staticmethod(onnx_files.ships)
 
     def __init__(self, config: onnx_files.OnnxOptions) -> None:
         self.config = config
 
     def export(self, bundle: BundleLike, directory: Path) -> dict[str, list[str]]:
-        """Write both variants; that of an int8 bundle keeps exactly its int8 weights.
+        """Write the variants; that of a quantised bundle has exactly its integers and scales.
 
         Raises:
             KdrecipeError: no CTC head, or another frame rate than the slot's.
         """
         check_head(bundle, self.head, "onnx_ctc")
         sherpa.check_frame_shift(bundle, "onnx_ctc")
-        part = onnx_files.Part(
-            "model",
-            CtcLogProbs(float_copy(bundle.model)),
-            onnx_files.example_batch(int(bundle.meta["features"]["num_mel_bins"])),
-            {"x": ("N", "T", ""), "x_lens": ("N",)},
-            {"log_probs": ("N", "T_out", ""), "log_probs_len": ("N",)},
-            # how sherpa-onnx finds the kind of model if none is named
-            onnx_files.metadata(bundle, "zipformer2_ctc", subsampling_factor=sherpa.SUBSAMPLING),
-        )
-        written = onnx_files.write([part], bundle, self.config, directory)
+        num_bins = int(bundle.meta["features"]["num_mel_bins"])
+
+        def parts(model: nn.Module) -> list[onnx_files.Part]:
+            part = onnx_files.Part(
+                "model",
+                CtcLogProbs(model),
+                onnx_files.example_batch(num_bins),
+                {"x": ("N", "T", ""), "x_lens": ("N",)},
+                {"log_probs": ("N", "T_out", ""), "log_probs_len": ("N",)},
+                # how sherpa-onnx finds the kind of model if none is named
+                onnx_files.metadata(bundle, "zipformer2_ctc", subsampling_factor=sherpa.SUBSAMPLING),
+            )
+            return [part]
+
+        written = onnx_files.write(parts, bundle, self.config, directory)
         sherpa.write_tokens(directory)
         return written
 

@@ -1,11 +1,16 @@
-"""ONNX files of a model's parts, in fp32 and int8: traced, made small, quantised, written, opened."""
+"""ONNX files of a model's parts, in every variant: traced, made small, written, opened.
+
+A quantised layer writes itself (:mod:`kdrecipe_plugins.compressors.onnx_ops`), with the integers and the
+scales that it computes with in torch.
+"""
 
 from __future__ import annotations
 
+import copy
 import io
 import shutil
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import BundleLike, Options
+from kdrecipe.interfaces import Bounds, BundleLike, CompressContext, Options, Variant, float_copy
 
-from .onnx_graph import quantise, slim
+from ..compressors.int4 import Int4
+from ..compressors.int8_dynamic import Int8Dynamic
+from .onnx_graph import decode_at_load, halve, slim
 
 OPSET = 17  # the first with LayerNormalization; any onnxruntime since 2022 reads it
 EXAMPLE_LENS = [77, 50]  # feature frames of the batch that is traced
@@ -32,14 +39,35 @@ class OnnxOptions(Options):
     """Options of the ONNX exporters.
 
     Args:
-        conv_weights: how the int8 files store the weights of convolutions, LSTMs and embeddings;
-            they compute in float32 either way.
-        reduce_range: 7 instead of 8 bits for the weights of matrix products, for x86 processors
-            without VNNI (before 2019), whose 8-bit sums saturate; others lose precision by it.
+        variants: files to write; of a quantised bundle those in float, and always its own, which ships.
+            ``int8`` and ``int4`` of a float bundle are what ``int8_dynamic`` and ``int4`` make of it.
     """
 
-    conv_weights: Literal["int8", "float32"] = "int8"
-    reduce_range: bool = False
+    variants: tuple[Literal["fp32", "fp16", "int8", "int4"], ...] = ("fp32", "int8")
+
+
+_QUANTISED = (
+    "keep layers in float (layers: or output_layer: false of the compressor), train with rounding (qat), "
+    "ship the fp32 file, or on an x86 processor without VNNI set reduce_range: true of int8_dynamic"
+)
+_FLOATS = "the graph computes something else: look for Python numbers in forward() that tracing froze"
+
+_INT8 = Bounds(max_kl=0.05, max_token_error=0.1, max_wer_increase=1.0, max_deletion_increase=1.0)
+_INT4 = Bounds(max_kl=0.2, max_token_error=0.2, max_wer_increase=2.0, max_deletion_increase=2.0)
+VARIANTS = {
+    "fp32": Variant(Bounds(max_log_prob_diff=1e-3, max_token_error=0.01), _FLOATS, in_floats=True),
+    "fp16": Variant(Bounds(max_kl=1e-3, max_token_error=0.02), _FLOATS, in_floats=True),
+    "int4": Variant(_INT4, _QUANTISED),
+    "int8_qdq": Variant(_INT8, _QUANTISED),
+    "int8": Variant(_INT8, _QUANTISED),
+}
+OF_FORMAT = {"int8_static": "int8_qdq", "int4": "int4", "int8": "int8"}
+"""Number format of a layer -> variant; of several, the first that a bundle has."""
+
+
+def ships(number_formats: Collection[str]) -> str:
+    """The variant that computes as a bundle does."""
+    return next((v for layer, v in OF_FORMAT.items() if layer in number_formats), "fp32")
 
 
 @dataclass
@@ -47,13 +75,13 @@ class Part:
     """One file to be.
 
     Args:
-        name: ``encoder`` is written to ``encoder.onnx`` and ``encoder.int8.onnx``.
-        module: what it computes, of a model with float weights.
+        name: ``encoder`` is written to ``encoder.onnx``, ``encoder.int8.onnx``, ...
+        module: what it computes.
         example: its inputs, for the trace; sizes that vary are not 1.
         inputs: names of the inputs and their axes.
         outputs: names of the outputs and their axes.
         metadata: what runtimes and persons read in the file.
-        quantised: whether there is an int8 file of it; without, both variants have the one in float.
+        quantised: whether variants differ in it; without, all have the file in float32.
     """
 
     name: str
@@ -67,48 +95,68 @@ class Part:
 
 def file_names(*parts: str, float_parts: Collection[str] = ()) -> dict[str, dict[str, str]]:
     """Variant -> part -> file name, as :func:`write` writes them; ``float_parts`` are not quantised."""
-    fp32 = {part: f"{part}.onnx" for part in parts}
     return {
-        "fp32": fp32,
-        "int8": {p: name if p in float_parts else f"{p}.int8.onnx" for p, name in fp32.items()},
+        variant: {
+            part: f"{part}.onnx" if variant == "fp32" or part in float_parts else f"{part}.{variant}.onnx"
+            for part in parts
+        }
+        for variant in VARIANTS
     }
 
 
 def write(
-    parts: Sequence[Part], bundle: BundleLike, config: OnnxOptions, directory: Path
+    make_parts: Callable[[nn.Module], Sequence[Part]],
+    bundle: BundleLike,
+    config: OnnxOptions,
+    directory: Path,
 ) -> dict[str, list[str]]:
-    """Write every part in both variants, and ``tokens.txt``; an int8 bundle's weights stay exactly.
+    """Write the parts of a bundle's model in each variant, and ``tokens.txt``.
 
     Returns:
         Variant -> file names that ship with it.
+
+    Raises:
+        KdrecipeError: a layer can't be written in ONNX.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    # Layers that an int8 bundle left in float stay so; in a float bundle there is no choice yet.
-    linears = [m for m in bundle.model.modules() if type(m) is nn.Linear] if bundle.is_int8 else []
-    keep_float = {m.weight.detach().t().contiguous().numpy().tobytes() for m in linears}
-    stored = config.conv_weights == "int8"
-    sizes = {p: p.numel() for part in parts for p in part.module.parameters()}
-    num_params = {"num_params": str(sum(sizes.values()))}  # of all files together
-    files = file_names(*(p.name for p in parts), float_parts=[p.name for p in parts if not p.quantised])
-    for part in parts:
-        variants = {"fp32": slim(_traced(part))}
-        if part.quantised:
-            variants["int8"] = quantise(
-                variants["fp32"],
-                keep_float=keep_float,
-                convs=stored,
-                embeddings=stored,
-                reduce_range=config.reduce_range,
-            )
-        for variant, model in variants.items():
-            onnx.helper.set_model_props(model, part.metadata | num_params)
-            onnx.checker.check_model(model)
-            (directory / files[variant][part.name]).write_bytes(model.SerializeToString())
+    written = {}
+    own = ships(bundle.number_formats)
+    for variant in [*config.variants, *({own} - set(config.variants))]:
+        model = _model(bundle, own, variant)
+        if model is None:
+            continue
+        parts = make_parts(model)
+        sizes = {p: p.numel() for part in parts for p in part.module.parameters()}
+        num_params = {"num_params": str(sum(sizes.values()))}  # of all files together
+        float_parts = [part.name for part in parts if not part.quantised]
+        names = [*file_names(*(part.name for part in parts), float_parts=float_parts)[variant].values()]
+        for part, name in zip(parts, names, strict=True):
+            graph = decode_at_load(slim(_traced(part, bundle.name)))
+            if variant == "fp16" and part.quantised:
+                graph = halve(graph)
+            onnx.helper.set_model_props(graph, part.metadata | num_params)
+            onnx.checker.check_model(graph)
+            (directory / name).write_bytes(graph.SerializeToString())
+        written[variant] = [*names, TOKENS]
     shutil.copyfile(bundle.path / TOKENS, directory / TOKENS)
-    return {variant: [*names.values(), TOKENS] for variant, names in files.items()}
+    return written
 
 
-def _traced(part: Part) -> onnx.ModelProto:
+def _model(bundle: BundleLike, own: str, variant: str) -> nn.Module | None:
+    """What a variant computes; None where the bundle has none such."""
+    if variant == own:
+        return bundle.model
+    if VARIANTS[variant].in_floats:
+        return float_copy(bundle.model)
+    if own != "fp32":
+        return None  # its integers are what they are
+    cls: Any = {"int8": Int8Dynamic, "int4": Int4}[variant]
+    compressor = cls(cls.Config())
+    model: nn.Module = compressor.apply(copy.deepcopy(bundle.model), CompressContext(lambda: []))
+    return model
+
+
+def _traced(part: Part, system: str = "") -> onnx.ModelProto:
     """Trace with torch's older exporter: the newer one needs a package more, and its graphs of the
     same model differ from one torch version to the next."""
     buffer: Any = io.BytesIO()  # the older exporter takes one; torch's types know the newer one
@@ -118,18 +166,25 @@ def _traced(part: Part) -> onnx.ModelProto:
     # finds any that matter.
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            module,
-            part.example,
-            buffer,
-            input_names=list(part.inputs),
-            output_names=list(part.outputs),
-            dynamic_axes={
-                name: {i: axis for i, axis in enumerate(names) if axis} for name, names in axes.items()
-            },
-            opset_version=OPSET,
-            dynamo=False,
-        )
+        try:
+            torch.onnx.export(
+                module,
+                part.example,
+                buffer,
+                input_names=list(part.inputs),
+                output_names=list(part.outputs),
+                dynamic_axes={
+                    name: {i: axis for i, axis in enumerate(names) if axis} for name, names in axes.items()
+                },
+                opset_version=OPSET,
+                dynamo=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise KdrecipeError(
+                f"the {part.name} can't be written in ONNX opset {OPSET}: {str(error).splitlines()[0]}",
+                where=system,
+                remedy="a layer of it uses an operator that ONNX lacks: write its forward() in others",
+            ) from error
         sizes = [tuple(x.shape) for x in module(*part.example)]
     exported = onnx.load_from_string(buffer.getvalue())
     _keep_unread(exported.graph, part)

@@ -1,13 +1,13 @@
-"""Surgery on ONNX graphs: make them small, make them int8.
+"""Surgery on ONNX graphs: make them small.
 
-Both work on what torch wrote, whatever its node names are, and give plain ONNX operators.
+It works on what torch wrote, whatever its node names are, and gives plain ONNX operators.
 """
 
 from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,7 @@ import onnx
 import onnxruntime
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-QMAX = 127  # symmetric: -128 stays unused, zero is exact
-QMAX_REDUCED = 63  # sums of two products then fit the 16 bits that x86 without VNNI adds them in
-MIN_SCALE = 1e-12
-ROWS = {"Conv": (0, (1,)), "LSTM": (1, (1, 2))}
-"""Operators that compute in float32 -> axis of output channels in their weights, inputs that are weights."""
+WORTH_HALVING = 64  # numbers; below, a node more costs more than the bytes
 
 
 def slim(model: ModelProto) -> ModelProto:
@@ -41,104 +37,64 @@ def slim(model: ModelProto) -> ModelProto:
     return model
 
 
-def quantise(
-    model: ModelProto,
-    *,
-    keep_float: Collection[bytes] = (),
-    convs: bool = True,
-    embeddings: bool = False,
-    reduce_range: bool = False,
-) -> ModelProto:
-    """An int8 copy: products with constant matrices in integers, activations quantised as they come.
+def decode_at_load(model: ModelProto) -> ModelProto:
+    """Let weights that are only stored in 8 bits be decoded when the model is loaded, in place.
 
-    A product ``MatMul(a, W)`` becomes ``MatMulInteger`` of 8-bit ``a`` (one scale per call) and int8
-    ``W`` (one scale per column, symmetric), the pattern that onnxruntime runs as one kernel.
-    Convolutions and LSTMs keep computing in float32, since few runtimes have integer ones, but their
-    weights are stored as int8 (one scale per output channel), decoded when the model is loaded;
-    embeddings (one scale per row), decoded row by row when they are looked up.
-
-    Args:
-        model: as :func:`slim` gives it.
-        keep_float: ``tobytes()`` of matrices (I, O) that must stay as they are.
-        convs: store the weights of convolutions and LSTMs as int8, too.
-        embeddings: and those of embeddings.
-        reduce_range: use 7 bits for the weights of products.
+    A layer that computes in float traces them through DequantizeLinear, which onnxruntime would run at
+    every call; Cast and Mul of constants it computes once. Weights of products stay as they are: with
+    their 8-bit activations onnxruntime makes them one integer kernel.
     """
-    result = ModelProto()
-    result.CopyFrom(model)
-    graph = result.graph
-    weights = {t.name: t for t in graph.initializer}
-    scales_of: dict[str, tuple[str, str, str]] = {}  # activation -> its 8-bit form, scale, zero point
+    graph = model.graph
+    stored = {t.name: t for t in graph.initializer}
+    integer = {
+        n.output[0] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] not in stored
+    }
+    of_products = {
+        name for n in graph.node if n.op_type == "MatMul" and n.input[0] in integer for name in n.input
+    }
     nodes: list[NodeProto] = []
     for node in graph.node:
-        weight = weights.get(node.input[1]) if len(node.input) > 1 else None
-        if node.op_type == "MatMul" and weight is not None and len(weight.dims) == 2:
-            matrix_IO = numpy_helper.to_array(weight)
-            if matrix_IO.tobytes() not in keep_float:
-                steps = QMAX_REDUCED if reduce_range else QMAX
-                _set_int8(graph, weight.name, matrix_IO, axis=1, steps=steps)
-                nodes.extend(_integer_product(node, scales_of))
-                continue
-        if convs and node.op_type in ROWS:
-            axis, inputs = ROWS[node.op_type]
-            for number in inputs:
-                if (stored := weights.get(node.input[number])) is not None:
-                    _set_int8(graph, stored.name, numpy_helper.to_array(stored), axis=axis, steps=QMAX)
-                    nodes.extend(_decoded(stored.name))
-                    node.input[number] = f"{stored.name}_d"
-        table = weights.get(node.input[0]) if node.op_type == "Gather" else None
-        if embeddings and table is not None and table.data_type == TensorProto.FLOAT and len(table.dims) == 2:
-            _set_int8(graph, table.name, numpy_helper.to_array(table), axis=0, steps=QMAX)
-            nodes.extend(_looked_up(node))
+        weight = stored.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if weight is None or node.output[0] in of_products:
+            nodes.append(node)
             continue
-        nodes.append(node)
+        (axis,) = (a.i for a in node.attribute if a.name == "axis")
+        scales = numpy_helper.to_array(stored[node.input[1]])
+        name = f"{node.output[0]}_s"
+        trailing = (-1, *[1] * (len(weight.dims) - axis - 1))
+        graph.initializer.append(numpy_helper.from_array(scales.reshape(trailing), name))
+        floats = f"{node.output[0]}_f"
+        nodes.append(helper.make_node("Cast", [weight.name], [floats], to=TensorProto.FLOAT))
+        nodes.append(helper.make_node("Mul", [floats, name], [node.output[0]]))
     del graph.node[:]
     graph.node.extend(nodes)
     _drop_unused_initialisers(graph)
     _shorten_names(graph)
+    return model
+
+
+def halve(model: ModelProto) -> ModelProto:
+    """A copy whose large constants are stored as float16, decoded when it is loaded: it computes in float32.
+
+    Runtimes on CPUs compute in float32 anyway, so that nothing but the weights is rounded.
+    """
+    result = ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    casts: list[NodeProto] = []
+    for tensor in graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if tensor.data_type == TensorProto.FLOAT and values.size >= WORTH_HALVING:
+            if np.abs(values).max() > np.finfo(np.float16).max:
+                continue
+            name = tensor.name
+            tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}_h"))
+            casts.append(helper.make_node("Cast", [f"{name}_h"], [name], to=TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    _shorten_names(graph)
     return result
-
-
-def _integer_product(node: NodeProto, scales_of: dict[str, tuple[str, str, str]]) -> Iterator[NodeProto]:
-    """The nodes that stand for ``MatMul(a, W)``; those that quantise ``a`` only the first time."""
-    activation, weight = node.input
-    out = node.output[0]
-    if activation not in scales_of:
-        # not _q and _s: the activation may be what another product or a look-up gives
-        scales_of[activation] = (f"{activation}_dq", f"{activation}_ds", f"{activation}_dz")
-        yield helper.make_node("DynamicQuantizeLinear", [activation], list(scales_of[activation]))
-    quantised, scale, zero = scales_of[activation]
-    # the weights' zero point is 0, the default
-    yield helper.make_node("MatMulInteger", [quantised, f"{weight}_q", zero], [f"{out}_i"])
-    yield helper.make_node("Cast", [f"{out}_i"], [f"{out}_f"], to=TensorProto.FLOAT)
-    yield helper.make_node("Mul", [scale, f"{weight}_s"], [f"{out}_s"])
-    yield helper.make_node("Mul", [f"{out}_f", f"{out}_s"], [out])
-
-
-def _decoded(weight: str) -> Iterator[NodeProto]:
-    """``weight_d`` in float32. Not by DequantizeLinear: onnxruntime would run that at every call."""
-    yield helper.make_node("Cast", [f"{weight}_q"], [f"{weight}_f"], to=TensorProto.FLOAT)
-    yield helper.make_node("Mul", [f"{weight}_f", f"{weight}_s"], [f"{weight}_d"])
-
-
-def _looked_up(node: NodeProto) -> Iterator[NodeProto]:
-    """The nodes that stand for ``Gather(table, ids)``."""
-    (table, ids), out = node.input, node.output[0]
-    yield helper.make_node("Gather", [f"{table}_q", ids], [f"{out}_q"])
-    yield helper.make_node("Gather", [f"{table}_s", ids], [f"{out}_s"])
-    yield helper.make_node("Cast", [f"{out}_q"], [f"{out}_f"], to=TensorProto.FLOAT)
-    yield helper.make_node("Mul", [f"{out}_f", f"{out}_s"], [out])
-
-
-def _set_int8(graph: GraphProto, name: str, weight: np.ndarray, axis: int, steps: int) -> None:
-    """Add ``name_q`` (int8) and ``name_s`` (scales along ``axis``, broadcastable)."""
-    if any(t.name == f"{name}_q" for t in graph.initializer):
-        return
-    others = tuple(i for i in range(weight.ndim) if i != axis)
-    scales = np.maximum(np.abs(weight).max(axis=others, keepdims=True) / steps, MIN_SCALE).astype(np.float32)
-    quantised = np.clip(np.rint(weight / scales), -steps, steps).astype(np.int8)
-    graph.initializer.append(numpy_helper.from_array(quantised, f"{name}_q"))
-    graph.initializer.append(numpy_helper.from_array(scales.reshape(scales.shape[axis:]), f"{name}_s"))
 
 
 def _folded(model: ModelProto) -> ModelProto:
@@ -153,7 +109,7 @@ def _folded(model: ModelProto) -> ModelProto:
             model.SerializeToString(),
             options,
             providers=["CPUExecutionProvider"],
-            disabled_optimizers=["MatMulAddFusion"],  # Gemm would hide the products from quantise
+            disabled_optimizers=["MatMulAddFusion"],  # Gemm has no integer kernel with scales per column
         )
         folded = onnx.load(path)
     folded.ir_version = model.ir_version
@@ -216,7 +172,7 @@ def _merge_initialisers(graph: GraphProto) -> None:
 
 
 def _drop_unused_initialisers(graph: GraphProto) -> None:
-    used = {name for node in _nodes(graph) for name in node.input}
+    used = {name for node in _nodes(graph) for name in node.input} | {value.name for value in graph.output}
     kept = [t for t in graph.initializer if t.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)

@@ -1,4 +1,4 @@
-"""ONNX for sherpa-onnx's slot of offline transducers, in fp32 and int8.
+"""ONNX for sherpa-onnx's slot of offline transducers.
 
 ::
 
@@ -42,7 +42,6 @@ from kdrecipe.interfaces import (
     Runner,
     Runtime,
     RuntimeSearch,
-    float_copy,
 )
 
 from . import onnx_files, sherpa
@@ -64,7 +63,8 @@ class OnnxTransducer:
             "rnnt_beam": RuntimeSearch("modified_beam_search", ("beam",)),
         },
     )
-    variants = ("fp32", "int8")
+    variants = onnx_files.VARIANTS
+    ships = staticmethod(onnx_files.ships)
     files = onnx_files.file_names(*PARTS)
     Config = onnx_files.OnnxOptions
     speller = staticmethod(sherpa.transducer_speller)
@@ -73,19 +73,21 @@ class OnnxTransducer:
         self.config = config
 
     def export(self, bundle: BundleLike, directory: Path) -> dict[str, list[str]]:
-        """Write both variants; those of an int8 bundle keep exactly its int8 weights.
+        """Write the variants; that of a quantised bundle has exactly its integers and scales.
 
         Raises:
             KdrecipeError: no head ``rnnt``, an LSTM as its predictor, or another frame rate than the slot's.
         """
         check_head(bundle, self.head, "onnx_transducer")
         sherpa.check_frame_shift(bundle, "onnx_transducer")
-        model = float_copy(bundle.model)
-        context_size = getattr(model.get_submodule("heads.rnnt.predictor"), "context_size", None)
+        context_size = getattr(bundle.model.get_submodule("heads.rnnt.predictor"), "context_size", None)
         if context_size is None:
             raise KdrecipeError(LSTM, where=bundle.name, remedy="train the system with predictor: stateless")
         batch = onnx_files.example_batch(int(bundle.meta["features"]["num_mel_bins"]))
-        parts = _parts(model, bundle, context_size, batch)
+
+        def parts(model: nn.Module) -> list[onnx_files.Part]:
+            return _parts(model, bundle, context_size, batch)
+
         written = onnx_files.write(parts, bundle, self.config, directory)
         sherpa.write_tokens(directory)
         return written
@@ -112,7 +114,7 @@ class OnnxTransducerRunner:
 
     Args:
         directory: where it is.
-        variant: ``fp32`` or ``int8``.
+        variant: ``fp32``, ``int8``, ...
         num_threads: of the runtimes.
         search: ``greedy_search`` or ``modified_beam_search``, of sherpa-onnx.
         beam: hypotheses that the latter keeps.

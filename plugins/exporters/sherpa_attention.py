@@ -31,7 +31,7 @@ Preprocessor: ``audio`` (1, S) float32 at 16 kHz to ``features`` (1, T, F). Enco
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,7 +55,6 @@ from kdrecipe.interfaces import (
     Runner,
     Runtime,
     RuntimeSearch,
-    float_copy,
 )
 
 from . import onnx_files, sherpa
@@ -77,7 +76,8 @@ class SherpaAttention:
         "kdrecipe_plugins.exporters.runtimes:sherpa_attention",
         {"attention_greedy": RuntimeSearch("greedy_search")},
     )
-    variants = ("fp32", "int8")
+    variants = onnx_files.VARIANTS
+    ships = staticmethod(onnx_files.ships)
     files = onnx_files.file_names(*PARTS, float_parts=("preprocessor", "uncached_decoder"))
     Config = onnx_files.OnnxOptions
     speller = staticmethod(sherpa.plain_speller)
@@ -86,13 +86,13 @@ class SherpaAttention:
         self.config = config
 
     def export(self, bundle: BundleLike, directory: Path) -> dict[str, list[str]]:
-        """Write both variants; those of an int8 bundle keep exactly its int8 weights.
+        """Write the variants; that of a quantised bundle has exactly its integers and scales.
 
         Raises:
             KdrecipeError: the model has no head ``attention``.
         """
         check_head(bundle, self.head, "sherpa_attention")
-        written = onnx_files.write(_parts(float_copy(bundle.model), bundle), bundle, self.config, directory)
+        written = onnx_files.write(partial(_parts, bundle), bundle, self.config, directory)
         sherpa.write_tokens(directory)
         _swap_tokens(directory / onnx_files.TOKENS)
         return written
@@ -113,7 +113,7 @@ class SherpaAttentionRunner:
 
     Args:
         directory: where it is.
-        variant: ``fp32`` or ``int8``.
+        variant: ``fp32``, ``int8``, ...
         num_threads: of the runtimes.
     """
 
@@ -253,7 +253,7 @@ def _stacked(state: Any) -> Tensor:
     return torch.stack([torch.stack(list(state.keys)), torch.stack(list(state.values))])
 
 
-def _parts(model: nn.Module, bundle: BundleLike) -> list[Part]:
+def _parts(bundle: BundleLike, model: nn.Module) -> list[Part]:
     num_bins = int(bundle.meta["features"]["num_mel_bins"])
     head: Any = model.get_submodule("heads.attention")
     features, lens = onnx_files.example_batch(num_bins)

@@ -14,9 +14,9 @@ import importlib
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -54,8 +54,8 @@ class TensorRt:
 
     head = "ctc"
     runtime = None
-    variants = ("fp32", "engine")
-    files = {"fp32": {"model": MODEL}, "engine": {"model": ENGINE}}
+    variants: ClassVar = dict.fromkeys(("fp32", "engine"), onnx_files.VARIANTS["fp32"])
+    files: ClassVar = {"fp32": {"model": MODEL}, "engine": {"model": ENGINE}}
     Config = TensorRtOptions
 
     def __init__(self, config: TensorRtOptions) -> None:
@@ -69,7 +69,7 @@ class TensorRt:
         """
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as name:
-            OnnxCtc(OnnxCtc.Config()).export(bundle, Path(name))
+            OnnxCtc(OnnxCtc.Config(variants=("fp32",))).export(bundle, Path(name))
             model = _one_utterance(Path(name) / OnnxCtc.files["fp32"]["model"], bundle.name)
         write_atomic(directory / MODEL, model.SerializeToString())
         shutil.copyfile(bundle.path / onnx_files.TOKENS, directory / onnx_files.TOKENS)
@@ -82,6 +82,11 @@ class TensorRt:
             write_atomic(directory / ENGINE, build(directory / MODEL, shapes))
             shipped["engine"] = [ENGINE, onnx_files.TOKENS]
         return shipped
+
+    @staticmethod
+    def ships(number_formats: Collection[str]) -> str:
+        """Floats, whatever the bundle has."""
+        return "fp32"
 
     def load(self, directory: Path, variant: str, *, num_threads: int = 1) -> Runner:
         """Load a variant: the ONNX file in onnxruntime, the engine in TensorRT.

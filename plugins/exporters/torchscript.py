@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from kdrecipe.data.tokens import read_pieces
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import SAMPLE_RATE, BundleLike, Hypothesis, Options, Runner, float_copy
 
+from .onnx_files import VARIANTS, ships
 from .shared import (
     CtcLogProbs,
     best_path,
@@ -34,12 +35,16 @@ NOTES = "kdrecipe.json"  # within the file: features and frame shift
 
 
 class TorchScript:
-    """Exporter ``torchscript``; int8 only of int8 bundles, and that for the CPU."""
+    """Exporter ``torchscript``; integers only of quantised bundles, and those for the CPU."""
 
     head = "ctc"
     runtime = None
-    variants = ("fp32", "int8")
-    files = {"fp32": {"model": "model.pt"}, "int8": {"model": "model.int8.pt"}}
+    variants: ClassVar = {name: VARIANTS[name] for name in ("fp32", "int4", "int8")}
+    files: ClassVar = {
+        "fp32": {"model": "model.pt"},
+        "int4": {"model": "model.int4.pt"},
+        "int8": {"model": "model.int8.pt"},
+    }
 
     class Config(Options):
         """Nothing to choose."""
@@ -48,16 +53,14 @@ class TorchScript:
         self.config = config
 
     def export(self, bundle: BundleLike, directory: Path) -> dict[str, list[str]]:
-        """Write ``model.pt``, of an int8 bundle ``model.int8.pt`` as well, and ``tokens.txt``.
+        """Write ``model.pt``, of a quantised bundle its own as well, and ``tokens.txt``.
 
         Raises:
             KdrecipeError: the model has no CTC head.
         """
         check_head(bundle, self.head, "torchscript")
         directory.mkdir(parents=True, exist_ok=True)
-        models = {"fp32": float_copy(bundle.model)}
-        if bundle.is_int8:
-            models["int8"] = bundle.model
+        models = {"fp32": float_copy(bundle.model), self.ships(bundle.number_formats): bundle.model}
         notes = {"features": bundle.meta["features"], "frame_shift_s": bundle.meta["frame_shift_s"]}
         for variant, model in models.items():
             traced = _trace(model, int(bundle.meta["features"]["num_mel_bins"]))
@@ -66,6 +69,11 @@ class TorchScript:
             )
         shutil.copyfile(bundle.path / "tokens.txt", directory / "tokens.txt")
         return {variant: [self.files[variant]["model"], "tokens.txt"] for variant in models}
+
+    @staticmethod
+    def ships(number_formats: Collection[str]) -> str:
+        """The variant that computes as a bundle does; scales per frame or static make no difference here."""
+        return ships(number_formats).removesuffix("_qdq")
 
     def load(self, directory: Path, variant: str, *, num_threads: int = 1) -> Runner:
         """Load a variant; ``num_threads`` is the process's to set, with ``torch.set_num_threads``.

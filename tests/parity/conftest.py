@@ -86,7 +86,7 @@ def train(directory: Path, description: dict, num_epochs: int = 26) -> Trained:
     Bundle.save(directory / "float", model, tokens, meta)
     compressor = Int8Dynamic(Int8Dynamic.Config())
     quantised = compressor.finish(compressor.apply(model, CompressContext(lambda: [])))
-    step = {"name": "int8_dynamic", "options": {}, "report": compressor.report()}
+    step = {"name": "int8_dynamic", "options": {}, "report": compressor.report(), "state": compressor.state()}
     Bundle.save(directory / "int8", quantised, tokens, {**meta, "name": "tiny_int8", "compression": [step]})
     return Trained(
         Bundle.load(directory / "float", registry),

@@ -1,7 +1,5 @@
 """Exports in the runtimes they are for: onnxruntime, sherpa-onnx, libtorch."""
 
-import collections
-import logging
 import shutil
 import warnings
 import zipfile
@@ -20,9 +18,9 @@ from kdrecipe.measure.edits import Edits, edits
 from kdrecipe.measure.parity import check_parity
 from kdrecipe.model.bundle import Bundle
 from kdrecipe.recipe.sections import Parity
-from kdrecipe_plugins.compressors.int8_dynamic import Int8Linear
+from kdrecipe_plugins.compressors.integer_layers import Int8Linear
 from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc, OnnxRunner
-from kdrecipe_plugins.exporters.onnx_graph import quantise, slim
+from kdrecipe_plugins.exporters.onnx_graph import halve, slim
 from kdrecipe_plugins.exporters.torchscript import TorchScript
 
 
@@ -110,14 +108,6 @@ def test_layers_that_an_int8_bundle_keeps_in_float_stay_so(exports, trained, tmp
     assert [w.tobytes() for w in kept if w.shape == weight_IO.shape] == [weight_IO.tobytes()]
 
 
-def test_options_of_the_int8_file(trained, tmp_path):
-    exporter(conv_weights="float32", reduce_range=True).export(trained.bundle, tmp_path)
-    weights = initialisers(tmp_path / "model.int8.onnx")
-    assert max(int(np.abs(w.astype(int)).max()) for w in weights if w.dtype == np.int8) == 63
-    convs = {w.shape for w in weights if w.dtype == np.float32 and w.ndim == 4 and w.size > 48}
-    assert convs == {(32, 1, 3, 3), (32, 32, 3, 3), (48, 1, 15, 1)}
-
-
 def test_export_says_nothing_on_the_terminal(trained, tmp_path, capfd):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -146,31 +136,10 @@ def test_onnx_int8_is_near_torch(exports, trained, kind):
     features_BTF, lens_B = random_batch(1, 400)
     (expected,) = expected_of(bundle.model, features_BTF, lens_B)
     (found,) = found_of(exporter().load(exports / kind, "int8"), features_BTF, lens_B)
-    assert (np.exp(expected) * (expected - found)).sum(-1).mean() < 5e-3
+    # what an int8 bundle scores is what its file computes, but for roundings at a tie
+    assert (np.exp(expected) * (expected - found)).sum(-1).mean() < {"float": 5e-3, "int8": 1e-4}[kind]
     (fp32,) = found_of(exporter().load(exports / kind, "fp32"), features_BTF, lens_B)
     assert np.abs(fp32 - found).max() > 1e-4  # it does compute in int8
-
-
-def test_int8_graph_equals_that_of_onnxruntimes_own_tool(exports, trained, tmp_path):
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    logging.disable(logging.WARNING)
-    quantize_dynamic(
-        exports / "float" / "model.onnx",
-        tmp_path / "model.int8.onnx",
-        op_types_to_quantize=["MatMul"],
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-    )
-    logging.disable(logging.NOTSET)
-    shutil.copy(exports / "float" / "tokens.txt", tmp_path)
-    theirs = exporter().load(tmp_path, "int8")
-    exporter(conv_weights="float32").export(trained.bundle, tmp_path / "ours")
-    ours = exporter().load(tmp_path / "ours", "int8")
-    features_BTF, lens_B = random_batch(1, 300)
-    (a,), (b,) = found_of(theirs, features_BTF, lens_B), found_of(ours, features_BTF, lens_B)
-    # rounding at a tie may go the other way now and then
-    assert np.abs(a - b).mean() < 1e-3
 
 
 def test_sherpa_onnx_recognises_what_the_bundle_does_and_when(exports, trained):
@@ -218,7 +187,10 @@ def test_torchscript_of_float_and_int8_bundles(trained, tmp_path):
             np.testing.assert_allclose(b, a, atol=1e-4)
     sizes = [bytes_of_weights(tmp_path / "int8" / n) for n in ("model.pt", "model.int8.pt")]
     assert sizes[1] < sizes[0] * 0.4
-    assert check_parity(trained.int8, scripts, tmp_path / "int8", trained.utterances[:3])["int8"]["kl"] < 1e-6
+    figures = check_parity(
+        trained.int8, scripts, tmp_path / "int8", trained.utterances[:3], variants=["fp32", "int8"]
+    )
+    assert figures["int8"]["kl"] < 1e-6
 
 
 # ---------------------------------------------------------------- mistakes
@@ -285,7 +257,9 @@ def test_a_list_of_tokens_that_was_cut_short_is_named(
 
 
 def test_parity_gives_figures(exports, trained):
-    figures = check_parity(trained.int8, exporter(), exports / "int8", trained.utterances)
+    figures = check_parity(
+        trained.int8, exporter(), exports / "int8", trained.utterances, variants=["fp32", "int8"]
+    )
     assert figures["num_utterances"] == len(trained.utterances)
     assert figures["fp32"]["max_log_prob_diff"] < 1e-3
     assert 0 < figures["int8"]["kl"] < 0.01
@@ -296,8 +270,8 @@ def test_parity_gives_figures(exports, trained):
 @pytest.mark.parametrize(
     ("limit", "message"),
     [
-        ({"max_log_prob_diff_fp32": 1e-9}, r"tiny, ctc fp32: largest difference.*max_log_prob_diff_fp32"),
-        ({"max_kl_int8": 1e-9}, r"tiny, ctc int8: divergence.*max_kl_int8"),
+        ({"max_log_prob_diff": 1e-9}, r"tiny, ctc fp32: largest difference.*parity.max_log_prob_diff"),
+        ({"max_kl": {"int8": 1e-9}}, r"tiny, ctc int8: divergence.*parity.max_kl"),
     ],
 )
 def test_parity_names_the_bound_that_breaks(exports, trained, limit, message):
@@ -322,8 +296,7 @@ def test_parity_sees_an_export_that_leaves_words_out(exports, trained, tmp_path)
         sabotaged(exports, trained, tmp_path, favour_blanks)
     broken = {p.what.rpartition("parity.")[2].rstrip(")") for p in error.value.problems}
     assert broken == {
-        "max_log_prob_diff_fp32", "max_token_error_fp32", "max_kl_int8", "max_token_error_int8",
-        "max_wer_increase_int8", "max_deletion_increase_int8",
+        "max_log_prob_diff", "max_kl", "max_token_error", "max_wer_increase", "max_deletion_increase",
     }  # fmt: skip
 
 
@@ -380,7 +353,7 @@ def test_edits(reference, hypothesis, expected):
 # ---------------------------------------------------------------- graphs
 
 
-def test_slim_and_quantise_keep_graphs_with_branches():
+def test_slim_and_halve_keep_graphs_with_branches():
     """Names within ``If`` refer to tensors outside; shortened, they must still."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((4, 3)).astype(np.float32)
@@ -407,24 +380,13 @@ def test_slim_and_quantise_keep_graphs_with_branches():
 
     small = slim(model)
     x = rng.standard_normal((5, 4)).astype(np.float32)
-    for candidate, tolerance in [(small, 1e-6), (quantise(small), 0.1)]:
+    for candidate, tolerance in [(small, 1e-6), (halve(small), 0.01)]:
         session = onnxruntime.InferenceSession(
             candidate.SerializeToString(), providers=["CPUExecutionProvider"]
         )
         for flag, shift in [(True, 1.0), (False, -1.0)]:
             (y,) = session.run(None, {"x": x, "flag": np.array(flag)})
             np.testing.assert_allclose(y, x @ weight + shift, atol=tolerance)
-
-
-def test_quantise_shares_the_quantised_activations():
-    weights = [numpy_helper.from_array(np.eye(4, dtype=np.float32) * (i + 1), f"w{i}") for i in range(2)]
-    nodes = [helper.make_node("MatMul", ["x", f"w{i}"], [f"p{i}"]) for i in range(2)]
-    nodes.append(helper.make_node("Add", ["p0", "p1"], ["y"]))
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(nodes, "g", [value("x", 1, ["N", 4])], [value("y", 1, ["N", 4])], weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    types = collections.Counter(n.op_type for n in quantise(model).graph.node)
-    assert (types["DynamicQuantizeLinear"], types["MatMulInteger"], types["MatMul"]) == (1, 2, 0)
 
 
 def test_an_increase_is_held_against_an_export_only_beyond_chance():
@@ -435,35 +397,3 @@ def test_an_increase_is_held_against_an_export_only_beyond_chance():
     assert _beyond_chance([4, -3, 5, -4, 3, 2], 3) == 0, "as often better as worse"
     assert _beyond_chance([-1] * 10, 3) == 0, "better"
     assert _beyond_chance([], 3) == 0
-
-
-def test_products_and_lookups_in_a_row_keep_scales_of_their_own():
-    """A map of low rank is two products with nothing between; an embedding may feed one."""
-    rng = np.random.default_rng(0)
-    table, first, second = (
-        rng.standard_normal(shape).astype(np.float32) for shape in ((5, 8), (8, 2), (2, 8))
-    )
-    nodes = [
-        helper.make_node("Gather", ["table", "ids"], ["x"]),
-        helper.make_node("MatMul", ["x", "first"], ["y"]),
-        helper.make_node("MatMul", ["y", "second"], ["z"]),
-    ]
-    weights = [
-        numpy_helper.from_array(w, n) for n, w in (("table", table), ("first", first), ("second", second))
-    ]
-    inputs = [helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, [3])]
-    outputs = [helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [3, 8])]
-    model = helper.make_model(
-        helper.make_graph(nodes, "g", inputs, outputs, weights),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=8,
-    )
-    small = quantise(model, embeddings=True)
-    onnx.checker.check_model(small)
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(small.SerializeToString(), providers=["CPUExecutionProvider"])
-    ids = np.array([0, 3, 4])
-    (found,) = session.run(None, {"ids": ids})
-    wanted = table[ids] @ first @ second
-    assert np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()

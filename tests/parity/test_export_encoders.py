@@ -1,11 +1,15 @@
 """Encoders other than the Conformer, from training to sherpa-onnx, in float and int8."""
 
+import copy
+
 import onnx
 import pytest
 from conftest import train
 
 from kdrecipe.cli.transcribe import BundleRunner
+from kdrecipe.interfaces import CompressContext
 from kdrecipe.measure.parity import check_parity
+from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic
 from kdrecipe_plugins.exporters.onnx_ctc import OnnxCtc
 
 ENCODERS = {
@@ -41,9 +45,12 @@ def test_an_encoder_exports_in_float_and_int8(bundles, tmp_path):
 
 def test_lstms_are_stored_in_8_bits_and_compute_in_float(tmp_path_factory, tmp_path):
     options = {**ENCODERS["bilstm"], "dropout": 0.0, "heads": {"ctc": {}}}
-    bundle = train(tmp_path_factory.mktemp("lstm"), {"name": "bilstm", **options}, num_epochs=1).bundle
-    for stored, name in (("int8", "stored"), ("float32", "float")):
-        OnnxCtc(OnnxCtc.Config(conv_weights=stored)).export(bundle, tmp_path / name)
+    bundles = train(tmp_path_factory.mktemp("lstm"), {"name": "bilstm", **options}, num_epochs=1)
+    OnnxCtc(OnnxCtc.Config()).export(bundles.int8, tmp_path / "stored")
+    model = copy.deepcopy(bundles.bundle.model)
+    Int8Dynamic(Int8Dynamic.Config(others="float32")).apply(model, CompressContext(lambda: []))
+    bundles.int8.model = model
+    OnnxCtc(OnnxCtc.Config()).export(bundles.int8, tmp_path / "float")
     graph = onnx.load(tmp_path / "stored" / "model.int8.onnx").graph
     lstms = [node for node in graph.node if node.op_type == "LSTM"]
     assert len(lstms) == 2

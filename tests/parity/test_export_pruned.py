@@ -22,10 +22,10 @@ REGISTRY = load_plugins().registry
 ALL = ["heads", "units", "channels", "width"]
 # what is left of the words after such a cut is no matter here
 LOOSE = Parity(
-    max_token_error_int8=1,
+    max_token_error=1,
     max_token_error_runtime=1,
-    max_wer_increase_int8=100,
-    max_deletion_increase_int8=100,
+    max_wer_increase=100,
+    max_deletion_increase=100,
 )
 
 

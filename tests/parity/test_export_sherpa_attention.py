@@ -11,6 +11,7 @@ from kdrecipe.measure.parity import check_parity
 from kdrecipe.measure.reference import reference
 from kdrecipe.measure.runtime import measure_export
 from kdrecipe.model.bundle import Bundle
+from kdrecipe.recipe.sections import Parity
 from kdrecipe_plugins.exporters.fbank_graph import FbankGraph
 from kdrecipe_plugins.exporters.sherpa_attention import SherpaAttention, swapped
 
@@ -52,7 +53,8 @@ def test_log_posteriors_along_a_path_equal_torch(sherpa_attentions, all_heads, k
 
 def test_sherpa_onnx_hears_what_the_bundle_hears(sherpa_attentions, all_heads):
     for kind, bundle in (("float", all_heads.bundle), ("int8", all_heads.int8)):
-        found = check_parity(bundle, exporter(), sherpa_attentions / kind, all_heads.utterances)
+        limits = Parity(max_token_error={"int8": 0.2})  # a handful of tokens
+        found = check_parity(bundle, exporter(), sherpa_attentions / kind, all_heads.utterances, limits)
         assert found["fp32"]["token_error"] == found["fp32"]["runtime_token_error"] == 0.0
         assert found["fp32"]["rewritten"] == found["int8"]["rewritten"] == 0.0
 

@@ -20,7 +20,7 @@ from kdrecipe.model.asr import build_model
 from kdrecipe.model.bundle import Bundle
 from kdrecipe.recipe.load import load_recipe
 from kdrecipe.recipe.suitable import exporters_for
-from kdrecipe_plugins.compressors.int8_dynamic import Int8Linear
+from kdrecipe_plugins.compressors.integer_layers import Int8Linear
 from kdrecipe_plugins.exporters.onnx_transducer import OnnxTransducer, OnnxTransducerRunner
 
 FILES = [f"{part}{infix}.onnx" for infix in ("", ".int8") for part in ("encoder", "decoder", "joiner")]

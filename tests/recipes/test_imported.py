@@ -95,7 +95,7 @@ systems:
       losses: [{name: ctc}]
 export: [{name: onnx_ctc}]
 decode: {splits: [test], measure_max: 2, robustness: 2}
-parity: {num_utterances: 2, max_wer_increase_int8: 100, max_deletion_increase_int8: 100}
+parity: {num_utterances: 2, max_wer_increase: 100, max_deletion_increase: 100}
 """
 
 

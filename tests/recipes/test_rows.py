@@ -55,9 +55,9 @@ decode:
 export: [{name: onnx_ctc}, {name: onnx_transducer}, {name: sherpa_attention}, {name: onnx_attention}]
 parity:
   num_utterances: 2
-  max_token_error_int8: 1
-  max_wer_increase_int8: 100
-  max_deletion_increase_int8: 100
+  max_token_error: 1
+  max_wer_increase: 100
+  max_deletion_increase: 100
 """
 SHIPPED = {
     "attention": ("joint", "onnxruntime", "joint_beam", "fp32"),

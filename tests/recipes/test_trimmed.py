@@ -72,7 +72,7 @@ systems:
 decode: {splits: [test], measure_max: 2, robustness: 0, decoders: {greedy: {name: attention_greedy}}}
 export: [{name: onnx_attention}]
 parity:
-  {num_utterances: 2, max_wer_increase_int8: 100, max_deletion_increase_int8: 100, max_token_error_int8: 1}
+  {num_utterances: 2, max_wer_increase: 100, max_deletion_increase: 100, max_token_error: 1}
 """
 
 
@@ -217,7 +217,7 @@ lm: {name: ngram, order: 2, word_order: 2}
 export: [{name: onnx_attention}]
 decode: {splits: [test], measure_max: 2, robustness: 0, decoders: {greedy: {name: attention_greedy}}}
 parity:
-  {num_utterances: 2, max_wer_increase_int8: 100, max_deletion_increase_int8: 100, max_token_error_int8: 1}
+  {num_utterances: 2, max_wer_increase: 100, max_deletion_increase: 100, max_token_error: 1}
 """
 )
 

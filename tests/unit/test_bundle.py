@@ -105,7 +105,7 @@ def test_a_bundle_comes_back_as_it_was(saved, registry, tokens):
     assert_same_outputs(bundle.model, saved.model)
     assert not bundle.model.training
     assert bundle.tokens.pieces == tokens.pieces
-    assert (bundle.name, bundle.is_int8) == ("tiny", False)
+    assert (bundle.name, bundle.number_formats) == ("tiny", {"fp32"})
     assert bundle.meta["params"] == sum(p.numel() for p in saved.model.parameters())
     assert bundle.meta["frame_shift_s"] == pytest.approx(0.04)
     assert bundle.info.vocab_id == tokens.vocab_id
@@ -181,12 +181,13 @@ def test_a_compressed_bundle_gives_the_same_outputs(registry, tokens, tmp_path, 
                 "name": registered[type(compressor).__name__],
                 "options": compressor.config.model_dump(mode="json"),
                 "report": compressor.report(),
+                "state": compressor_state("its name", compressor),
             }
         )
     Bundle.save(tmp_path / "bundle", model, tokens, {**META, "kind": "compressed", "compression": steps})
     bundle = Bundle.load(tmp_path / "bundle", registry)
     assert_same_outputs(bundle.model, model)
-    assert bundle.is_int8 == ("int8" in name)
+    assert bundle.number_formats == {"int8" if "int8" in name else "fp32"}
     assert bundle.meta["params"] == count_params(make_model(registry, tokens))  # smaller, not fewer
 
 
@@ -255,11 +256,11 @@ def test_the_number_format_is_that_of_the_weights_whatever_the_step_is_called(re
     model = make_model(registry, tokens)
     named_int8 = [{"name": "int8_in_name_only", "options": {}, "report": {}, "state": {}}]
     named = Bundle.save(tmp_path / "named", model, tokens, {**META, "compression": named_int8})
-    assert (named.meta["number_format"], named.is_int8) == ("fp32", False)
+    assert named.number_formats == {"fp32"}
     model = Int8Dynamic(Int8Dynamic.Config()).apply(model, CompressContext(lambda: []))
     other = [{"name": "quantise_my_way", "options": {}, "report": {}, "state": {}}]
     quantised = Bundle.save(tmp_path / "int8", model, tokens, {**META, "compression": other})
-    assert (quantised.meta["number_format"], quantised.is_int8) == ("int8", True)
+    assert quantised.number_formats == {"int8"}
 
 
 def test_a_bundle_has_a_frame_shift_for_each_tap_and_head(saved, registry):

@@ -8,7 +8,8 @@ from torch import nn
 
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import CompressContext
-from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic, Int8Linear
+from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic
+from kdrecipe_plugins.compressors.integer_layers import Int8Linear
 from kdrecipe_plugins.compressors.magnitude_prune import MagnitudePrune
 
 CONTEXT = CompressContext(calibration=lambda: [])
@@ -65,8 +66,8 @@ def test_int8_output_is_close_and_parameters_stay_as_many():
     assert (compressed(features()) - expected).abs().max() < 0.02 * expected.abs().max()
     assert sum(p.numel() for p in compressed.parameters()) == num_params
     report = compressor.report()
-    assert report["int8_layers"] == 3
-    assert report["int8_share"] == pytest.approx((16 * 48 * 2 + 16 * 10) / num_params)
+    assert report["int8_layers"] == 4  # the convolution is stored in 8 bits
+    assert report["int8_share"] == pytest.approx((16 * 48 * 2 + 16 * 10 + 16 * 3) / num_params)
 
 
 def test_int8_weights_are_rounded_to_the_nearest_step_of_their_row():

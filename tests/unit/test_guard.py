@@ -180,7 +180,7 @@ systems:
       training: {epochs: 1}
 export: [{name: onnx_ctc}]
 decode: {splits: [test], measure_max: 2}
-parity: {num_utterances: 2, max_wer_increase_int8: 100, max_deletion_increase_int8: 100}
+parity: {num_utterances: 2, max_wer_increase: 100, max_deletion_increase: 100}
 """
 
 

@@ -17,7 +17,16 @@ from torch import nn
 from kdrecipe.cli.bench import _num_params
 from kdrecipe.corpus.audio import Utterance
 from kdrecipe.errors import KdrecipeError
-from kdrecipe.interfaces import Hypothesis, Metric, ModelOutput, Options, Runtime, RuntimeSearch
+from kdrecipe.interfaces import (
+    Bounds,
+    Hypothesis,
+    Metric,
+    ModelOutput,
+    Options,
+    Runtime,
+    RuntimeSearch,
+    Variant,
+)
 from kdrecipe.measure.runtime import measure_files
 from kdrecipe.measure.search import search_rtf
 from kdrecipe.model.decoders import build_decoder
@@ -154,7 +163,8 @@ def test_a_runtime_may_load_files_of_any_kind(tmp_path: Path) -> None:
 def test_an_int8_system_whose_exporter_has_no_int8_files_keeps_its_row() -> None:
     class Fp32Only:
         head = "ctc"
-        variants = ("fp32",)
+        variants = {"fp32": Variant(Bounds(), "")}
+        ships = staticmethod(lambda number_formats: next(iter(number_formats)))
         runtime = Runtime("box", "nowhere:start", {"plain": RuntimeSearch("quick")})
         files = {"fp32": {"model": "m"}}
 
@@ -165,7 +175,7 @@ def test_an_int8_system_whose_exporter_has_no_int8_files_keeps_its_row() -> None
     registry.add("exporters", "boxed", Fp32Only, "here")
     recipe: Any = SimpleNamespace(plugins=SimpleNamespace(registry=registry), export=[Named("boxed")])
     meta = {"model": {"name": "x", "heads": {"ctc": {}}}}
-    bundle: Any = SimpleNamespace(is_int8=True, name="kd", meta=meta)
+    bundle: Any = SimpleNamespace(number_formats={"int8"}, name="kd", meta=meta)
     said = {"test": [{"id": "a", "hyp": "x"}]}
     row = row_of(recipe, bundle, Path("exports"), ("greedy", Named("plain")), {}, said, list)
     assert row.hypotheses is said

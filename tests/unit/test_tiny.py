@@ -79,7 +79,7 @@ def test_the_core_shrinks(load):
     assert recipe.features.speed_perturb == (1.0,)
     assert (recipe.lm.order, recipe.lm.word_order) == (2, 2)
     assert (recipe.decode.measure_max, recipe.parity.num_utterances) == (5, 5)
-    assert recipe.parity.max_wer_increase_int8 == 100
+    assert recipe.parity.max_wer_increase == 100
 
 
 def test_training_shrinks_where_it_is_written(load):
