@@ -28,7 +28,7 @@ STEEPNESS = 2 / 3  # beta, gamma and zeta of the paper
 LOW, HIGH = -0.1, 1.1
 OPEN = 2.5  # log alpha at the start: open with a probability of 0.98
 SPREAD = 0.1  # of magnitudes in log alpha at the start: what is small closes first
-SPEED = 20.0  # gates and multipliers learn so much faster than weights
+SPEED = 100.0  # gates and multipliers learn so much faster than weights: they have far to go in a short run
 NAME = "unit_gates"
 
 

@@ -10,7 +10,7 @@ from kdrecipe.model.asr import build_model
 from kdrecipe.plugin.loader import load_plugins
 from kdrecipe.testing.compressor_checks import CompressorCase
 from kdrecipe.testing.contracts import compressor_contract
-from kdrecipe_plugins.compressors.hard_concrete import Gates, HardConcrete
+from kdrecipe_plugins.compressors.hard_concrete import SPEED, Gates, HardConcrete
 
 REGISTRY = load_plugins().registry
 ALL = ["heads", "units", "channels", "width"]
@@ -68,7 +68,7 @@ def test_expected_number_of_open_gates_is_that_of_many_draws():
     torch.manual_seed(0)
     gates = Gates([torch.ones(4)]).train()
     with torch.no_grad():
-        gates.thetas[0].copy_(torch.tensor([-0.1, 0.0, 0.05, 0.1]))
+        gates.thetas[0].copy_(torch.tensor([-2.0, 0.0, 1.0, 2.0]) / SPEED)
         counts = 0.0
         for _ in range(2000):
             gates.draw()
@@ -78,18 +78,19 @@ def test_expected_number_of_open_gates_is_that_of_many_draws():
     assert float(gates.expected(0).detach()) == pytest.approx(counts / 2000, rel=0.03)
 
 
-def test_the_lagrangian_leads_to_the_target_and_the_rest_is_as_asked_for():
+@pytest.mark.parametrize(("num_steps", "lr"), [(400, 5e-3), (120, 2e-3)], ids=["long", "short"])
+def test_the_lagrangian_leads_to_the_target_and_the_rest_is_as_asked_for(num_steps, lr):
     torch.manual_seed(0)
     model, compressor = gated(built(), share=0.5, ramp=0.9)
-    before, gates, num_steps = params(built()), model.unit_gates, 400
-    optimiser = torch.optim.Adam(gates.parameters(), lr=5e-3)
+    before, gates = params(built()), model.unit_gates
+    optimiser = torch.optim.Adam(gates.parameters(), lr=lr)
     for step in range(1, num_steps + 1):
         optimiser.zero_grad()
         penalty = compressor.penalty(model, step, num_steps)
         if penalty.requires_grad:
             penalty.backward()
             optimiser.step()
-        if step == 360:
+        if step == round(0.9 * num_steps):
             sizes = compressor._sizes([gates.expected(i) for i in range(len(gates.thetas))])
             assert float(sizes.detach()) / before == pytest.approx(0.5, abs=0.05)
         compressor.on_step(model, step, num_steps)
