@@ -21,6 +21,7 @@ from kdrecipe.recipe.sections import (
     Corpus,
     Decode,
     Named,
+    Parity,
     System,
     Term,
     depth_first,
@@ -465,6 +466,17 @@ class Checker:
 
     def _problem(self, system: System, rest: KeyPath, what: str, remedy: str = "") -> None:
         self.parser.problem(self._path(system, *rest), what, remedy)
+
+
+def check_parity_bounds(parser: Parser, parity: Parity, exports: Sequence[Named]) -> None:
+    """Bounds by variant are of variants that some exporter knows."""
+    classes = [parser.registry.get("exporters", e.name) for e in exports]
+    variants = {variant for cls in classes for variant in getattr(cls, "files", ())}
+    for key, bound in parity:
+        for name in bound if isinstance(bound, dict) and variants else ():
+            if name not in variants:
+                what = f"no exporter in export has a variant {name!r}"
+                parser.problem(("parity", key, name), what, did_you_mean(name, sorted(variants)))
 
 
 def _systems(names: list[str]) -> str:

@@ -15,7 +15,7 @@ from kdrecipe.plugin.loader import Plugins, load_plugins
 from kdrecipe.plugin.returned import returned
 from kdrecipe.recipe import tiny
 from kdrecipe.recipe.bundles import check_features
-from kdrecipe.recipe.checks import Checker
+from kdrecipe.recipe.checks import Checker, check_parity_bounds
 from kdrecipe.recipe.fit import FitChecker
 from kdrecipe.recipe.learnt import check_lm, check_own_tokens, with_text
 from kdrecipe.recipe.parsing import TOP_KEYS, Parser
@@ -261,6 +261,7 @@ def load_recipe(
     exports = parser.exports(systems)
     checker = Checker(parser, systems, corpus, decode, exports)
     checker.check()
+    check_parity_bounds(parser, parity, exports)
     check_lm(parser, lm, decode)
     check_own_tokens(parser, tokens, systems)
     tokens = with_text(parser, "tokens", tokens, systems, corpus)

@@ -107,3 +107,12 @@ def test_mistakes_are_found_before_any_work(tmp_path, steps, said):
     assert said in done.err
     assert "recipe.yaml:" in done.err
     assert "Traceback" not in done.said
+
+
+def test_bounds_of_a_variant_that_nobody_writes_are_refused(tmp_path):
+    recipe = write_recipe(tmp_path / "wrong", RECIPE.replace("parity: {", "parity: {max_kl: {int9: 0.1}, "))
+    (tmp_path / "corpus").mkdir()
+    done = kdrecipe("check", recipe, CORPUS_ROOT=tmp_path / "corpus")
+    assert done.status == 2
+    assert "no exporter in export has a variant 'int9'" in done.err
+    assert "int8" in done.err
