@@ -17,7 +17,8 @@ import click
 import pytest
 from pydantic import BaseModel
 
-from kdrecipe.cli.main import cli, find_recipe
+from kdrecipe.cli.main import cli
+from kdrecipe.cli.recipe_commands import find_recipe
 from kdrecipe.cli.scaffold import write_plugin
 from kdrecipe.plugin.loader import Plugins, load_plugins
 from kdrecipe.plugin.registry import KINDS

@@ -11,7 +11,8 @@ import click
 import pytest
 
 from kdrecipe.cli import scaffold
-from kdrecipe.cli.main import cli, find_recipe, main
+from kdrecipe.cli.main import cli, main
+from kdrecipe.cli.recipe_commands import find_recipe
 from kdrecipe.cli.scaffold import TEMPLATES, write_plugin
 from kdrecipe.errors import DataError, KdrecipeError, ParityError, RecipeError, TrainingError
 from kdrecipe.recipe.executor import LocalOptions, SlurmOptions

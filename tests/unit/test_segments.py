@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from kdrecipe.cli.main import transcribe
+from kdrecipe.cli.model_commands import transcribe
 from kdrecipe.corpus.audio import open_audio, read_audio, recognise_long
 from kdrecipe.corpus.segments import LONGEST_S, joined, segments
 from kdrecipe.errors import DataError
