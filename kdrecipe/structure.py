@@ -27,7 +27,7 @@ def unit_groups(model: nn.Module, parts: Sequence[str] = (ENCODER,)) -> list[Uni
         parts: ``encoder``, and names of heads.
 
     Raises:
-        KdrecipeError: a part is missing, or does not say what may be cut.
+        KdrecipeError: a part is missing, is quantised, or does not say what may be cut.
     """
     heads: Any = dict(model.get_submodule("heads").named_children())
     found: list[UnitGroup] = []
@@ -45,6 +45,8 @@ def unit_groups(model: nn.Module, parts: Sequence[str] = (ENCODER,)) -> list[Uni
                 where=path,
                 remedy="give the class a method unit_groups(), see docs/hooks.md, or choose other parts",
             )
+        if quantised := [layer for layer in owner.modules() if hasattr(layer, "number_format")]:
+            raise _uncuttable(quantised[0])
         found += [_with_readers(group.below(path), heads) for group in owner.unit_groups()]
     return [group for group in found if any(part.side == "in" for part in group.parts)]
 
@@ -171,7 +173,11 @@ def _shape(layer: nn.Module) -> tuple[tuple[int, int], _Count]:
         return (layer.embedding_dim, 0), lambda o, i: o * layer.num_embeddings
     if isinstance(layer, nn.LSTM) and layer.num_layers == 1 and not layer.bidirectional:
         return (layer.hidden_size, layer.input_size), lambda o, i: 4 * o * (o + i + 2 * int(layer.bias))
-    raise KdrecipeError(
+    raise _uncuttable(layer)
+
+
+def _uncuttable(layer: nn.Module) -> KdrecipeError:
+    return KdrecipeError(
         f"a layer of the kind {type(layer).__name__} can't be cut",
         remedy="prune a float system first, and give steps that change its layers (int8, low_rank) after it",
     )

@@ -163,8 +163,9 @@ class ByteBpe:
         return [i for word in words(" " + text) for i in self._word(word)] if text else []
 
     def spell(self, ids: Sequence[int]) -> str:
-        """Text of ids from 3 on, with the space before its first word; what is no UTF-8 becomes U+FFFD."""
-        return b"".join(as_bytes(self._symbols[i - 3]) for i in ids).decode("utf-8", "replace")
+        """Text of ids from 3 on, with the space before its first word; what is no UTF-8 is left out, as in
+        sherpa-onnx."""
+        return b"".join(as_bytes(self._symbols[i - 3]) for i in ids).decode("utf-8", "ignore")
 
     def _word(self, word: str) -> list[int]:
         if word not in self._known_words:

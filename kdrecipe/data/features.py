@@ -262,9 +262,9 @@ def _no_collection() -> Iterator[None]:
 
 def _placed(item: dict[str, Any], folder: str) -> dict[str, Any]:
     """A stored cut with paths below ``folder``: done to Lhotse's objects, it took as long as all the rest."""
-    features = item["features"]
-    # One text for all: there are few of these paths, and many cuts.
-    features["storage_path"] = sys.intern(os.path.join(folder, features["storage_path"]))
+    if (features := item.get("features")) is not None:
+        # One text for all: there are few of these paths, and many cuts.
+        features["storage_path"] = sys.intern(os.path.join(folder, features["storage_path"]))
     for source in item["recording"]["sources"]:
         if source["type"] == "file":
             source["source"] = os.path.join(folder, source["source"])

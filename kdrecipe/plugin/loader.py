@@ -37,7 +37,7 @@ SHIPPED = ("kdrecipe_plugins", "kdrecipe_local")
 """Packages whose modules are plugins wherever they carry ``@hookimpl``: found by folder, declared nowhere."""
 CORE_COMMANDS = (
     "bench", "check", "compare", "demo", "new", "plugins", "regenerate", "run", "sensitivity", "stages",
-    "transcribe",
+    "status", "transcribe",
 )  # fmt: skip
 
 

@@ -95,6 +95,7 @@ def _train(compressor: Any, model: nn.Module, batch: Batch) -> float:
     optimizer = torch.optim.SGD(params, lr=0.01)
     model.train()
     for step in range(1, NUM_STEPS + 1):
+        torch.manual_seed(step)  # as in training, where random numbers depend on the step alone
         optimizer.zero_grad()
         loss = _loss(model, batch)
         if hasattr(compressor, "penalty"):

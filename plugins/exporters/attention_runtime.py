@@ -478,7 +478,7 @@ def _spelled(pieces: Iterable[str]) -> str:
         else piece.replace("\u2581", " ").encode()
         for piece in pieces
     )
-    return b"".join(parts).decode("utf-8", "replace").strip()
+    return b"".join(parts).decode("utf-8", "ignore").strip()
 
 
 def _read_pieces(path: Path) -> list[str]:

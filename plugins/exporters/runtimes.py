@@ -57,6 +57,17 @@ def _sherpa_arguments(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def names_of(found: Any) -> tuple[list[str], bool]:
+    """Names of the tokens in a result of sherpa-onnx, and whether these are the ones that it said.
+
+    Python can't read the name of a token that is part of a letter. Then each byte of the text is named.
+    """
+    try:
+        return list(found.tokens), True
+    except UnicodeDecodeError:
+        return [f"<0x{byte:02X}>" for byte in found.text.strip().encode()], False
+
+
 def _sherpa(recogniser: Any) -> Recognise:
     def recognise(samples_S: Any, sample_rate: int) -> dict[str, Any]:
         stream = recogniser.create_stream()
@@ -65,7 +76,7 @@ def _sherpa(recogniser: Any) -> Recognise:
         found = stream.result
         return {
             "text": found.text.strip(),
-            "tokens": list(found.tokens),
+            "tokens": names_of(found)[0],
             "times_s": list(found.timestamps),
         }
 

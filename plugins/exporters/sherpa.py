@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from kdrecipe.data.tokens import read_pieces
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import SOS_EOS_ID, BundleLike, Hypothesis, Speller
 from kdrecipe.text import WORD_START
+
+from .runtimes import names_of
 
 FRAME_SHIFT_S = 0.04  # fixed in sherpa-onnx for these slots
 SUBSAMPLING = 4
@@ -33,16 +35,36 @@ def check_frame_shift(bundle: BundleLike, exporter: str) -> None:
 
 
 def recognise(
-    recogniser: Any, ids: dict[str, int], samples_S: np.ndarray, sample_rate: int, longest_s: float
+    recogniser: Any,
+    ids: dict[str, int],
+    samples_S: np.ndarray,
+    sample_rate: int,
+    longest_s: float,
+    *,
+    likely: Callable[[np.ndarray, int], list[int]] | None = None,
 ) -> Hypothesis:
-    """Audio of any length by an ``OfflineRecognizer``, which resamples if it must."""
+    """Audio of any length by an ``OfflineRecognizer``, which resamples if it must.
+
+    Args:
+        recogniser: of sherpa-onnx.
+        ids: token ids by the names in its results.
+        samples_S: audio.
+        sample_rate: of it.
+        longest_s: what is longer is recognised in pieces.
+        likely: tokens of a piece, asked for where those that were said have no names (see
+            :func:`.runtimes.names_of`).
+    """
 
     def recognise_one(part_S: np.ndarray, sample_rate: int) -> Hypothesis:
         stream = recogniser.create_stream()
         stream.accept_waveform(sample_rate, np.ascontiguousarray(part_S, dtype=np.float32))
         recogniser.decode_stream(stream)
         found = stream.result
-        return Hypothesis(found.text.strip(), [ids[token] for token in found.tokens], list(found.timestamps))
+        names, are_its_own = names_of(found)
+        tokens = (
+            [ids[name] for name in names] if are_its_own or likely is None else likely(part_S, sample_rate)
+        )
+        return Hypothesis(found.text.strip(), tokens, list(found.timestamps))
 
     return recognise_long(recognise_one, [samples_S], sample_rate, longest_s)
 
@@ -64,13 +86,13 @@ _PUNCTUATION = (
 def ctc_speller(pieces: Sequence[str]) -> Speller:
     """What sherpa-onnx writes for tokens of CTC: all but :data:`DROPPED`."""
     names = [b"" if piece in DROPPED else name for piece, name in zip(pieces, _names(pieces), strict=True)]
-    return lambda ids: b"".join(names[i] for i in ids).decode("utf-8", "replace")
+    return lambda ids: b"".join(names[i] for i in ids).decode("utf-8", "ignore")
 
 
 def plain_speller(pieces: Sequence[str]) -> Speller:
     """What sherpa-onnx writes for tokens of encoder-decoders: their names in a row."""
     names = _names(pieces)
-    return lambda ids: b"".join(names[i] for i in ids).decode("utf-8", "replace")
+    return lambda ids: b"".join(names[i] for i in ids).decode("utf-8", "ignore")
 
 
 def transducer_speller(pieces: Sequence[str]) -> Speller:
@@ -80,7 +102,7 @@ def transducer_speller(pieces: Sequence[str]) -> Speller:
     before a punctuation mark (its pull request 3709): ``TAKE 'EM`` becomes ``TAKE'EM``.
     """
     names = _names(pieces)
-    return lambda ids: _closed_up(b"".join(names[i] for i in ids).decode("utf-8", "replace"))
+    return lambda ids: _closed_up(b"".join(names[i] for i in ids).decode("utf-8", "ignore"))
 
 
 def _names(pieces: Sequence[str]) -> list[bytes]:

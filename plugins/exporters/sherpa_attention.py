@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from kdrecipe import hookimpl
 from kdrecipe.artifacts import write_atomic
+from kdrecipe.corpus.audio import resample
 from kdrecipe.corpus.segments import LONGEST_S
 from kdrecipe.data.tokens import ids_by_name, read_pieces
 from kdrecipe.interfaces import (
@@ -138,7 +139,15 @@ class SherpaAttentionRunner:
         self, samples_S: np.ndarray, sample_rate: int, *, longest_s: float = LONGEST_S
     ) -> Hypothesis:
         """Recognise audio of any length; sherpa-onnx resamples if it must. Tokens have no times."""
-        return sherpa.recognise(self._recogniser, self._ids, samples_S, sample_rate, longest_s)
+        return sherpa.recognise(
+            self._recogniser, self._ids, samples_S, sample_rate, longest_s, likely=self._likely
+        )
+
+    def _likely(self, samples_S: np.ndarray, sample_rate: int) -> list[int]:
+        """Tokens of the same files in onnxruntime."""
+        audio = resample(np.asarray(samples_S, np.float32), sample_rate)[None]
+        (features,) = onnx_files.run(self._sessions["preprocessor"], {"audio": audio})
+        return self.greedy(features[0])
 
     def _walk(self, features_TF: np.ndarray, path: list[int] | None) -> tuple[list[int], np.ndarray]:
         """Tokens, and log-posteriors at each step, along ``path``; None: along the best tokens."""

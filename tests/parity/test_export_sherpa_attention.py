@@ -13,6 +13,8 @@ from kdrecipe.measure.runtime import measure_export
 from kdrecipe.model.bundle import Bundle
 from kdrecipe.recipe.sections import Parity
 from kdrecipe_plugins.exporters.fbank_graph import FbankGraph
+from kdrecipe_plugins.exporters.runtimes import names_of
+from kdrecipe_plugins.exporters.sherpa import recognise
 from kdrecipe_plugins.exporters.sherpa_attention import SherpaAttention, swapped
 
 FEATURES = {"name": "fbank", "num_mel_bins": 80}
@@ -104,3 +106,37 @@ def test_the_graphs_features_are_lhotses(num):
     samples_S = (0.1 * rng.standard_normal(num)).astype(np.float32)
     (found,) = FbankGraph(80)(torch.from_numpy(samples_S)[None])
     np.testing.assert_allclose(found[0].numpy(), extract(samples_S, 16000, FEATURES), atol=1e-3)
+
+
+class PartOfALetter:
+    """A recogniser that says two letters in three tokens, of which Python can't read two."""
+
+    text, timestamps = " αa", ()
+
+    @property
+    def result(self):
+        return self
+
+    @property
+    def tokens(self):
+        return [b"\xce".decode()]
+
+    def create_stream(self):
+        return self
+
+    def accept_waveform(self, sample_rate, samples_S):
+        pass
+
+    def decode_stream(self, stream):
+        pass
+
+
+def test_tokens_that_are_parts_of_letters_have_no_names():
+    assert names_of(PartOfALetter()) == (["<0xCE>", "<0xB1>", "<0x61>"], False)
+    ids = {"<0xCE>": 5, "<0xB1>": 6, "<0x61>": 7}
+    heard = [
+        recognise(PartOfALetter(), ids, np.zeros(1600, np.float32), 16000, 30.0, likely=likely)
+        for likely in (None, lambda samples_S, sample_rate: [8, 9])
+    ]
+    assert [h.tokens for h in heard] == [[5, 6, 7], [8, 9]]
+    assert {h.text for h in heard} == {"αa"}

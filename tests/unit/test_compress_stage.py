@@ -152,7 +152,7 @@ def test_it_trains_with_what_it_names_and_else_with_its_parents(made, tmp_path):
     assert report(bundle)["steps"] == bundle.meta["training"]["steps"] > 0
     log = (tmp_path / "out" / "train" / "step0" / "log.jsonl").read_text()
     assert '"kl' in log
-    assert bundle.is_int8
+    assert bundle.number_formats == {"int8"}
 
 
 def test_gates_learn_in_the_one_loop(made, tmp_path):

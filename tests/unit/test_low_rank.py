@@ -10,7 +10,8 @@ from kdrecipe.model.asr import build_model
 from kdrecipe.plugin.loader import load_plugins
 from kdrecipe.testing.compressor_checks import CompressorCase
 from kdrecipe.testing.contracts import compressor_contract
-from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic, Int8Linear
+from kdrecipe_plugins.compressors.int8_dynamic import Int8Dynamic
+from kdrecipe_plugins.compressors.integer_layers import Int8Linear
 from kdrecipe_plugins.compressors.low_rank import LowRank, LowRankLinear, _projected, _Seen, _spectrum
 
 REGISTRY = load_plugins().registry

@@ -151,7 +151,10 @@ def test_the_command_at_the_end_works_without_the_recipes_own_files(tmp_path, mo
     registry = Registry()
     registry.add("exporters", "mine", Mine, Source("plugin.py", package))
     recipe = SimpleNamespace(
-        plugins=SimpleNamespace(registry=registry), export=[Named("mine")], heads_of=lambda name: ("ctc",)
+        plugins=SimpleNamespace(registry=registry),
+        export=[Named("mine")],
+        heads_of=lambda name: ("ctc",),
+        decode=SimpleNamespace(decoders={}),
     )
     layout = Layout(tmp_path)
     layout.export("kd", 1).joinpath("mine").mkdir(parents=True)

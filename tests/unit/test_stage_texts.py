@@ -16,6 +16,7 @@ from kdrecipe.artifacts import read_json, write_json
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import DataError
 from kdrecipe.recipe.load import load_recipe
+from kdrecipe.recipe.sections import Named
 from kdrecipe.stages import rows, score, texts
 from kdrecipe.stages.layout import Layout
 from kdrecipe.stages.lm import sentences
@@ -154,7 +155,7 @@ def test_a_row_that_counts_rewritten_texts_says_so(tmp_path):
 
     said = [line(0, "TEA 'EM", "TEA'EM"), line(1, "RED SUN", "RED SUN"), line(2, "DOG'S", "DOG'S")]
     shipped, of_bundle = ({"test": list(rows)} for rows in zip(*said, strict=True))
-    found = rows.rewritten(recipe, bundle, shipped, of_bundle)
+    found = rows.rewritten(recipe, bundle, Named("rnnt_greedy"), shipped, of_bundle)
     assert found["test"].startswith(
         'sherpa-onnx writes 1 of 3 texts otherwise than the tokens spell ("TEA \'EM"'
     )
