@@ -358,7 +358,8 @@ class Training(Options):
         schedule: afterwards: ``wsd`` holds the rate until the dev error is flat and then lets it fall to
             0; of fixed length are ``cosine`` and ``linear`` (to 0), ``constant`` and ``noam`` (inverse square
             root of the step).
-        flat: of ``wsd``: a dev error is flat that fell by less than this share over the last quarter.
+        flat: of ``wsd``: a dev error is flat that fell by less than this share over the last quarter of the
+            evaluations, six at least.
         cooldown: of ``wsd``: the last part, in which the rate falls, as a share of what came before it.
         flat_start: steps over which a flat start of CTC fades, at most a quarter of all; 0: none, which is
             also what models have that start from others' weights. See :mod:`kdrecipe.train.flat_start`.

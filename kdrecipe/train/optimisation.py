@@ -164,7 +164,7 @@ class Cooldown:
 def cooldown_reason(history: Sequence[Mapping[str, Any]], options: Training) -> str | None:
     """Whether the learning rate is to fall from now on, and why; None: training goes on as it is.
 
-    - ``flat``: over the last quarter of the evaluations, three at least, the dev error fell by less than
+    - ``flat``: over the last quarter of the evaluations, six at least, the dev error fell by less than
       ``options.flat`` of what it was. An error rate above 0.8 is CTC's plateau, not an end.
     - ``bound``: what is left until ``epochs`` just suffices for the cool-down.
 
@@ -174,7 +174,7 @@ def cooldown_reason(history: Sequence[Mapping[str, Any]], options: Training) -> 
     """
     epoch = int(history[-1]["epoch"])
     scores = [float(e["dev_ter"]) for e in history if e.get("dev_ter") is not None]
-    recent = max(3, math.ceil(len(scores) / 4))
+    recent = max(_FEWEST, math.ceil(len(scores) / 4))
     if len(scores) > recent:
         before, now = min(scores[:-recent]), min(scores)
         if now <= _PLATEAU and now >= (1 - options.flat) * before:
@@ -185,6 +185,8 @@ def cooldown_reason(history: Sequence[Mapping[str, Any]], options: Training) -> 
 
 
 _PLATEAU = 0.8
+_FEWEST = 6
+"""Evaluations that tell a flat end from the noise of a small dev set."""
 
 
 def last_epoch(epoch: int, reason: str, options: Training) -> int:

@@ -468,11 +468,18 @@ FALLING = [1.0, 0.9, 0.7, 0.5, 0.4, 0.33, 0.28, 0.24, 0.21, 0.18]
     ("scores", "expected"),
     [
         (FALLING, None),
-        ([*FALLING, 0.18, 0.179, 0.18, 0.181], "flat"),
-        ([*FALLING, 0.18, 0.179, 0.18], None),  # the last quarter is four epochs by now, and one of them fell
+        ([*FALLING, 0.18, 0.179, 0.18, 0.181, 0.18, 0.18], "flat"),
+        (
+            [*FALLING, 0.18, 0.179, 0.18, 0.181, 0.18],
+            None,
+        ),  # one of the last six fell
+        ([*FALLING, *[0.17] * 18, *[0.165] * 6], None),  # a quarter is nine by now
         ([0.95] * 20, None),  # the plateau of blanks is no end
         ([0.5, 0.5], None),  # too early to tell
-        ([0.5] * 4, "flat"),
+        ([0.5] * 6, None),
+        ([0.5] * 7, "flat"),
+        # a student that was still learning: it has three epochs without much progress
+        ([0.252, 0.139, 0.101, 0.086, 0.075, 0.069, 0.060, 0.049, 0.052, 0.050, 0.047], None),
         ([*FALLING[:4], None, None, None, None], None),
         ([1.0] * 79, None),
         ([1.0] * 80, "bound"),
@@ -501,8 +508,8 @@ def test_a_cooldown_lasts_a_share_of_what_came_before_it():
 def test_a_run_ends_when_dev_is_flat_and_says_so(tmp_path, capfd):
     options = toy_options(epochs=40, flat=0.99)  # nothing falls that fast
     _, result = toy_run(tmp_path, options=options, dev=toy_batches(4, seed=1), progress=True)
-    if result.history[3]["dev_ter"] <= 0.8:
-        assert (result.stopped, result.cooldown_epoch, result.epochs) == ("flat", 4, 5)
+    if result.history[6]["dev_ter"] <= 0.8:
+        assert (result.stopped, result.cooldown_epoch, result.epochs) == ("flat", 7, 9)
         assert "the dev error is flat" in capfd.readouterr().err
     rates = [e["lr"] for e in lines(tmp_path) if e["event"] == "step"]
     assert rates[-1] < max(rates)
