@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from kdrecipe.artifacts import write_jsonl_gz
+from kdrecipe.data.stored_cuts import StoredCuts
 
 FRAMES, BINS = 300, 80
 WORDS = ["SUN", "MOON", "RIVER", "STONE", "CLOUD", "FOREST", "WINTER", "SUMMER"]
@@ -64,6 +65,7 @@ def write(folder: Path, number: int) -> None:
     storage.mkdir(parents=True)
     np.save(storage / "shared.npy", np.zeros((FRAMES, BINS), np.float32))
     write_jsonl_gz(folder / "features" / "train.jsonl.gz", cuts(number))
+    StoredCuts(folder / "features" / "train.jsonl.gz")  # writes the index, as stage 1 does
 
 
 class Letters:
@@ -137,9 +139,7 @@ MEASURED: dict[str, Callable[[Path], None]] = {
 
 def child(name: str, folder: Path) -> None:
     """Measure one thing in this process."""
-    import kdrecipe.data.batches
-    import kdrecipe.data.features
-    import kdrecipe.jobs.stamps  # noqa: F401
+    import lhotse  # noqa: F401
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.monotonic()

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kdrecipe.errors import KdrecipeError
 
@@ -129,13 +129,31 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl_gz(path: Path, items: Iterable[Any]) -> None:
     """Write one line of JSON per item, compressed, atomically; equal items give equal bytes at any time."""
-    with (
-        replacing(path) as part,
-        part.open("wb") as raw,
-        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file,  # gzip.open would write the time
-    ):
-        for item in items:
-            file.write((json.dumps(item, ensure_ascii=False) + "\n").encode())
+    with replacing(path) as part, part.open("wb") as raw:
+        write_gz_blocks(raw, ((json.dumps(item, ensure_ascii=False) + "\n").encode() for item in items))
+
+
+_BLOCK_BYTES = 1 << 15  # as far back as gzip looks for repetitions, so larger ones would not be smaller
+
+
+def write_gz_blocks(file: IO[bytes], lines: Iterable[bytes]) -> None:
+    """Write lines as gzip members of some 32 kB each: one gzip file to whoever reads it, and each line can be
+    read without those before its block."""
+    block = bytearray()
+
+    def flush() -> None:
+        with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as member:  # gzip.open would write the time
+            member.write(block)
+
+    flushed = False
+    for line in lines:
+        block += line
+        if len(block) >= _BLOCK_BYTES:
+            flush()
+            flushed = True
+            block.clear()
+    if block or not flushed:
+        flush()
 
 
 def read_json(path: Path) -> Any:

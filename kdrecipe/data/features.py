@@ -3,6 +3,7 @@
 Written to the features directory::
 
     <split>.jsonl.gz   cuts, one per supervision, with features computed (``train`` with its copies)
+    <split>.index.npz  see :mod:`kdrecipe.data.stored_cuts`
     storage/<split>/   the arrays: float32 (T, F) log-mel, not normalised
     norm.npz           mean and std (F,) over the unperturbed training cuts
     subsets.json       name -> ids of the training cuts in it, with their perturbed copies
@@ -10,14 +11,9 @@ Written to the features directory::
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
-import gzip
-import json
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -25,11 +21,9 @@ from typing import Any
 
 import numpy as np
 from lhotse.audio import RecordingSet
-from lhotse.augmentation import Speed
 from lhotse.cut import CutSet, MonoCut
 from lhotse.features.io import NumpyFilesWriter
 from lhotse.features.kaldi.extractors import Fbank, FbankConfig
-from lhotse.serialization import deserialize_item
 from lhotse.supervision import SupervisionSet
 from lhotse.utils import fastcopy
 
@@ -38,6 +32,7 @@ from kdrecipe.corpus.audio import padded
 from kdrecipe.corpus.gather import reason
 from kdrecipe.corpus.manifests import RECORDINGS
 from kdrecipe.corpus.subsets import choose_subsets
+from kdrecipe.data.stored_cuts import StoredCuts
 from kdrecipe.errors import DataError, Problem, RecipeError
 from kdrecipe.interfaces import SAMPLE_RATE
 
@@ -229,11 +224,11 @@ def read_cuts(manifest_dir: Path, split: str) -> list[MonoCut]:
     return cuts
 
 
-def load_cuts(features_dir: Path, split: str) -> CutSet:
-    """The cuts that :func:`compute_features` wrote for ``split``.
+def load_cuts(features_dir: Path, split: str) -> StoredCuts:
+    """The cuts that :func:`compute_features` wrote for ``split``; each is read when it is asked for.
 
     Raises:
-        DataError: there is no such split.
+        DataError: there is no such split, or its file is damaged.
     """
     path = features_dir / f"{split}.jsonl.gz"
     if not path.exists():
@@ -243,32 +238,7 @@ def load_cuts(features_dir: Path, split: str) -> CutSet:
             where=str(features_dir),
             remedy=f"splits with features: {names or 'none'}",
         )
-    folder = str(features_dir.absolute())
-    with gzip.open(path) as lines, _no_collection():
-        return CutSet.from_cuts(deserialize_item(_placed(json.loads(line), folder)) for line in lines)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Nothing here is garbage, and looking for it among ever more objects took 40 % of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _placed(item: dict[str, Any], folder: str) -> dict[str, Any]:
-    """A stored cut with paths below ``folder``: done to Lhotse's objects, it took as long as all the rest."""
-    features = item["features"]
-    # One text for all: there are few of these paths, and many cuts.
-    features["storage_path"] = sys.intern(os.path.join(folder, features["storage_path"]))
-    for source in item["recording"]["sources"]:
-        if source["type"] == "file":
-            source["source"] = os.path.join(folder, source["source"])
-    return item
+    return StoredCuts(path)
 
 
 def _portable(cut: MonoCut, manifest_dir: Path, out_dir: Path) -> MonoCut:
@@ -291,8 +261,9 @@ def _portable(cut: MonoCut, manifest_dir: Path, out_dir: Path) -> MonoCut:
 
 
 def write_cuts(path: Path, cuts: Any) -> None:
-    """Write a CutSet as Lhotse does, but for the time: equal cuts give equal bytes."""
+    """Write a CutSet as Lhotse does, but for the time, and its index: equal cuts give equal bytes."""
     write_jsonl_gz(path, (cut.to_dict() for cut in cuts))
+    StoredCuts(path)  # writes the index
 
 
 def tuning_cuts(features_dir: Path) -> list[MonoCut]:
@@ -300,8 +271,8 @@ def tuning_cuts(features_dir: Path) -> list[MonoCut]:
 
     Never test: what is looked at while a system is made says nothing new about it.
     """
-    listed: Any = load_cuts(features_dir, "dev" if has_dev(features_dir) else "train")
-    return [cut for cut in listed if not is_copy(cut)]
+    cuts = load_cuts(features_dir, "dev" if has_dev(features_dir) else "train")
+    return list(cuts.select(cuts.all() - cuts.copies()))
 
 
 def has_dev(features_dir: Path) -> bool:
@@ -322,19 +293,8 @@ def load_norm(features_dir: Path, ids: Collection[str] | None = None) -> tuple[n
     if ids is None:
         with np.load(features_dir / "norm.npz") as stored:
             return stored["mean"], stored["std"]
-    cuts: Any = load_cuts(features_dir, "train")
-    return feature_stats(cut for cut in cuts if cut.id in ids and not is_copy(cut))
-
-
-def is_copy(cut: MonoCut) -> bool:
-    """Whether it was made by :func:`perturb_speed`."""
-    transforms: Any = (cut.recording.transforms if cut.recording else None) or []
-    return any(isinstance(transform, Speed) for transform in transforms)
-
-
-def original_id(cut: MonoCut) -> str:
-    """The id of the utterance that a cut is, or is a copy of at another speed."""
-    return cut.id.rpartition("_sp")[0] if is_copy(cut) else cut.id
+    cuts = load_cuts(features_dir, "train")
+    return feature_stats(cuts.select(cuts.chosen(ids) - cuts.copies()))
 
 
 def _split_names(manifest_dir: Path) -> list[str]:
