@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from kdrecipe.artifacts import write_jsonl_gz
+from kdrecipe.artifacts import list_result, write_jsonl_gz
 from kdrecipe.data.stored_cuts import StoredCuts
 
 FRAMES, BINS = 300, 80
@@ -127,8 +127,8 @@ def _stamped(folder: Path, number: int) -> None:
         path = out / f"{k % 1000:03d}" / f"{k}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    files = {p.relative_to(out).as_posix(): 0 for p in out.rglob("*.npy")}
-    stamp = {"inputs": {}, "needs": {}, "content": "", "files": files, "sources": None}
+    files, folders = list_result(out)
+    stamp = {"inputs": {}, "needs": {}, "content": "", "files": files, "folders": folders, "sources": None}
     (out / "stamp.json").write_text(json.dumps(stamp))
 
 
