@@ -124,7 +124,7 @@ def _stamped(folder: Path, number: int) -> None:
     """Today's layout: an array per cut."""
     out = folder / "stamped"
     for k in range(number):
-        path = out / f"{k % 1000:03d}" / f"{k}.npy"
+        path = out / f"{k // 1000:03d}" / f"{k}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     files, folders = list_result(out)
