@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How memory and time grow with the number of cuts: manifests of 10 thousand, 100 thousand, 1 million.
 
-    python benchmarks/scale.py [--cuts 10000 100000 1000000] [--only NAME] [--max-gb 3]
+    python benchmarks/scale.py [--cuts 10000 100000 1000000] [--only NAME ...] [--max-gb 3]
 
 No audio is written: all cuts share one array of features. Each measurement is a process of its own;
 memory is its peak, less that of importing what it uses. A process that would take more than
@@ -153,7 +153,7 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cuts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--only", choices=MEASURED)
+    parser.add_argument("--only", choices=MEASURED, nargs="+", default=list(MEASURED))
     parser.add_argument("--max-gb", type=float, default=3.0)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -165,7 +165,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made)
             write(folder, number)
-            for name in [options.only] if options.only else MEASURED:
+            for name in options.only:
                 if name == "freshness":
                     _stamped(folder, number)
                 print(f"{name:10s}{number:10d}{_measured(name, folder, number, options.max_gb)}", flush=True)
