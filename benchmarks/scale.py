@@ -60,11 +60,16 @@ def cuts(number: int) -> Iterator[dict[str, Any]]:
 
 
 def write(folder: Path, number: int) -> None:
-    """A features directory."""
+    """Manifests and a features directory."""
     storage = folder / "features" / "storage" / "train"
     storage.mkdir(parents=True)
     np.save(storage / "shared.npy", np.zeros((FRAMES, BINS), np.float32))
     write_jsonl_gz(folder / "features" / "train.jsonl.gz", cuts(number))
+    manifests = folder / "manifests" / "train"
+    write_jsonl_gz(Path(f"{manifests}_recordings.jsonl.gz"), (cut["recording"] for cut in cuts(number)))
+    write_jsonl_gz(
+        Path(f"{manifests}_supervisions.jsonl.gz"), (cut["supervisions"][0] for cut in cuts(number))
+    )
     StoredCuts(folder / "features" / "train.jsonl.gz")  # writes the index, as stage 1 does
 
 
@@ -81,6 +86,14 @@ class Letters:
 
 
 # ---------------------------------------------------------------- what is measured
+
+
+def spoken(folder: Path) -> None:
+    """The cuts that stage 1 computes features of."""
+    from kdrecipe.data.features import SplitCuts
+
+    for _ in SplitCuts(folder / "manifests", "train"):
+        pass
 
 
 def load(folder: Path) -> None:
@@ -133,7 +146,7 @@ def _stamped(folder: Path, number: int) -> None:
 
 
 MEASURED: dict[str, Callable[[Path], None]] = {
-    "load": load, "start": start, "resume": resume, "freshness": freshness
+    "spoken": spoken, "load": load, "start": start, "resume": resume, "freshness": freshness
 }  # fmt: skip
 
 

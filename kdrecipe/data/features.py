@@ -125,7 +125,7 @@ def compute_features(
     Raises:
         DataError: no manifests, unreadable audio (every bad file is named), a subset that can't be made.
     """
-    splits = {split: _Spoken(manifest_dir, split) for split in _split_names(manifest_dir)}
+    splits = {split: SplitCuts(manifest_dir, split) for split in _split_names(manifest_dir)}
     factors = [f for f in config.get("speed_perturb", []) if f != 1.0]
     ids = {split: [cut.id for cut in cuts] for split, cuts in splits.items()}  # and all are sound
     originals = set(ids.get("train", []))
@@ -163,7 +163,7 @@ def compute_features(
     return result
 
 
-def _with_speeds(cuts: _Spoken, factors: Sequence[float]) -> Iterator[MonoCut]:
+def _with_speeds(cuts: SplitCuts, factors: Sequence[float]) -> Iterator[MonoCut]:
     """All cuts, then the copies of each."""
     yield from cuts
     if factors:
@@ -211,12 +211,14 @@ def read_cuts(manifest_dir: Path, split: str) -> list[MonoCut]:
     Raises:
         DataError: a supervision names a recording that is not there, or a rate is not 16 kHz.
     """
-    return list(_Spoken(manifest_dir, split))
+    return list(SplitCuts(manifest_dir, split))
 
 
-class _Spoken:
-    """The same, made one at a time and as often as asked: recordings are kept as lines of JSON, which take
-    a quarter of Lhotse's objects."""
+class SplitCuts:
+    """What :func:`read_cuts` lists, made one at a time and as often as asked.
+
+    Recordings are kept as lines of JSON, which take a quarter of Lhotse's objects.
+    """
 
     def __init__(self, manifest_dir: Path, split: str) -> None:
         self._folder = manifest_dir.absolute()

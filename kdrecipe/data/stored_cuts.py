@@ -1,9 +1,7 @@
 """The cuts of a split, read from the disk one at a time: what the plan of batches needs is in an index.
 
-A manifest of cuts is a ``.jsonl.gz`` like any other, written in blocks (see
-:func:`kdrecipe.artifacts.write_gz_blocks`). Beside it lies ``<split>.index.npz``: where each block
-begins, and each cut's id, duration and flags, 60 bytes in all where a cut as Lhotse's object has
-2,500. The index has the checksum of each block: one that belongs to another file is made again.
+The index (:mod:`kdrecipe.data.cut_index`) takes 60 bytes per cut in memory, where a cut as Lhotse's
+object takes 2,500.
 
 N cuts.
 """
@@ -11,30 +9,24 @@ N cuts.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import sys
 import tempfile
 import weakref
 import zlib
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from kdrecipe.artifacts import replacing, write_gz_blocks
-from kdrecipe.errors import DataError, KdrecipeError
+from kdrecipe.artifacts import write_gz_blocks
+from kdrecipe.data.cut_index import COPY, FEATURES, TEXT, CutIndex, hash_of
+from kdrecipe.errors import DataError
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut, MonoCut
-
-_LARGEST_BLOCK = 4 << 20  # bytes, unpacked: more to unpack for one cut would be too slow
-_CHUNK = 1 << 16
-_TEXT, _FEATURES, _COPY = 1, 2, 4
 
 
 class Cuts(Protocol):
@@ -107,111 +99,6 @@ def _no_features(cut_id: str) -> DataError:
     return DataError("the cut has no features", where=cut_id, remedy="run the features stage")
 
 
-# ---------------------------------------------------------------- the index
-
-
-@dataclass(frozen=True)
-class _Index:
-    """Of a manifest, as it is stored."""
-
-    block_starts: np.ndarray  # blocks + 1, int64: bytes into the file
-    block_firsts: np.ndarray  # blocks + 1, int64: the number of the first cut
-    checksums: np.ndarray  # blocks, uint32: as gzip has them
-    durations_s: np.ndarray  # N, float64
-    flags: np.ndarray  # N, uint8
-    ids: np.ndarray  # uint8: UTF-8 of all ids, one after another
-    id_starts: np.ndarray  # N + 1, int64
-    hashes: np.ndarray  # N, uint64: of the ids, sorted
-    by_hash: np.ndarray  # N, int32: the numbers of the cuts in that order
-
-    @classmethod
-    def of(cls, file: IO[bytes]) -> _Index | None:
-        """Of a file of blocks; None if it is not in blocks."""
-        block_starts, block_firsts, checksums = array("q", [0]), array("q"), array("I")
-        durations_s, flags, ids = array("d"), bytearray(), bytearray()
-        id_starts, hashes = array("q", [0]), array("Q")
-        for _, end, text in _blocks(file):
-            if len(text) > _LARGEST_BLOCK or (text and not text.endswith(b"\n")):
-                return None
-            block_firsts.append(len(durations_s))
-            checksums.append(zlib.crc32(text))
-            block_starts.append(end)
-            for line in text.splitlines():
-                cut = json.loads(line)
-                cut_id = cut["id"].encode()
-                ids += cut_id
-                id_starts.append(len(ids))
-                hashes.append(_hash(cut_id))
-                durations_s.append(cut["duration"])
-                flags.append(_flags(cut))
-        block_firsts.append(len(durations_s))
-        unsorted = np.frombuffer(hashes, np.uint64) if hashes else np.zeros(0, np.uint64)
-        order = np.argsort(unsorted, kind="stable")
-        return cls(
-            np.array(block_starts, np.int64),
-            np.array(block_firsts, np.int64),
-            np.array(checksums, np.uint32),
-            np.array(durations_s, np.float64),
-            np.frombuffer(bytes(flags), np.uint8),
-            np.frombuffer(bytes(ids), np.uint8),
-            np.array(id_starts, np.int64),
-            unsorted[order],
-            order.astype(np.int32),
-        )
-
-    @classmethod
-    def load(cls, path: Path, file: IO[bytes]) -> _Index | None:
-        """What is stored in ``path``; None where that is no index of ``file``."""
-        try:
-            with np.load(path) as stored:
-                found = cls(*(stored[field.name] for field in fields(cls)))
-        except (OSError, ValueError, KeyError, zlib.error, EOFError):
-            return None
-        except Exception as error:  # zipfile's own, imported by NumPy alone
-            if type(error).__name__ != "BadZipFile":
-                raise
-            return None
-        size = os.fstat(file.fileno()).st_size
-        if not len(found.block_starts) or size != found.block_starts[-1]:
-            return None
-        ends = found.block_starts[1:].tolist()
-        stated = b"".join(os.pread(file.fileno(), 4, end - 8) for end in ends)
-        return found if stated == found.checksums.astype("<u4").tobytes() else None
-
-    def save(self, path: Path) -> None:
-        """Write it, if that can be done; the same index gives the same bytes."""
-        try:
-            with replacing(path) as part, open(part, "wb") as file:
-                np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})
-        except (OSError, KdrecipeError):  # a folder of somebody else's: it is made anew each time
-            return
-
-
-def _flags(cut: Mapping[str, Any]) -> int:
-    speeds = (t for t in cut.get("recording", {}).get("transforms") or () if t.get("name") == "Speed")
-    has_text = any(supervision.get("text") for supervision in cut.get("supervisions", ()))
-    return _TEXT * has_text | _FEATURES * ("features" in cut) | _COPY * any(True for _ in speeds)
-
-
-def _hash(cut_id: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(cut_id, digest_size=8).digest(), "little")
-
-
-def _blocks(file: IO[bytes]) -> Iterator[tuple[int, int, bytes]]:
-    """First byte, end and unpacked content of each gzip member, one cut off where it is too large."""
-    at, data = 0, b""
-    while data or (data := file.read(_CHUNK)):
-        start, text, unpack = at, bytearray(), zlib.decompressobj(31)
-        while not unpack.eof and len(text) <= _LARGEST_BLOCK:
-            data = data or file.read(_CHUNK)
-            if not data:
-                raise EOFError("the file is cut short")
-            text += unpack.decompress(data)
-            at += len(data) - len(unpack.unused_data)
-            data = unpack.unused_data
-        yield start, at, bytes(text)
-
-
 # ---------------------------------------------------------------- cuts by the index
 
 
@@ -233,13 +120,13 @@ class StoredCuts:
         self._last: tuple[int, list[bytes]] = (-1, [])
         self._file: IO[bytes] = open(path, "rb")  # noqa: SIM115  (as long as the index)
         place = path.with_name(path.name.removesuffix(".jsonl.gz") + ".index.npz")
-        index = _Index.load(place, self._file)
+        index = CutIndex.load(place, self._file)
         if index is None:
             try:
-                index = _Index.of(self._file)
+                index = CutIndex.of(self._file)
                 if index is None:  # as Lhotse writes them: a copy in blocks, for as long as the index
                     self._file = _in_blocks(path)
-                    index = _Index.of(self._file)
+                    index = CutIndex.of(self._file)
                     if index is None:
                         raise ValueError("a line is longer than a cut can be")
                 else:
@@ -304,7 +191,7 @@ class StoredCuts:
     @property
     def has_text(self) -> np.ndarray:
         """(N,) bool."""
-        found = self._picked(self._index.flags & _TEXT > 0)
+        found = self._picked(self._index.flags & TEXT > 0)
         if not self._texts:
             return found
         pairs = zip(self.original_ids(), found.tolist(), strict=True)
@@ -329,7 +216,7 @@ class StoredCuts:
 
     def _original_id(self, stored: int) -> str:
         cut_id = self._stored_id(stored)
-        return cut_id.rpartition("_sp")[0] if self._index.flags[stored] & _COPY else cut_id
+        return cut_id.rpartition("_sp")[0] if self._index.flags[stored] & COPY else cut_id
 
     def number(self, cut_id: str) -> int:
         """See :class:`Cuts`."""
@@ -344,7 +231,7 @@ class StoredCuts:
         return place
 
     def _find(self, cut_id: str) -> int | None:
-        key, hashes = np.uint64(_hash(cut_id.encode())), self._index.hashes
+        key, hashes = np.uint64(hash_of(cut_id.encode())), self._index.hashes
         place = int(np.searchsorted(hashes, key))
         while place < len(hashes) and hashes[place] == key:
             stored = int(self._index.by_hash[place])
@@ -359,7 +246,7 @@ class StoredCuts:
         alike = np.flatnonzero(hashes[1:] == hashes[:-1]).tolist()
         if any(self._stored_id(int(by_hash[i])) == self._stored_id(int(by_hash[i + 1])) for i in alike):
             return _same_id()
-        without = np.flatnonzero(self._picked(self._index.flags & _FEATURES == 0))
+        without = np.flatnonzero(self._picked(self._index.flags & FEATURES == 0))
         return _no_features(self.id(int(without[0]))) if len(without) else None
 
     # ------------------------------------------------------------ some of them
@@ -370,7 +257,7 @@ class StoredCuts:
 
     def copies(self) -> Chosen:
         """The ids of cuts in the file that are others at another speed."""
-        return Chosen(self, self._index.flags & _COPY > 0)
+        return Chosen(self, self._index.flags & COPY > 0)
 
     def chosen(self, ids: Iterable[str]) -> Chosen:
         """Those of ``ids`` that the file has."""
@@ -457,8 +344,3 @@ class Chosen(Set[str]):
 
     def __sub__(self, other: Set[Any]) -> Any:
         return Chosen(self._cuts, self._mask & ~self._cuts.chosen(other).of(self._cuts))
-
-
-def numbers_of(cuts: Cuts, ids: Sequence[str]) -> list[int]:
-    """Of cuts by their ids."""
-    return [cuts.number(cut_id) for cut_id in ids]
