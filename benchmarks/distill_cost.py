@@ -232,7 +232,7 @@ def of_recipe(work: Path, sizes: Sizes) -> Data:
     chosen = whole.epoch(0)[: sizes.batches]
     ids = {i for batch in chosen for i in batch}
     batches = {tuple(batch): whole.load(batch) for batch in chosen}
-    return Data(batches, cuts.filter(lambda cut: cut.id in ids).to_eager(), len(tokens))
+    return Data(batches, CutSet.from_cuts(cut for cut in cuts if cut.id in ids), len(tokens))
 
 
 def of_noise(directory: Path, sizes: Sizes, vocab_size: int = 500) -> Data:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How memory and time grow with the number of cuts: manifests of 10 thousand, 100 thousand, 1 million.
 
-    python benchmarks/scale.py [--cuts 10000 100000 1000000] [--only NAME] [--max-gb 3]
+    python benchmarks/scale.py [--cuts 10000 100000 1000000] [--only NAME ...] [--max-gb 3]
 
 No audio is written: all cuts share one array of features. Each measurement is a process of its own;
 memory is its peak, less that of importing what it uses. A process that would take more than
@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from kdrecipe.artifacts import write_jsonl_gz
+from kdrecipe.artifacts import list_result, write_jsonl_gz
+from kdrecipe.data.stored_cuts import StoredCuts
 
 FRAMES, BINS = 300, 80
 WORDS = ["SUN", "MOON", "RIVER", "STONE", "CLOUD", "FOREST", "WINTER", "SUMMER"]
@@ -59,11 +60,17 @@ def cuts(number: int) -> Iterator[dict[str, Any]]:
 
 
 def write(folder: Path, number: int) -> None:
-    """A features directory."""
+    """Manifests and a features directory."""
     storage = folder / "features" / "storage" / "train"
     storage.mkdir(parents=True)
     np.save(storage / "shared.npy", np.zeros((FRAMES, BINS), np.float32))
     write_jsonl_gz(folder / "features" / "train.jsonl.gz", cuts(number))
+    manifests = folder / "manifests" / "train"
+    write_jsonl_gz(Path(f"{manifests}_recordings.jsonl.gz"), (cut["recording"] for cut in cuts(number)))
+    write_jsonl_gz(
+        Path(f"{manifests}_supervisions.jsonl.gz"), (cut["supervisions"][0] for cut in cuts(number))
+    )
+    StoredCuts(folder / "features" / "train.jsonl.gz")  # writes the index, as stage 1 does
 
 
 class Letters:
@@ -79,6 +86,14 @@ class Letters:
 
 
 # ---------------------------------------------------------------- what is measured
+
+
+def spoken(folder: Path) -> None:
+    """The cuts that stage 1 computes features of."""
+    from kdrecipe.data.features import SplitCuts
+
+    for _ in SplitCuts(folder / "manifests", "train"):
+        pass
 
 
 def load(folder: Path) -> None:
@@ -122,24 +137,22 @@ def _stamped(folder: Path, number: int) -> None:
     """Today's layout: an array per cut."""
     out = folder / "stamped"
     for k in range(number):
-        path = out / f"{k % 1000:03d}" / f"{k}.npy"
+        path = out / f"{k // 1000:03d}" / f"{k}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    files = {p.relative_to(out).as_posix(): 0 for p in out.rglob("*.npy")}
-    stamp = {"inputs": {}, "needs": {}, "content": "", "files": files, "sources": None}
+    files, folders = list_result(out)
+    stamp = {"inputs": {}, "needs": {}, "content": "", "files": files, "folders": folders, "sources": None}
     (out / "stamp.json").write_text(json.dumps(stamp))
 
 
 MEASURED: dict[str, Callable[[Path], None]] = {
-    "load": load, "start": start, "resume": resume, "freshness": freshness
+    "spoken": spoken, "load": load, "start": start, "resume": resume, "freshness": freshness
 }  # fmt: skip
 
 
 def child(name: str, folder: Path) -> None:
     """Measure one thing in this process."""
-    import kdrecipe.data.batches
-    import kdrecipe.data.features
-    import kdrecipe.jobs.stamps  # noqa: F401
+    import lhotse  # noqa: F401
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.monotonic()
@@ -153,7 +166,7 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cuts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--only", choices=MEASURED)
+    parser.add_argument("--only", choices=MEASURED, nargs="+", default=list(MEASURED))
     parser.add_argument("--max-gb", type=float, default=3.0)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -165,7 +178,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made)
             write(folder, number)
-            for name in [options.only] if options.only else MEASURED:
+            for name in options.only:
                 if name == "freshness":
                     _stamped(folder, number)
                 print(f"{name:10s}{number:10d}{_measured(name, folder, number, options.max_gb)}", flush=True)

@@ -11,9 +11,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kdrecipe.errors import KdrecipeError
 
@@ -129,13 +129,31 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl_gz(path: Path, items: Iterable[Any]) -> None:
     """Write one line of JSON per item, compressed, atomically; equal items give equal bytes at any time."""
-    with (
-        replacing(path) as part,
-        part.open("wb") as raw,
-        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file,  # gzip.open would write the time
-    ):
-        for item in items:
-            file.write((json.dumps(item, ensure_ascii=False) + "\n").encode())
+    with replacing(path) as part, part.open("wb") as raw:
+        write_gz_blocks(raw, ((json.dumps(item, ensure_ascii=False) + "\n").encode() for item in items))
+
+
+_BLOCK_BYTES = 1 << 15  # as far back as gzip looks for repetitions, so larger ones would not be smaller
+
+
+def write_gz_blocks(file: IO[bytes], lines: Iterable[bytes]) -> None:
+    """Write lines as gzip members of some 32 kB each: one gzip file to whoever reads it, and each line can be
+    read without those before its block."""
+    block = bytearray()
+
+    def flush() -> None:
+        with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as member:  # gzip.open would write the time
+            member.write(block)
+
+    flushed = False
+    for line in lines:
+        block += line
+        if len(block) >= _BLOCK_BYTES:
+            flush()
+            flushed = True
+            block.clear()
+    if block or not flushed:
+        flush()
 
 
 def read_json(path: Path) -> Any:
@@ -156,20 +174,70 @@ def read_json(path: Path) -> Any:
 
 def list_files(directory: Path) -> dict[str, int]:
     """Relative path -> size in bytes of every file below ``directory``, sorted, stamps left out."""
-    found = {path.relative_to(directory).as_posix(): path for path in _walk(directory)}
-    return {name: found[name].stat().st_size for name in sorted(found)}
+    return dict(sorted((name, os.stat(path).st_size) for name, path in _walk(directory)))
 
 
-def _walk(directory: Path) -> Iterator[Path]:
-    """Every file below ``directory`` but stamps; linked folders are walked, each folder once."""
+def _walk(directory: Path) -> Iterator[tuple[str, str]]:
+    """Relative and whole path of every file below ``directory`` but stamps."""
+    for folder, path, names in _folders(directory):
+        for name in names:
+            yield folder + name, os.path.join(path, name)
+
+
+def _folders(directory: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Every folder: relative, with a slash behind it ('' for ``directory`` itself), and whole, with the names
+    of its files but for stamps; linked folders are walked, each folder once."""
     seen: set[str] = set()
-    for folder, names_below, names in os.walk(directory, followlinks=True):
-        real = os.path.realpath(folder)
+    for path, names_below, names in os.walk(directory, followlinks=True):
+        real = os.path.realpath(path)
         if real in seen:  # a link back up: without an end
             names_below.clear()
             continue
         seen.add(real)
-        yield from (Path(folder, name) for name in names if name != "stamp.json")
+        relative = Path(path).relative_to(directory).as_posix()
+        yield ("" if relative == "." else f"{relative}/"), path, [n for n in names if n != "stamp.json"]
+
+
+MANY_FILES = 10_000
+"""A result of more files than this counts by its folders."""
+
+_LARGE_FOLDER = 100  # files; smaller ones are counted file by file all the same
+
+
+def list_result(directory: Path) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
+    """The files of a result with their sizes, and its large folders if it has more than :data:`MANY_FILES`.
+
+    A folder counts by its time of change, which tells in one call that no file was added, removed or
+    renamed; and where that is another, as in a copy, by the names and sizes in it.
+
+    Returns:
+        Relative path -> size in bytes; relative path -> ``{"time", "listing"}``, see :func:`same_folder`.
+    """
+    walked = list(_folders(directory))
+    many = sum(len(names) for _, _, names in walked) > MANY_FILES
+    files: dict[str, int] = {}
+    folders: dict[str, dict[str, Any]] = {}
+    for folder, path, names in walked:
+        if many and folder and len(names) > _LARGE_FOLDER:
+            folders[folder] = {"time": os.stat(path).st_mtime_ns, "listing": _listing(path)}
+        else:
+            files |= {folder + name: os.stat(os.path.join(path, name)).st_size for name in names}
+    return dict(sorted(files.items())), dict(sorted(folders.items()))
+
+
+def _listing(folder: str | Path) -> str:
+    """Digest of the names and sizes of the files in a folder."""
+    with os.scandir(folder) as entries:
+        sizes = sorted((entry.name, entry.stat().st_size) for entry in entries if entry.is_file())
+    return fingerprint(sizes)
+
+
+def same_folder(path: Path, stated: Mapping[str, Any]) -> bool:
+    """Whether a large folder is as :func:`list_result` found it."""
+    try:
+        return bool(path.stat().st_mtime_ns == stated["time"] or _listing(path) == stated["listing"])
+    except OSError:
+        return False
 
 
 # Audio, archives and arrays, by the end of their names: too big to be read at every start.
@@ -183,15 +251,14 @@ def raw_digest(directory: Path) -> str:
 
     Texts and manifests count by content, audio and other bulky files by name and size.
     """
-    found = {path.relative_to(directory).as_posix(): _mark(path) for path in _walk(directory)}
-    return fingerprint(dict(sorted(found.items())))
+    return fingerprint(dict(sorted((name, _mark(path)) for name, path in _walk(directory))))
 
 
-def _mark(path: Path) -> int | str | None:
+def _mark(path: str) -> int | str | None:
     """Content or size of a file; None: a link to nothing, or a file that may not be read."""
     try:
-        state = path.stat()
-        if path.suffix.lower() in _BULKY or path.name.lower().endswith(".tar.gz"):
+        state = os.stat(path)
+        if os.path.splitext(path)[1].lower() in _BULKY or path.lower().endswith(".tar.gz"):
             return state.st_size
         return _hash_once(path, state.st_mtime_ns, state.st_size)
     except OSError:
@@ -199,9 +266,9 @@ def _mark(path: Path) -> int | str | None:
 
 
 @functools.lru_cache(maxsize=100_000)
-def _hash_once(path: Path, mtime_ns: int, size: int) -> str:
+def _hash_once(path: str, mtime_ns: int, size: int) -> str:
     """The file's digest, read once per process and state."""
-    return sha256_file(path)
+    return sha256_file(Path(path))
 
 
 def state_digest(paths: Iterable[Path]) -> str:
@@ -214,7 +281,22 @@ def state_digest(paths: Iterable[Path]) -> str:
     return fingerprint(states)
 
 
-def content_digest(directory: Path, files: dict[str, int]) -> str:
-    """Digest of the content of ``files`` below ``directory``, but for those in :data:`ABOUT_THE_RUN`."""
+def content_digest(directory: Path, files: Iterable[str], folders: Iterable[str] = ()) -> str:
+    """Digest of the content of ``files`` and of all files in ``folders``, both relative to ``directory``, but
+    for those in :data:`ABOUT_THE_RUN`."""
     counted = [name for name in files if name.rpartition("/")[2] not in ABOUT_THE_RUN]
-    return fingerprint({name: sha256_file(directory / name) for name in counted})
+    digests = {name: sha256_file(directory / name) for name in counted}
+    for folder in folders:
+        names = sorted(path.name for path in (directory / folder).iterdir() if path.is_file())
+        digests[folder] = content_digest(directory / folder, names)
+    return fingerprint(digests)
+
+
+class WhenAsked:
+    """A text that takes long to find, and is found when a JSON-like value that holds it is written."""
+
+    def __init__(self, find: Callable[[], str]) -> None:
+        self._find = functools.cache(find)
+
+    def __str__(self) -> str:
+        return self._find()

@@ -15,7 +15,7 @@ import json
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -30,7 +30,7 @@ from kdrecipe.text import clean, control_characters, lower, odd_characters, show
 
 if TYPE_CHECKING:
     from lhotse.audio import RecordingSet
-    from lhotse.cut import CutSet
+    from lhotse.cut import MonoCut
     from lhotse.supervision import SupervisionSet
 
 SAMPLE_SPEAKERS = 6
@@ -173,15 +173,15 @@ def transcripts(manifest_dir: Path, split: str, ids: Collection[str] | None = No
     return [s.text for s in sups if s.text and s.text.strip() and (wanted is None or s.id in wanted)]
 
 
-def check_texts(cuts: CutSet) -> list[DataProblem]:
+def check_texts(cuts: Iterable[MonoCut]) -> list[DataProblem]:
     """A problem per cut that has no transcript, ``id`` being the cut's id."""
-    silent = [c for c in _items(cuts) if not any(clean(sup.text or "") for sup in c.supervisions)]
+    silent = [c for c in cuts if not any(clean(sup.text or "") for sup in c.supervisions)]
     where = {c.id: audio_path(c.recording) if c.has_recording else c.id for c in silent}
     return [DataProblem("", place, kind="empty_text", id=cut_id) for cut_id, place in where.items()]
 
 
 def check_lengths(
-    cuts: CutSet,
+    cuts: Iterable[MonoCut],
     tokenizer: TokenTable,
     subsampling: int | Callable[[int], int],
     frame_shift_s: float = 0.01,
@@ -201,10 +201,10 @@ def check_lengths(
         A problem per such cut, ``id`` being the cut's id.
     """
     problems = []
-    for cut in _items(cuts):
+    for cut in cuts:
         ids = tokenizer.encode(" ".join(sup.text or "" for sup in cut.supervisions))
         needed = len(ids) + sum(a == b for a, b in itertools.pairwise(ids))
-        num_frames = cut.features.num_frames if cut.has_features else round(cut.duration / frame_shift_s)
+        num_frames = cut.features.num_frames if cut.features else round(cut.duration / frame_shift_s)
         frames = subsampling(num_frames) if callable(subsampling) else -(-num_frames // subsampling)
         if frames < needed:
             where = audio_path(cut.recording) if cut.has_recording else cut.id

@@ -6,9 +6,11 @@ B utterances, T feature frames, F bins, U tokens.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 from kdrecipe.corpus.audio import padded
 from kdrecipe.corpus.gather import reason
 from kdrecipe.data.memory import Kept, MemoryBudget
+from kdrecipe.data.stored_cuts import Cuts, HeldCuts, StoredCuts
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import BLANK_ID, SAMPLE_RATE, Batch, Piece, TokenTable
 
@@ -30,6 +33,33 @@ _FULL_SCALE = 32767.0
 # Durations are multiplied by a random factor of up to this much before sorting: batches then hold
 # utterances of about equal length (little padding), yet other ones in every epoch.
 _JITTER = 0.1
+
+_CUT_BYTES = 2500  # a cut as Lhotse's objects
+_ENTRY_BYTES = 200  # what keeping something small takes besides it
+
+
+class Plan(Sequence[list[str]]):
+    """The batches of an epoch: ids are looked up when a batch is asked for."""
+
+    def __init__(self, cuts: Cuts, blocks: Sequence[np.ndarray]) -> None:
+        self._cuts, self._blocks = cuts, blocks
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @overload
+    def __getitem__(self, number: int) -> list[str]: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[list[str]]: ...
+    def __getitem__(self, number: int | slice) -> list[str] | list[list[str]]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        return [self._cuts.id(i) for i in self._blocks[number].tolist()]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan | list) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class CutBatches:
@@ -55,7 +85,7 @@ class CutBatches:
 
     def __init__(
         self,
-        cuts: Iterable[Cut],
+        cuts: Iterable[Cut] | StoredCuts,
         tokenizer: TokenTable | None,
         *,
         batch_duration_s: float,
@@ -67,24 +97,21 @@ class CutBatches:
         extract: Callable[[np.ndarray], np.ndarray] | None = None,
         with_audio: bool = False,
     ) -> None:
-        listed = list(cuts)
-        self._cuts = {cut.id: cut for cut in listed}
-        _check(listed, self._cuts)
-        self.ids = list(self._cuts)
+        self._table: Cuts = cuts if isinstance(cuts, StoredCuts) else HeldCuts(cuts)
+        _check(self._table)
         self.tokenizer = tokenizer
         self.batch_duration_s = batch_duration_s
         self.seed = seed
         self.shuffle = shuffle
-        self._durations_s = np.array([cut.duration for cut in listed])
-        self._labelled = {
-            cut.id
-            for cut in listed
-            if (labelled_ids is None or cut.id in labelled_ids) and transcript_of(cut)
-        }
+        self._durations_s = self._table.durations_s
+        self._labelled_N = self._table.has_text
+        if labelled_ids is not None:
+            self._labelled_N = self._labelled_N & self._table.among(labelled_ids)
         if tokenizer is None:
-            self._labelled.clear()
-        self._labels: dict[str, list[int]] = {}
+            self._labelled_N = np.zeros(len(self._table), bool)
         budget = None if cache is None else MemoryBudget(cache)
+        self._cuts: Kept[Cut] = Kept(budget)
+        self._labels: Kept[list[int]] = Kept(budget)
         self._features: Kept[Tensor] = Kept(budget)
         self._audio: Kept[np.ndarray] = Kept(budget)
         self._augmenter, self._extract = augmenter, extract
@@ -92,13 +119,26 @@ class CutBatches:
 
     # ------------------------------------------------------------ plans
 
-    def epoch(self, number: int) -> list[list[str]]:
+    @property
+    def ids(self) -> list[str]:
+        """Of all cuts."""
+        return [self._table.id(number) for number in range(len(self))]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the ids, in their order."""
+        found = hashlib.sha256()
+        for number in range(len(self)):
+            found.update(self._table.id(number).encode() + b"\n")
+        return found.hexdigest()
+
+    def epoch(self, number: int) -> Plan:
         """The batches of epoch ``number`` (from 0), as lists of cut ids; the same whenever asked."""
         rng = np.random.default_rng([self.seed, number])
         blocks = self._blocks(rng)
         if self.shuffle:
             blocks = [blocks[i] for i in rng.permutation(len(blocks))]
-        return [[self.ids[i] for i in block] for block in blocks]
+        return Plan(self._table, blocks)
 
     def num_batches(self, number: int) -> int:
         """``len(self.epoch(number))``, without making the lists."""
@@ -109,23 +149,28 @@ class CutBatches:
         """The batch that needs the most memory: the longest utterances of all, as many as fit."""
         order = np.argsort(-self._durations_s, kind="stable")
         end = _fill(self._durations_s[order], self.batch_duration_s)[0]
-        return [self.ids[i] for i in order[:end]]
+        return [self._table.id(i) for i in order[:end].tolist()]
 
     def duration_s(self, ids: Iterable[str]) -> float:
         """Seconds of audio in these cuts, padding not counted."""
-        return float(sum(self._cuts[i].duration for i in ids))
+        return float(sum(self._durations_s[self._table.number(i)] for i in ids))
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of audio in all cuts."""
+        return float(self._durations_s.sum())
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._durations_s)
 
     @property
     def num_labelled(self) -> int:
         """Utterances whose text may be used."""
-        return len(self._labelled)
+        return int(self._labelled_N.sum())
 
     def _order(self, rng: np.random.Generator) -> np.ndarray:
         """Cut numbers from the longest to the shortest, roughly so when shuffling."""
-        spread = rng.uniform(1 - _JITTER, 1 + _JITTER, len(self.ids)) if self.shuffle else 1.0
+        spread = rng.uniform(1 - _JITTER, 1 + _JITTER, len(self)) if self.shuffle else 1.0
         return np.argsort(-self._durations_s * spread, kind="stable")
 
     def _blocks(self, rng: np.random.Generator) -> list[np.ndarray]:
@@ -163,8 +208,8 @@ class CutBatches:
         rng = np.random.default_rng(seed)
         rows: list[list[str]] = []
         for known in (True, False):  # a row with words that must not be used has no label
-            alike = [i for i in ids if (i in self._labelled) == known]
-            durations_s = [self._cuts[i].duration for i in alike]
+            alike = [i for i in ids if self._is_labelled(i) == known]
+            durations_s = [float(self._durations_s[self._table.number(i)]) for i in alike]
             if alike:
                 rows += [[alike[n] for n in row] for row in self._augmenter.rows(durations_s, rng)]
         scenes = self._augmenter.scenes([[self._load_audio(i) for i in row] for row in rows], rng)
@@ -184,9 +229,9 @@ class CutBatches:
         features_BTF = features[0].new_zeros(len(rows), max(lens), features[0].shape[1])
         for row, item in zip(features_BTF, features, strict=True):
             row[: len(item)] = item
-        labelled = [row[0] in self._labelled for row in rows]
+        labelled = [self._is_labelled(row[0]) for row in rows]
         texts = [
-            " ".join(transcript_of(self._cuts[i]) for i in row) if known else ""
+            " ".join(transcript_of(self._cut(i)) for i in row) if known else ""
             for row, known in zip(rows, labelled, strict=True)
         ]
         ids = ["+".join(row) for row in rows]
@@ -208,11 +253,30 @@ class CutBatches:
 
     def _encode(self, row: str, text: str) -> list[int]:
         assert self.tokenizer is not None, "without tokens there are no labels"
-        if row not in self._cuts:  # joined anew each time
-            return self.tokenizer.encode(text)
-        if row not in self._labels:
-            self._labels[row] = self.tokenizer.encode(text)
-        return self._labels[row]
+        kept = self._labels.get(row)
+        if kept is None:
+            kept = self.tokenizer.encode(text)
+            if self._has(row):  # else joined anew each time
+                self._labels.offer(row, kept, 8 * len(kept) + _ENTRY_BYTES)
+        return kept
+
+    def _has(self, row: str) -> bool:
+        try:
+            self._table.number(row)
+        except KeyError:
+            return False
+        return True
+
+    def _is_labelled(self, cut_id: str) -> bool:
+        return bool(self._labelled_N[self._table.number(cut_id)])
+
+    def _cut(self, cut_id: str) -> Cut:
+        cut = self._cuts.get(cut_id)
+        if cut is None:
+            cut = self._table[self._table.number(cut_id)]
+            if isinstance(self._table, StoredCuts):
+                self._cuts.offer(cut_id, cut, _CUT_BYTES)
+        return cut
 
     def _load_features(self, cut_id: str) -> Tensor:
         cached = self._features.get(cut_id)
@@ -220,7 +284,7 @@ class CutBatches:
             return cached
         with _reading("features", cut_id, "rerun the features stage with --force"):
             # Not cut.load_features, which finds no frame in a cut of less than 0.005 s.
-            array = self._cuts[cut_id].features.load()  # type: ignore[attr-defined]
+            array = self._cut(cut_id).features.load()  # type: ignore[attr-defined]
         features = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
         self._features.offer(cut_id, features, features.numel() * features.element_size())
         return features
@@ -230,7 +294,7 @@ class CutBatches:
         kept = self._audio.get(cut_id)
         if kept is None:
             with _reading("audio", cut_id, "rerun the recipe from --stage 0"):
-                [samples_S] = padded(np.asarray(self._cuts[cut_id].load_audio()), SAMPLE_RATE)
+                [samples_S] = padded(np.asarray(self._cut(cut_id).load_audio()), SAMPLE_RATE)
             kept = np.round(samples_S * _FULL_SCALE).clip(-_FULL_SCALE, _FULL_SCALE).astype(np.int16)
             self._audio.offer(cut_id, kept, kept.nbytes)
         return kept.astype(np.float32) / _FULL_SCALE
@@ -254,16 +318,14 @@ def _reading(what: str, cut_id: str, remedy: str) -> Iterator[None]:
         raise DataError(said, where=cut_id, remedy=remedy) from error
 
 
-def _check(cuts: Sequence[Cut], by_id: dict[str, Cut]) -> None:
-    if not cuts:
+def _check(cuts: Cuts) -> None:
+    if not len(cuts):
         raise DataError(
             "no utterances to make batches of",
             remedy="look at the subset's rule and at manifests/summary.json",
         )
-    if len(by_id) != len(cuts):
-        raise DataError("the same cut id occurs more than once", remedy="run the prepare stage again")
-    if missing := next((cut.id for cut in cuts if not cut.has_features), None):
-        raise DataError("the cut has no features", where=missing, remedy="run the features stage")
+    if fault := cuts.fault():
+        raise fault
 
 
 def transcript_of(cut: Cut) -> str:
@@ -273,14 +335,19 @@ def transcript_of(cut: Cut) -> str:
 
 def _fill(durations_s: np.ndarray, limit_s: float) -> list[int]:
     """Ends of consecutive batches in which count times longest stays within ``limit_s``."""
+    most = limit_s * (1 + 1e-9)
     ends: list[int] = []
-    start, longest = 0, 0.0
-    for number, duration in enumerate(durations_s.tolist()):
-        longest = max(longest, duration)
-        if number > start and (number + 1 - start) * longest > limit_s * (1 + 1e-9):
-            ends.append(number)
-            start, longest = number, duration
-    return [*ends, len(durations_s)]
+    start = 0
+    while start < len(durations_s):
+        first = float(durations_s[start])
+        # no more fit, since the first is at most the longest
+        room = int(min(most / first, len(durations_s))) + 2 if first > 0 else len(durations_s)
+        longest = np.maximum.accumulate(durations_s[start : start + room])
+        over = longest * np.arange(1, len(longest) + 1) > most
+        over[0] = False
+        start += int(over.argmax()) if over.any() else len(longest)
+        ends.append(start)
+    return ends
 
 
 def _level(durations_s: np.ndarray, limit_s: float, ends: list[int]) -> list[int]:

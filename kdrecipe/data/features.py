@@ -3,6 +3,7 @@
 Written to the features directory::
 
     <split>.jsonl.gz   cuts, one per supervision, with features computed (``train`` with its copies)
+    <split>.index.npz  see :mod:`kdrecipe.data.stored_cuts`
     storage/<split>/   the arrays: float32 (T, F) log-mel, not normalised
     norm.npz           mean and std (F,) over the unperturbed training cuts
     subsets.json       name -> ids of the training cuts in it, with their perturbed copies
@@ -10,27 +11,24 @@ Written to the features directory::
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import gzip
+import itertools
 import json
 import multiprocessing
 import os
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lhotse.audio import RecordingSet
-from lhotse.augmentation import Speed
-from lhotse.cut import CutSet, MonoCut
+from lhotse.audio import Recording
+from lhotse.cut import MonoCut
 from lhotse.features.io import NumpyFilesWriter
 from lhotse.features.kaldi.extractors import Fbank, FbankConfig
-from lhotse.serialization import deserialize_item
-from lhotse.supervision import SupervisionSet
+from lhotse.supervision import SupervisionSegment
 from lhotse.utils import fastcopy
 
 from kdrecipe.artifacts import disk_errors, replacing, write_json, write_jsonl_gz
@@ -38,11 +36,13 @@ from kdrecipe.corpus.audio import padded
 from kdrecipe.corpus.gather import reason
 from kdrecipe.corpus.manifests import RECORDINGS
 from kdrecipe.corpus.subsets import choose_subsets
+from kdrecipe.data.stored_cuts import StoredCuts
 from kdrecipe.errors import DataError, Problem, RecipeError
 from kdrecipe.interfaces import SAMPLE_RATE
 
 FRAME_SHIFT_S = 0.01
 MINUTE = 6000  # frames
+_BLOCK = 50  # cuts
 
 _SUPERVISIONS = "_supervisions.jsonl.gz"
 
@@ -108,7 +108,7 @@ def compute_features(
     seed: int = 0,
     num_jobs: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
-) -> dict[str, CutSet]:
+) -> dict[str, StoredCuts]:
     """Compute the features of every split in ``manifest_dir``.
 
     Args:
@@ -125,38 +125,49 @@ def compute_features(
     Raises:
         DataError: no manifests, unreadable audio (every bad file is named), a subset that can't be made.
     """
-    splits = {split: read_cuts(manifest_dir, split) for split in _split_names(manifest_dir)}
-    chosen = choose_subsets(splits.get("train", []), subsets or {}, seed)
+    splits = {split: SplitCuts(manifest_dir, split) for split in _split_names(manifest_dir)}
     factors = [f for f in config.get("speed_perturb", []) if f != 1.0]
-    originals = splits.get("train", [])
-    if originals:
-        copies = [perturb_speed(cut, factor) for cut in originals for factor in factors]
-        _refuse_names_of_copies(originals, copies)
-        splits["train"] = originals + copies
-    total, done = sum(map(len, splits.values())), 0
-    finished: dict[str, list[MonoCut]] = {split: [] for split in splits}
-    problems = []
-    for split, cuts in splits.items():
-        for outcome in _extract_all(cuts, out_dir.absolute() / "storage" / split, config, num_jobs):
+    ids = {split: [cut.id for cut in cuts] for split, cuts in splits.items()}  # and all are sound
+    originals = set(ids.get("train", []))
+    _refuse_names_of_copies(originals, factors)
+    chosen = choose_subsets(list(splits["train"]) if subsets and originals else [], subsets or {}, seed)
+    counts = {split: len(ids[split]) * (1 + len(factors) * (split == "train")) for split in splits}
+    total, done = sum(counts.values()), 0
+    del ids
+    problems: list[Problem] = []
+
+    def sound(outcomes: Iterable[MonoCut | Problem]) -> Iterator[MonoCut]:
+        nonlocal done
+        for outcome in outcomes:
             done += 1
             if on_progress:
                 on_progress(done, total)
             if isinstance(outcome, Problem):
                 problems.append(outcome)
             else:
-                finished[split].append(outcome)
+                yield _portable(outcome, manifest_dir, out_dir)
+
+    for split, cuts in splits.items():
+        storage, jobs = out_dir.absolute() / "storage" / split, num_jobs if counts[split] > _BLOCK else 1
+        work = _extract_all(_with_speeds(cuts, factors if split == "train" else ()), storage, config, jobs)
+        write_cuts(out_dir / f"{split}.jsonl.gz", sound(work))
     if problems:
+        for split in splits:
+            (out_dir / f"{split}.jsonl.gz").unlink()
         raise DataError(problems)
+    result = {split: load_cuts(out_dir, split) for split in splits}
     if originals:
-        ids = {cut.id for cut in originals}
-        _write_norm(out_dir / "norm.npz", *feature_stats(c for c in finished["train"] if c.id in ids))
+        train = result["train"]
+        _write_norm(out_dir / "norm.npz", *feature_stats(train.select(train.chosen(originals))))
     write_json(out_dir / "subsets.json", _with_copies(chosen, factors))
-    result = {split: CutSet.from_cuts(cuts) for split, cuts in finished.items()}
-    for split in result:
-        portable = (_portable(cut, manifest_dir, out_dir) for cut in finished[split])
-        with disk_errors(out_dir):
-            write_cuts(out_dir / f"{split}.jsonl.gz", portable)
     return result
+
+
+def _with_speeds(cuts: SplitCuts, factors: Sequence[float]) -> Iterator[MonoCut]:
+    """All cuts, then the copies of each."""
+    yield from cuts
+    if factors:
+        yield from (perturb_speed(cut, factor) for cut in cuts for factor in factors)
 
 
 def perturb_speed(cut: MonoCut, factor: float) -> MonoCut:
@@ -178,17 +189,17 @@ def perturb_speed(cut: MonoCut, factor: float) -> MonoCut:
     return copy
 
 
-def _refuse_names_of_copies(originals: Sequence[MonoCut], copies: Sequence[MonoCut]) -> None:
+def _refuse_names_of_copies(ids: Set[str], factors: Sequence[float]) -> None:
     """DataError for utterances that are called as a copy of another at another speed is."""
-    named = {copy.id for copy in copies}
+    ends = tuple(f"_sp{factor}" for factor in factors)
     problems = [
         Problem(
             "this id is also that of a copy at another speed, which ends in _sp<speed>",
-            cut.id,
+            cut_id,
             "rename the utterance, or change features.speed_perturb",
         )
-        for cut in originals
-        if cut.id in named
+        for cut_id in sorted(ids)
+        if any(cut_id.endswith(end) and cut_id.removesuffix(end) in ids for end in ends)
     ]
     if problems:
         raise DataError(problems)
@@ -200,40 +211,59 @@ def read_cuts(manifest_dir: Path, split: str) -> list[MonoCut]:
     Raises:
         DataError: a supervision names a recording that is not there, or a rate is not 16 kHz.
     """
-    stored = RecordingSet.from_file(manifest_dir / f"{split}{RECORDINGS}")
-    recordings = {r.id: r.with_path_prefix(manifest_dir.absolute()) for r in stored}
-    cuts, problems = [], []
-    for supervision in SupervisionSet.from_file(manifest_dir / f"{split}{_SUPERVISIONS}"):
-        recording = recordings.get(supervision.recording_id)
-        if recording is None:
-            problems.append(Problem(f"its recording {supervision.recording_id!r} is missing", supervision.id))
-            continue
+    return list(SplitCuts(manifest_dir, split))
+
+
+class SplitCuts:
+    """What :func:`read_cuts` lists, made one at a time and as often as asked.
+
+    Recordings are kept as lines of JSON, which take a quarter of Lhotse's objects.
+    """
+
+    def __init__(self, manifest_dir: Path, split: str) -> None:
+        self._folder = manifest_dir.absolute()
+        self._supervisions = manifest_dir / f"{split}{_SUPERVISIONS}"
+        with gzip.open(manifest_dir / f"{split}{RECORDINGS}") as lines:
+            self._lines = {json.loads(line)["id"]: line for line in lines}
+
+    def __iter__(self) -> Iterator[MonoCut]:
+        problems = []
+        with gzip.open(self._supervisions) as lines:
+            for line in lines:
+                supervision = SupervisionSegment.from_dict(json.loads(line))
+                made = self._cut(supervision)
+                if isinstance(made, Problem):
+                    problems.append(made)
+                else:
+                    yield made
+        if problems:
+            raise DataError(problems)
+
+    def _cut(self, supervision: SupervisionSegment) -> MonoCut | Problem:
+        line = self._lines.get(supervision.recording_id)
+        if line is None:
+            return Problem(f"its recording {supervision.recording_id!r} is missing", supervision.id)
+        recording = Recording.from_dict(json.loads(line)).with_path_prefix(self._folder)
         if recording.sampling_rate != SAMPLE_RATE:
             what = f"recorded at {recording.sampling_rate} Hz"
-            problems.append(Problem(what, supervision.id, f"convert the corpus to {SAMPLE_RATE} Hz"))
-            continue
+            return Problem(what, supervision.id, f"convert the corpus to {SAMPLE_RATE} Hz")
         channel = supervision.channel
-        cuts.append(
-            MonoCut(
-                id=supervision.id,
-                start=supervision.start,
-                # Rounding in the corpus's own times may put the end some samples past the audio's.
-                duration=min(supervision.duration, recording.duration - supervision.start),
-                channel=channel if isinstance(channel, int) else channel[0],
-                supervisions=[supervision.with_offset(-supervision.start)],
-                recording=recording,
-            )
+        return MonoCut(
+            id=supervision.id,
+            start=supervision.start,
+            # Rounding in the corpus's own times may put the end some samples past the audio's.
+            duration=min(supervision.duration, recording.duration - supervision.start),
+            channel=channel if isinstance(channel, int) else channel[0],
+            supervisions=[supervision.with_offset(-supervision.start)],
+            recording=recording,
         )
-    if problems:
-        raise DataError(problems)
-    return cuts
 
 
-def load_cuts(features_dir: Path, split: str) -> CutSet:
-    """The cuts that :func:`compute_features` wrote for ``split``.
+def load_cuts(features_dir: Path, split: str) -> StoredCuts:
+    """The cuts that :func:`compute_features` wrote for ``split``; each is read when it is asked for.
 
     Raises:
-        DataError: there is no such split.
+        DataError: there is no such split, or its file is damaged.
     """
     path = features_dir / f"{split}.jsonl.gz"
     if not path.exists():
@@ -243,32 +273,7 @@ def load_cuts(features_dir: Path, split: str) -> CutSet:
             where=str(features_dir),
             remedy=f"splits with features: {names or 'none'}",
         )
-    folder = str(features_dir.absolute())
-    with gzip.open(path) as lines, _no_collection():
-        return CutSet.from_cuts(deserialize_item(_placed(json.loads(line), folder)) for line in lines)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Nothing here is garbage, and looking for it among ever more objects took 40 % of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _placed(item: dict[str, Any], folder: str) -> dict[str, Any]:
-    """A stored cut with paths below ``folder``: done to Lhotse's objects, it took as long as all the rest."""
-    if (features := item.get("features")) is not None:
-        # One text for all: there are few of these paths, and many cuts.
-        features["storage_path"] = sys.intern(os.path.join(folder, features["storage_path"]))
-    for source in item["recording"]["sources"]:
-        if source["type"] == "file":
-            source["source"] = os.path.join(folder, source["source"])
-    return item
+    return StoredCuts(path)
 
 
 def _portable(cut: MonoCut, manifest_dir: Path, out_dir: Path) -> MonoCut:
@@ -291,8 +296,9 @@ def _portable(cut: MonoCut, manifest_dir: Path, out_dir: Path) -> MonoCut:
 
 
 def write_cuts(path: Path, cuts: Any) -> None:
-    """Write a CutSet as Lhotse does, but for the time: equal cuts give equal bytes."""
+    """Write a CutSet as Lhotse does, but for the time, and its index: equal cuts give equal bytes."""
     write_jsonl_gz(path, (cut.to_dict() for cut in cuts))
+    StoredCuts(path)  # writes the index
 
 
 def tuning_cuts(features_dir: Path) -> list[MonoCut]:
@@ -300,8 +306,8 @@ def tuning_cuts(features_dir: Path) -> list[MonoCut]:
 
     Never test: what is looked at while a system is made says nothing new about it.
     """
-    listed: Any = load_cuts(features_dir, "dev" if has_dev(features_dir) else "train")
-    return [cut for cut in listed if not is_copy(cut)]
+    cuts = load_cuts(features_dir, "dev" if has_dev(features_dir) else "train")
+    return list(cuts.select(cuts.all() - cuts.copies()))
 
 
 def has_dev(features_dir: Path) -> bool:
@@ -322,19 +328,8 @@ def load_norm(features_dir: Path, ids: Collection[str] | None = None) -> tuple[n
     if ids is None:
         with np.load(features_dir / "norm.npz") as stored:
             return stored["mean"], stored["std"]
-    cuts: Any = load_cuts(features_dir, "train")
-    return feature_stats(cut for cut in cuts if cut.id in ids and not is_copy(cut))
-
-
-def is_copy(cut: MonoCut) -> bool:
-    """Whether it was made by :func:`perturb_speed`."""
-    transforms: Any = (cut.recording.transforms if cut.recording else None) or []
-    return any(isinstance(transform, Speed) for transform in transforms)
-
-
-def original_id(cut: MonoCut) -> str:
-    """The id of the utterance that a cut is, or is a copy of at another speed."""
-    return cut.id.rpartition("_sp")[0] if is_copy(cut) else cut.id
+    cuts = load_cuts(features_dir, "train")
+    return feature_stats(cuts.select(cuts.chosen(ids) - cuts.copies()))
 
 
 def _split_names(manifest_dir: Path) -> list[str]:
@@ -348,20 +343,24 @@ def _split_names(manifest_dir: Path) -> list[str]:
 
 
 def _extract_all(
-    cuts: Sequence[MonoCut], storage: Path, config: Mapping[str, Any], num_jobs: int
+    cuts: Iterable[MonoCut], storage: Path, config: Mapping[str, Any], num_jobs: int
 ) -> Iterator[MonoCut | Problem]:
     """The cuts with features, in order, with a problem instead of each that has none."""
-    numbered = list(enumerate(cuts))
+    numbered = enumerate(cuts)
     # Blocks bound what is under way between processes, and load the extractor once per block.
-    blocks = [numbered[i : i + 50] for i in range(0, len(numbered), 50)]
-    if num_jobs <= 1 or len(blocks) == 1:
+    blocks = iter(lambda: list(itertools.islice(numbered, _BLOCK)), [])
+    if num_jobs <= 1:
         for block in blocks:
             yield from _extract_block(block, storage, dict(config))
         return
     # A forked copy of a process in which torch has started threads can hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_jobs, mp_context=context, initializer=_one_thread) as pool:
-        work = [pool.submit(_extract_block, block, storage, dict(config)) for block in blocks]
+        work: deque[Future[list[MonoCut | Problem]]] = deque()
+        for block in blocks:
+            work.append(pool.submit(_extract_block, block, storage, dict(config)))
+            if len(work) > 2 * num_jobs:
+                yield from work.popleft().result()
         for future in work:
             yield from future.result()
 

@@ -22,8 +22,9 @@ from kdrecipe.artifacts import (
     content_digest,
     disk_errors,
     fingerprint,
-    list_files,
+    list_result,
     read_json,
+    same_folder,
     state_digest,
     write_json,
 )
@@ -85,9 +86,15 @@ def why_run(job: Job, jobs: Mapping[str, Job]) -> str | None:
         if upstream is not None and stamp["needs"].get(need) != upstream["content"]:
             return f"{need} has changed since"
     for name, size in stamp["files"].items():
-        path = job.out / name
-        if not path.exists() or path.stat().st_size != size:
+        try:
+            same = os.stat(os.path.join(job.out, name)).st_size == size
+        except OSError:
+            same = False
+        if not same:
             return f"{name} is missing or damaged"
+    for name, stated in stamp.get("folders", {}).items():
+        if not same_folder(job.out / name, stated):
+            return f"files in {name} are missing or damaged"
     if job.sources is not None and stamp.get("sources") != state_digest(job.sources(job.out)):
         return "files that it was made from have changed since"
     return None
@@ -190,13 +197,14 @@ def run_job(job: Job, jobs: Mapping[str, Job], work: Callable[[Job, Path], None]
         with disk_errors(job.out), watched(job.name, job.out):
             work(job, partial) if work else job.run(partial)
         (partial / "started.json").unlink()
-        files = list_files(partial)
+        files, folders = list_result(partial)
         stamp = {
             "job": job.name,
             "inputs": _plain(job.inputs),
             "needs": needs,
-            "content": content_digest(partial, files),
+            "content": content_digest(partial, files, folders),
             "files": files,
+            **({"folders": folders} if folders else {}),
             "sources": state_digest(job.sources(partial)) if job.sources else None,
             "core": core_hash(),
             "seconds": round(time.monotonic() - start, 3),

@@ -215,7 +215,7 @@ def _trained(session: Session, steps: int | None, work_dir: Path) -> tuple[dict[
         data = session.batches(training)
         epochs = -(-steps // data.num_batches(0))
         share = steps / (epochs * data.num_batches(0))
-        session = replace(session, max_audio_s=share * data.duration_s(data.ids))
+        session = replace(session, max_audio_s=share * data.total_s)
     model = session.new_model()
     fixed = training.model_copy(update={"epochs": epochs, "dev_every": epochs})
     result = session.run(model, work_dir, fixed)

@@ -11,6 +11,7 @@ from kdrecipe.recipe.sections import ALL, NONE
 from kdrecipe.recipe.suitable import bundle_meta
 
 if TYPE_CHECKING:
+    from kdrecipe.data.stored_cuts import Chosen, StoredCuts
     from kdrecipe.jobs.plan import Plan
     from kdrecipe.recipe.load import Recipe, System
 
@@ -41,20 +42,22 @@ def all_needs(recipe: Recipe, teacher: str, students: Sequence[System]) -> list[
 
 
 def utterances_of(
-    system: System, ids: Iterable[str], subsets: Mapping[str, Collection[str]], left_out: Collection[str]
-) -> tuple[set[str], set[str]]:
+    system: System, cuts: StoredCuts, subsets: Mapping[str, Collection[str]], left_out: Collection[str]
+) -> tuple[Chosen, Chosen]:
     """Ids of the training cuts that ``system`` learns from: those with their labels, those without.
 
     Args:
         system: trained or distilled.
-        ids: of all training cuts, perturbed copies included.
+        cuts: of the training split, perturbed copies included.
         subsets: name -> ids of the subset's utterances.
         left_out: cuts that are too short for their text; they serve where the text is not used.
     """
-    everything = set(ids)
-    named = {**subsets, ALL: everything, NONE: set()}
-    labelled = set(everything if system.data is None else named[system.data]) - set(left_out)
-    unlabelled = set() if system.unlabelled is None else set(named[system.unlabelled]) - labelled
+
+    def named(name: str | None) -> Chosen:
+        return cuts.all() if name in (ALL, None) else cuts.chosen(() if name == NONE else subsets[str(name)])
+
+    labelled: Chosen = named(system.data) - cuts.chosen(left_out)
+    unlabelled: Chosen = named(NONE if system.unlabelled is None else system.unlabelled) - labelled
     return labelled, unlabelled
 
 

@@ -72,7 +72,6 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout, stage: int) -> None:
 def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> None:
     """Recognise what the students hear without labels, at its own speed; resumes between batches."""
     from kdrecipe.data.batches import transcript_of
-    from kdrecipe.data.features import is_copy
     from kdrecipe.stages.session import training_data
     from kdrecipe.stages.teachers import hypotheses, open_teacher
     from kdrecipe.text_form import TextChanges
@@ -82,8 +81,7 @@ def run(recipe: Recipe, layout: Layout, teacher: str, seed: int, out: Path) -> N
     system, device = recipe.systems[teacher], local_device()
     form = form_of(recipe, layout, system)
     cuts, _, unlabelled = training_data(layout, students_of(recipe, teacher))
-    listed: Any = cuts
-    wanted = {cut.id: cut for cut in listed if cut.id in unlabelled and not is_copy(cut)}
+    wanted = {cut.id: cut for cut in cuts.select(unlabelled - cuts.copies())}
     path = out / "heard.jsonl"
     done = {row["id"]: row for row in _rows(path)}
     left = [cut for cut in wanted.values() if cut.id not in done]

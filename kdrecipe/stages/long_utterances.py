@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from kdrecipe.artifacts import read_json
 from kdrecipe.recipe.load import Recipe, System
@@ -28,15 +30,16 @@ def tell_long_utterances(recipe: Recipe, features: Path) -> None:
 
     if not (features / "train.jsonl.gz").exists():
         return
-    listed: Any = load_cuts(features, "train")
-    cuts = {cut.id: cut for cut in sorted(listed, key=lambda cut: -cut.duration)}
+    cuts = load_cuts(features, "train")
+    longest = np.argsort(-cuts.durations_s, kind="stable")
     subsets = read_json(features / "subsets.json")
-    concerned: dict[tuple[float, tuple[str, ...]], list[System]] = {}
+    concerned: dict[tuple[float, tuple[int, ...]], list[System]] = {}
     for system in recipe.systems.values():
         if system.model is not None:
             limit_s = system.training.batch_duration_s
-            heard = set().union(*utterances_of(system, cuts, subsets, ()))
-            long = tuple(i for i, cut in cuts.items() if cut.duration > limit_s and i in heard)
+            labelled, unlabelled = utterances_of(system, cuts, subsets, ())
+            heard = (labelled | unlabelled).of(cuts)
+            long = tuple(longest[heard[longest] & (cuts.durations_s[longest] > limit_s)].tolist())
             concerned.setdefault((limit_s, long), []).append(system)
     for (limit_s, long), systems in concerned.items():
         if long:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from kdrecipe.artifacts import raw_digest, write_json
+from kdrecipe.artifacts import WhenAsked, raw_digest, write_json
 from kdrecipe.errors import DataError
 from kdrecipe.interfaces import Prepared
 from kdrecipe.jobs.plan import Plan
@@ -27,7 +28,8 @@ def add_jobs(plan: Plan, recipe: Recipe, layout: Layout) -> None:
         "max_utterances": corpus.max_utterances,
         "plugin": recipe.plugins.registry.fingerprint("corpora", corpus.name),
         "root": str(root.resolve()) if root else None,  # the manifests name audio by absolute path
-        "raw": raw_digest(root) if root and root.is_dir() else None,
+        # When asked for: a process that runs another job need not walk all audio.
+        "raw": WhenAsked(partial(raw_digest, root)) if root and root.is_dir() else None,
         **({"case": corpus.case} if corpus.case != "keep" else {}),
         **({"without_text": found} if (found := _without_text(recipe)) else {}),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -319,13 +319,14 @@ def _audio(layout: Layout) -> Callable[[str, str], tuple[np.ndarray, int] | None
     """Audio of an utterance, for the page to play."""
     from kdrecipe.data.features import load_cuts
 
-    @cache
-    def cuts(split: str) -> dict[str, Any]:
-        listed: Any = load_cuts(layout.features, split)
-        return {cut.id: cut for cut in listed}
+    cuts = cache(partial(load_cuts, layout.features))
 
     def load(split: str, utterance: str) -> tuple[np.ndarray, int] | None:
-        cut = cuts(split).get(utterance)
-        return None if cut is None else (cut.load_audio()[0], cut.sampling_rate)
+        try:
+            cut = cuts(split)[cuts(split).number(utterance)]
+        except KeyError:
+            return None
+        audio = cut.load_audio()
+        return None if audio is None else (audio[0], cut.sampling_rate)
 
     return load

@@ -6,7 +6,7 @@ Teachers, students and fine-tuning under compression all train through :class:`S
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lhotse import CutSet
-from lhotse.utils import fastcopy
 from torch import nn
 
 from kdrecipe.artifacts import read_json
 from kdrecipe.corpus.subsets import drawn_over_speakers
 from kdrecipe.data.augment import Augmenter, NoiseFiles
 from kdrecipe.data.batches import CutBatches
-from kdrecipe.data.features import FRAME_SHIFT_S, extract, has_dev, load_cuts, load_norm, original_id
+from kdrecipe.data.features import FRAME_SHIFT_S, extract, has_dev, load_cuts, load_norm
+from kdrecipe.data.stored_cuts import Chosen, StoredCuts
 from kdrecipe.data.tokens import Tokenizer
 from kdrecipe.errors import KdrecipeError, RecipeError
 from kdrecipe.interfaces import SAMPLE_RATE, Batch, LossSetup, ModelInfo, TargetSpec
@@ -78,18 +77,19 @@ class Session:
         return Tokenizer.load(self.layout.tokens)
 
     @cached_property
-    def _data(self) -> tuple[CutSet, set[str]]:
+    def _data(self) -> tuple[StoredCuts | list[MonoCut], Set[str]]:
         """The training cuts that the system learns from, perturbed copies included; ids of the labelled."""
         cuts, labelled, unlabelled = training_data(self.layout, [self.system])
         if self.system.labels is not None:
             texts = self._said(unlabelled)
-            cuts = CutSet.from_cuts(_with_text(cut, texts.get(original_id(cut))) for cut in _listed(cuts))
-            labelled = labelled | {cut.id for cut in _listed(cuts) if original_id(cut) in texts}
+            cuts = cuts.with_texts(texts)
+            said = (i for i, original in zip(cuts.ids, cuts.original_ids(), strict=True) if original in texts)
+            labelled = labelled | cuts.chosen(said)
         if self.max_audio_s is not None:
-            cuts = CutSet.from_cuts(_first(drawn_over_speakers(cuts), self.max_audio_s))
+            return list(_first(drawn_over_speakers(cuts), self.max_audio_s)), labelled
         return cuts, labelled
 
-    def _said(self, unlabelled: set[str]) -> dict[str, str]:
+    def _said(self, unlabelled: Set[str]) -> dict[str, str]:
         """Utterance -> what a teacher recognised, of those that are labels; says how many that are."""
         assert self.system.labels is not None
         assert self.system.keep is not None
@@ -108,10 +108,12 @@ class Session:
         return texts
 
     @cached_property
-    def heard(self) -> set[str] | None:
+    def heard(self) -> Collection[str] | None:
         """Utterances that it trains on, with labels or without; None: the whole training split."""
-        cuts: Any = self._data[0]  # Lhotse's annotations do not let it be iterated
-        return None if self.system.data is None else {cut.id for cut in cuts}
+        if self.system.data is None:
+            return None
+        cuts = self._data[0]
+        return cuts.all() if isinstance(cuts, StoredCuts) else {cut.id for cut in cuts}
 
     def new_model(self) -> AsrModel:
         """The system's model with random weights, normalised by the audio that it trains on."""
@@ -355,26 +357,13 @@ class Session:
         return result
 
 
-def _listed(cuts: Any) -> list[Any]:
-    """Cuts as a list; Lhotse's annotations do not let a CutSet be iterated."""
-    return list(cuts)
-
-
-def _with_text(cut: Any, text: str | None) -> Any:
-    """The cut with another transcript; None: as it is."""
-    if text is None:
-        return cut
-    [supervision] = cut.supervisions
-    return fastcopy(cut, supervisions=[fastcopy(supervision, text=text)])
-
-
 def _first(cuts: Sequence[MonoCut], seconds: float) -> Sequence[MonoCut]:
     """The first cuts that together last so long, the last one included."""
     ends_s = np.cumsum([cut.duration for cut in cuts])
     return cuts[: int(np.searchsorted(ends_s, seconds)) + 1]
 
 
-def training_data(layout: Layout, systems: Iterable[System]) -> tuple[CutSet, set[str], set[str]]:
+def training_data(layout: Layout, systems: Iterable[System]) -> tuple[StoredCuts, Chosen, Chosen]:
     """The training cuts that ``systems`` learn from, perturbed copies included.
 
     Returns:
@@ -385,16 +374,11 @@ def training_data(layout: Layout, systems: Iterable[System]) -> tuple[CutSet, se
     subsets = read_json(layout.features / "subsets.json")
     place = layout.tokens / "left_out.json"
     left_out = read_json(place) if place.exists() else []  # before there are tokens, nothing is
-    labelled: set[str] = set()
-    unlabelled: set[str] = set()
+    labelled = unlabelled = cuts.chosen(())
     for system in systems:
-        with_labels, without = utterances_of(system, cuts.ids, subsets, left_out)
+        with_labels, without = utterances_of(system, cuts, subsets, left_out)
         labelled, unlabelled = labelled | with_labels, unlabelled | without
-
-    def wanted(cut: Any) -> bool:
-        return cut.id in labelled or cut.id in unlabelled
-
-    return cuts.filter(wanted).to_eager(), labelled, unlabelled
+    return cuts.select(labelled | unlabelled), labelled, unlabelled
 
 
 def target_key(opened: Opened, recipe: Recipe) -> dict[str, Any]:

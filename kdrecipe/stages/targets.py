@@ -91,7 +91,6 @@ def _texts_heard(
     recipe: Recipe, layout: Layout, teacher: str, seed: int, tokens: Tokenizer
 ) -> tuple[list[Labels], set[str]]:
     """Labels that are hypotheses, by cut; and cuts that some student hears without any label."""
-    from kdrecipe.data.features import original_id
     from kdrecipe.stages.inputs import cached_for
     from kdrecipe.stages.labels import kept_of
     from kdrecipe.stages.session import training_data
@@ -101,19 +100,18 @@ def _texts_heard(
     for student in cached_for(recipe, teacher):
         cuts, _, hears = training_data(layout, [student])
         seeds = _label_seeds(recipe, student, teacher, seed)
-        own |= set() if seeds else hears
+        own |= set() if seeds else set(hears)
         for its_seed in seeds:
             assert student.labels is not None
             assert student.keep is not None
             texts = kept_of(layout, student.labels, its_seed, student.keep, hears)[1]
-            listed: Any = cuts  # Lhotse's annotations do not let it be iterated
             found = {
-                cut.id: (text, tokens.encode(text))
-                for cut in listed
-                if cut.id in hears and (text := texts.get(original_id(cut))) is not None
+                cut_id: (text, tokens.encode(text))
+                for cut_id, original in zip(cuts.ids, cuts.original_ids(), strict=True)
+                if cut_id in hears and (text := texts.get(original)) is not None
             }
             labels.append(found)
-            own |= hears - set(found)
+            own |= hears - found.keys()
     return labels, own
 
 

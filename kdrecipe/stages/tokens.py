@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kdrecipe.artifacts import fingerprint, read_json, write_json
 from kdrecipe.errors import RecipeError
@@ -15,6 +15,9 @@ from kdrecipe.recipe.imported import build_teacher, tokenizer_file
 from kdrecipe.recipe.load import Recipe
 from kdrecipe.stages.labels import hypotheses_jobs, labels_inputs, training_texts
 from kdrecipe.stages.layout import Layout
+
+if TYPE_CHECKING:
+    from kdrecipe.data.stored_cuts import StoredCuts
 
 LENGTHS = range(50, 450)  # feature frames, at which encoders are asked what they leave of them
 
@@ -89,16 +92,18 @@ def own_tokens(recipe: Recipe) -> Path:
     return path
 
 
-def _labelled(recipe: Recipe, layout: Layout) -> Any:
+def _labelled(recipe: Recipe, layout: Layout) -> StoredCuts:
     """The training cuts whose transcripts some system uses."""
     from kdrecipe.data.features import load_cuts
     from kdrecipe.stages.inputs import utterances_of
 
-    cuts: Any = load_cuts(layout.features, "train")  # Lhotse's annotations do not let it be iterated
-    subsets, ids = read_json(layout.features / "subsets.json"), list(cuts.ids)
-    made = [system for system in recipe.systems.values() if system.learns]
-    used = set().union(*(utterances_of(system, ids, subsets, ())[0] for system in made))
-    return cuts.filter(lambda cut: cut.id in used).to_eager()
+    cuts = load_cuts(layout.features, "train")
+    subsets = read_json(layout.features / "subsets.json")
+    used = cuts.chosen(())
+    for system in recipe.systems.values():
+        if system.learns:
+            used = used | utterances_of(system, cuts, subsets, ())[0]
+    return cuts.select(used)
 
 
 def _capitals(texts: Sequence[str]) -> str:

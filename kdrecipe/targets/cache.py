@@ -19,18 +19,18 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from lhotse.cut import CutSet
 
 from kdrecipe.artifacts import read_json, sha256_bytes, write_json
 from kdrecipe.data.features import FRAME_SHIFT_S
 from kdrecipe.data.memory import Kept, MemoryBudget
+from kdrecipe.data.stored_cuts import Cuts, HeldCuts, StoredCuts
 from kdrecipe.errors import DataError, Problem
 from kdrecipe.interfaces import FORCED_KINDS, Batch, Piece, Targets, TargetSpec, Teacher
 from kdrecipe.targets.identity import audio_changed, identify, perturbed
@@ -38,6 +38,9 @@ from kdrecipe.targets.kinds import Arrays, kind_of
 from kdrecipe.targets.live import LiveTargets, padded_tokens
 from kdrecipe.targets.rows import in_row
 from kdrecipe.targets.shards import Shards, ShardWriter
+
+if TYPE_CHECKING:
+    from lhotse.cut import Cut
 
 FORMAT = 3
 DEFAULT_FRAME_SHIFT_S = 0.04
@@ -58,7 +61,7 @@ def text_key(tokens: Sequence[int]) -> str:
 class Batches(Protocol):
     """Batches of cuts: :class:`kdrecipe.data.batches.CutBatches`."""
 
-    def epoch(self, number: int) -> list[list[str]]:
+    def epoch(self, number: int) -> Sequence[list[str]]:
         """Ids of the cuts in each batch."""
 
     def load(self, ids: Sequence[str]) -> Batch:
@@ -97,7 +100,7 @@ class TargetCache:
         expected_key_parts: Mapping[str, Any],
         *,
         specs: Sequence[TargetSpec] = (),
-        cuts: CutSet | None = None,
+        cuts: Iterable[Cut] | None = None,
         max_memory_bytes: int | None = None,
     ) -> TargetCache:
         """Open a cache, if it is the right one.
@@ -124,7 +127,7 @@ class TargetCache:
             cache.check_cuts(cuts)
         return cache
 
-    def check_cuts(self, cuts: CutSet) -> None:
+    def check_cuts(self, cuts: Iterable[Cut]) -> None:
         """Refuse cuts that are not those the targets were computed from.
 
         Audio files are read again only if their size or time of change differ.
@@ -133,7 +136,7 @@ class TargetCache:
             DataError: listing all cuts that are missing, perturbed, or whose audio has changed.
         """
         problems = []
-        for cut in _listed(cuts):
+        for cut in cuts:
             if cut.id not in self._shards:
                 problems.append(Problem("there are no cached targets for this cut", cut.id, RECOMPUTE))
                 continue
@@ -218,7 +221,7 @@ class TargetCache:
 
 
 def write_targets(
-    cuts: CutSet,
+    cuts: Iterable[Cut],
     batches: Batches,
     teacher: Teacher,
     specs: Sequence[TargetSpec],
@@ -250,21 +253,18 @@ def write_targets(
         DataError: a cut is missing from the batches, or a value does not fit the type to store.
     """
     live = LiveTargets(teacher, specs)
-    by_id = {cut.id: cut for cut in _listed(cuts)}
+    table: Cuts = cuts if isinstance(cuts, StoredCuts) else HeldCuts(cuts)
     planned = batches.epoch(0)
-    held = set(itertools.chain.from_iterable(planned))
-    _refuse([Problem("no batch holds this cut", cut_id) for cut_id in by_id if cut_id not in held])
+    _check_plan(table, planned)
     with ShardWriter(out_dir) as writer:
         for ids in planned:
             if not writer.written.issuperset(ids):
                 batch = batches.load(ids)
                 found = _said(live, batch.map(lambda x: x.to(device)), own_ids, labels)
-                if unknown := [cut_id for cut_id in batch.ids if cut_id not in by_id]:
-                    raise DataError("a batch holds a cut that is not among the cuts", where=unknown[0])
                 lens = dict(zip(batch.ids, batch.lens_B.tolist(), strict=True))
                 writer.add(
                     [
-                        ({"id": i, "num_features": lens[i], "cut": identify(by_id[i])}, arrays)
+                        ({"id": i, "num_features": lens[i], "cut": identify(table[table.number(i)])}, arrays)
                         for i, arrays in found.items()
                     ]
                 )
@@ -273,6 +273,17 @@ def write_targets(
     key = {"format": FORMAT, "parts": dict(key_parts), "specs": [asdict(spec) for spec in specs]}
     write_json(out_dir / "key.json", key)
     return TargetCache(out_dir, specs)
+
+
+def _check_plan(cuts: Cuts, planned: Sequence[list[str]]) -> None:
+    """DataError where the batches are of other cuts, or not of all."""
+    held = np.zeros(len(cuts), bool)
+    for cut_id in itertools.chain.from_iterable(planned):
+        try:
+            held[cuts.number(cut_id)] = True
+        except KeyError:
+            raise DataError("a batch holds a cut that is not among the cuts", where=cut_id) from None
+    _refuse([Problem("no batch holds this cut", cuts.id(i)) for i in np.flatnonzero(~held).tolist()])
 
 
 def _said(
@@ -323,11 +334,6 @@ def _relabelled(batch: Batch, texts: Labels) -> Batch:
 def _text_keys(batch: Batch) -> list[Along]:
     rows = zip(batch.tokens_BU.tolist(), batch.token_lens_B.tolist(), strict=True)
     return [text_key(tokens[:length]) for tokens, length in rows]
-
-
-def _listed(cuts: Any) -> list[Any]:
-    """The cuts as a list; Lhotse's annotations do not let a CutSet be iterated."""
-    return list(cuts)
 
 
 def _along(spec: TargetSpec, along: Along) -> Along:

@@ -258,12 +258,12 @@ class _Run:
         """What is left of the current epoch, then its checkpoint and dev scores."""
         self._begin()
         plan = self.batches.epoch(self.epoch)
-        groups = [plan[i : i + self.group] for i in range(0, len(plan), self.group)]
         saved_at = time.monotonic()
-        for group in groups[self.index :]:
-            self._do_step(group)
+        num_steps = -(-len(plan) // self.group)
+        for number in range(self.index, num_steps):
+            self._do_step(plan[number * self.group : (number + 1) * self.group])
             due = time.monotonic() - saved_at >= self.options.checkpoint_every_s
-            if self.index < len(groups) and self.workers.agree_on(due):
+            if self.index < num_steps and self.workers.agree_on(due):
                 self._save()
                 saved_at = time.monotonic()
         self.epoch, self.index = self.epoch + 1, 0
@@ -453,7 +453,7 @@ class _Run:
         terms = [
             (t.name, t.weight, t.teachers, t.start_below, t.fade_steps) for t in self.stepper.objective.terms
         ]
-        plan = [self.batches.ids, self.batches.seed, self.batches.num_labelled, self.group]
+        plan = [self.batches.digest, self.batches.seed, self.batches.num_labelled, self.group]
         return {
             "seed": str(self.seed),
             "options": fingerprint(options),

@@ -135,7 +135,7 @@ def commands(page: Path) -> list[list[str]]:
     found = []
     for line in code_lines(text_of(page)):
         line = re.sub(r"\s+#.*$", "", line).strip().rstrip(";")
-        line = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line)
+        line = re.sub(r"^(?:srun )?(?:[A-Z_]+=\S+ )*", "", line)
         if re.match(r"kdrecipe \w", line):
             found.append(shlex.split(line)[1:])
         elif line.startswith("./run.sh "):

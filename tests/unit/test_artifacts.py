@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
+import json
 import os
 import resource
+import shutil
 import time
 from pathlib import Path
 
@@ -17,13 +19,16 @@ import torch
 
 from kdrecipe import artifacts
 from kdrecipe.artifacts import (
+    WhenAsked,
     content_digest,
     disk_errors,
     fingerprint,
     list_files,
+    list_result,
     raw_digest,
     read_json,
     replacing,
+    same_folder,
     sha256_file,
     state_digest,
     write_atomic,
@@ -239,3 +244,70 @@ def test_compressed_lines_do_not_hold_the_time(tmp_path, monkeypatch):
     write_jsonl_gz(tmp_path / "b.gz", [{"id": "é"}, {"id": 2}])
     assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
     assert gzip.decompress((tmp_path / "a.gz").read_bytes()).decode() == '{"id": "é"}\n{"id": 2}\n'
+
+
+# ---------------------------------------------------------------- results of very many files
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "MANY_FILES", 150)
+    for k in range(300):
+        write_atomic(tmp_path / "out" / "storage" / f"{k // 150}" / f"{k}.npy", "123")
+    write_atomic(tmp_path / "out" / "cuts", "123")
+    return tmp_path / "out"
+
+
+def test_a_result_of_many_files_counts_by_folders(large):
+    files, folders = list_result(large)
+    assert files == {"cuts": 3}
+    assert list(folders) == ["storage/0/", "storage/1/"]
+    assert all(same_folder(large / name, stated) for name, stated in folders.items())
+
+
+def test_a_result_of_few_files_counts_by_files(tree):
+    assert list_result(tree) == ({"a/c": 3, "b": 1}, {})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "7.npy").unlink(),
+        lambda folder: (folder / "new.npy").write_text("123"),
+        lambda folder: (folder / "7.npy").rename(folder / "x.npy"),
+        lambda folder: shutil.rmtree(folder),
+    ],
+    ids=["removed", "added", "renamed", "all gone"],
+)
+def test_a_large_folder_has_changed(large, change):
+    stated = list_result(large)[1]["storage/0/"]
+    change(large / "storage" / "0")
+    assert not same_folder(large / "storage" / "0", stated)
+
+
+def test_a_copy_of_a_large_folder_is_the_same_and_a_file_cut_short_in_it_is_seen(large, tmp_path):
+    stated = list_result(large)[1]["storage/0/"]
+    shutil.copytree(large, tmp_path / "copy", copy_function=shutil.copyfile)
+    copy = tmp_path / "copy" / "storage" / "0"
+    os.utime(copy, (1, 1))
+    assert same_folder(copy, stated)
+    (copy / "7.npy").write_text("1")
+    assert not same_folder(copy, stated)
+
+
+def test_the_content_of_large_folders_counts(large):
+    def content():
+        return content_digest(large, *list_result(large))
+
+    before = content()
+    assert before == content()
+    (large / "storage" / "1" / "200.npy").write_text("321")
+    assert content() != before
+
+
+def test_what_takes_long_is_found_once_when_it_is_asked_for():
+    found = []
+    value = {"raw": WhenAsked(lambda: found.append(1) or "digest")}
+    assert not found
+    assert json.dumps(value, default=str) == json.dumps(value, default=str) == '{"raw": "digest"}'
+    assert found == [1]

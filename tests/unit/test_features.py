@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from lhotse.cut import CutSet
 from lhotse.features.kaldi.extractors import Fbank, FbankConfig
 from lhotse.supervision import SupervisionSegment, SupervisionSet
 
+from kdrecipe.artifacts import write_jsonl_gz
 from kdrecipe.corpus.subsets import choose_subsets, read_ids
 from kdrecipe.data.features import (
     FRAME_SHIFT_S,
+    SplitCuts,
     compute_features,
     extract,
     feature_stats,
@@ -242,3 +245,20 @@ def test_wrong_requests_are_explained(tmp_path, features):
         extract(np.zeros(1600), 8000, CONFIG)
     with pytest.raises(KdrecipeError, match="dev, test, train"):
         load_cuts(features, "eval")
+
+
+def test_stage_1_does_not_hold_the_cuts_of_a_split(tmp_path):
+    """Recordings as lines, 1,000 bytes in all for each of these; a list of cuts takes three times that."""
+    source = {"type": "file", "channels": [0], "source": "a.wav"}
+    recordings = (
+        {"id": f"r{k}", "sources": [source], "sampling_rate": 16000, "num_samples": 16000, "duration": 1.0}
+        for k in range(3000)
+    )
+    write_jsonl_gz(tmp_path / "train_recordings.jsonl.gz", recordings)
+    spoken = ({"id": f"r{k}", "recording_id": f"r{k}", "start": 0.0, "duration": 1.0} for k in range(3000))
+    write_jsonl_gz(tmp_path / "train_supervisions.jsonl.gz", spoken)
+    tracemalloc.start()
+    assert sum(cut.duration for cut in SplitCuts(tmp_path, "train")) == 3000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1000 * 3000

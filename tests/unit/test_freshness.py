@@ -88,6 +88,23 @@ def test_what_did_not_change_is_up_to_date(place, capsys):
     assert "would run" not in place.would_run(capsys)
 
 
+def test_a_process_that_runs_another_job_does_not_walk_the_corpus(place, monkeypatch):
+    def walk(root):
+        raise AssertionError(f"{root} was walked")
+
+    monkeypatch.setattr("kdrecipe.stages.prepare.raw_digest", walk)
+    run_recipe(load_recipe(place.recipe), 1, 1, work=place.work, job="features")
+
+
+def test_a_file_that_is_gone_from_a_result_of_very_many(place, capsys, monkeypatch):
+    monkeypatch.setattr("kdrecipe.artifacts.MANY_FILES", 1)
+    monkeypatch.setattr("kdrecipe.artifacts._LARGE_FOLDER", 1)
+    run_recipe(load_recipe(place.recipe), 1, 1, work=place.work, force=True)
+    assert "would run" not in place.would_run(capsys)
+    next((place.work / "features" / "storage" / "train").rglob("*.npy")).unlink()
+    assert "would run: files in storage/train/000/ are missing or damaged" in place.would_run(capsys)
+
+
 def cut_short(place: Place) -> None:
     for path in place.wavs():
         path.write_bytes(path.read_bytes()[:-2000])
