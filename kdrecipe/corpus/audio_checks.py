@@ -194,9 +194,11 @@ def _check_utterance(sup: Any, channels: dict[int, tuple[Sound, int]], where: st
         what = f"{sup.id}: {', '.join(map(str, chosen))}"
         return [DataProblem(what, where, kind="several_channels", id=sup.id)]
     sound, row = channels[chosen[0]]
-    at = slice(max(0, round(sup.start / FRAME_S)), round(sup.end / FRAME_S) + 1)
+    if sup.start < 0 or sup.duration <= 0 or sup.end > sound.duration_s + 2 * LENGTH_S:
+        return []
+    at = slice(round(sup.start / FRAME_S), round(sup.end / FRAME_S) + 1)
     low_T, high_T, full_T = sound.low_CT[row, at], sound.high_CT[row, at], sound.full_CT[row, at]
-    if sup.start < 0 or sup.duration <= 0 or len(low_T) == 0 or sup.end > sound.duration_s + 2 * LENGTH_S:
+    if len(low_T) == 0:
         return []
     low, high = float(low_T.min()), float(high_T.max())
     is_click = sup.duration < SHORTEST_S  # nothing is heard in it, however loud it is

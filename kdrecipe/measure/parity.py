@@ -136,7 +136,8 @@ def check_parity(
         "num_words": own.length,
         "bundle": {"wer": own.rate, "deletions": own.deletions / max(1, own.length)},
     }
-    strain = Strain(bundle.model, head, utterances, bundle.meta["features"])
+    spoken = [found.tokens for found in own_references]
+    strain = Strain(bundle.model, head, utterances, bundle.meta["features"], spoken)
     in_floats = own_references, strain.expected
     if any(hasattr(m, "to_float") for m in bundle.model.modules()):
         model = float_copy(bundle.model)

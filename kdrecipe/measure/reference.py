@@ -58,6 +58,14 @@ def reference(model: Any, head: str, features_TF: np.ndarray, path: Sequence[int
     return Reference(taken, log_probs_MV.numpy(), tokens)
 
 
+@torch.no_grad()
+def along(model: Any, head: str, features_TF: np.ndarray, path: Sequence[int]) -> Reference:
+    """As :func:`reference` along ``path``, whose tokens are those of the result: nothing is searched."""
+    out = model.encode(torch.from_numpy(features_TF)[None], torch.tensor([len(features_TF)]))
+    taken, log_probs_MV = PATHS[head](model.heads[head], out, [], path)
+    return Reference(taken, log_probs_MV.numpy(), list(path))
+
+
 Path = Sequence[int] | None  # None: the own one
 
 

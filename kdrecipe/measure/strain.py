@@ -13,10 +13,11 @@ import numpy as np
 from kdrecipe.corpus.audio import Utterance
 from kdrecipe.data.features import extract
 from kdrecipe.interfaces import SAMPLE_RATE, Runner
-from kdrecipe.measure.reference import Reference, reference
+from kdrecipe.measure.reference import Reference, along, reference
 
 LENGTHS_S = (5, 20, 40)
 CLICK = "click"
+TOKENS_PER_S = 4.0  # that are looked at
 
 
 def strained(utterances: Sequence[Utterance]) -> dict[str, np.ndarray]:
@@ -37,17 +38,31 @@ class Strain:
         head: of it.
         utterances: some.
         features: description of the features.
+        spoken: tokens of each utterance. A decoder is compared along these in a row: one that finds no end,
+            as after little training, would say a token per frame, each slower than the one before.
     """
 
     def __init__(
-        self, model: Any, head: str, utterances: Sequence[Utterance], features: Mapping[str, Any]
+        self,
+        model: Any,
+        head: str,
+        utterances: Sequence[Utterance],
+        features: Mapping[str, Any],
+        spoken: Sequence[Sequence[int]],
     ) -> None:
         samples = strained(utterances)
         self.features = {name: extract(x, SAMPLE_RATE, dict(features)) for name, x in samples.items()}
+        row = [token for tokens in spoken for token in tokens]
+        self._paths = {
+            name: np.resize(row, round(TOKENS_PER_S * len(x) / SAMPLE_RATE)).tolist() if row else []
+            for name, x in samples.items()
+        }
         self.expected = self.by(model, head)
 
     def by(self, model: Any, head: str) -> dict[str, Reference]:
         """What another model says."""
+        if head == "attention":
+            return {name: along(model, head, x, self._paths[name]) for name, x in self.features.items()}
         return {name: reference(model, head, x) for name, x in self.features.items()}
 
     def compare(self, runner: Runner, expected: Mapping[str, Reference]) -> dict[str, dict[str, float]]:

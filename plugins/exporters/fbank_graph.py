@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kdrecipe.data.features import make_extractor
 
 N1, N2 = 16, 32
+BLOCK = 20  # mel bands whose frequencies lie in one matrix: one for all bands would be mostly zeros
 K2 = 17  # rows of the second product that hold the 257 frequencies up to half the sampling rate
 
 
@@ -27,7 +28,6 @@ class FbankGraph(nn.Module):
     """
 
     window_N: Tensor
-    filters_KF: Tensor
     first: Tensor
     between: Tensor
     second: Tensor
@@ -41,10 +41,11 @@ class FbankGraph(nn.Module):
         self.floor = float(layers._eps)
         assert layers.fft_length == N1 * N2
         self.register_buffer("window_N", layers.wav2win._window.detach().clone())
-        filters_KF = layers._fb.detach()
-        self.register_buffer(
-            "filters_KF", nn.functional.pad(filters_KF, (0, 0, 0, N1 * K2 - len(filters_KF)))
-        )
+        self.starts: list[int] = []
+        for number, filters_Kf in enumerate(layers._fb.detach().split(BLOCK, dim=1)):
+            heard_K = filters_Kf.sum(1).nonzero()[:, 0]
+            self.starts.append(int(heard_K[0]))
+            self.register_buffer(f"bands{number}", filters_Kf[heard_K[0] : heard_K[-1] + 1].clone())
         self.register_buffer("first", _waves(N1, N1))
         self.register_buffer("between", _waves(N1, N2, N1 * N2))
         self.register_buffer("second", _waves(N2, K2))
@@ -55,7 +56,9 @@ class FbankGraph(nn.Module):
         before_TN = torch.cat([frames_TN[:, :1], frames_TN[:, :-1]], dim=1)
         frames_TN = (frames_TN - self.preemphasis * before_TN) * self.window_N
         power_TK = self._power(nn.functional.pad(frames_TN, (0, N1 * N2 - self.size)))
-        return ((power_TK @ self.filters_KF).clamp(min=self.floor).log()[None],)
+        bands = [self.get_buffer(f"bands{number}") for number in range(len(self.starts))]
+        parts = [power_TK[:, k : k + len(x)] @ x for k, x in zip(self.starts, bands, strict=True)]
+        return (torch.cat(parts, dim=1).clamp(min=self.floor).log()[None],)
 
     def _frames(self, samples_S: Tensor) -> Tensor:
         """(T, 400); what is missing before and after the audio is mirrored."""

@@ -18,14 +18,14 @@ holds any such model. What it fixes, and how the files meet it:
   changed places.
 * The first token comes from a file of its own, which would hold the decoder a second time. That file
   always says V, which is no token and has no text, and which the decoder reads as the sentence's start.
-* It stops after 0.144 tokens per frame of the encoder's output. The output is reshaped to seven times as
-  many frames: a token per frame, as in greedy search elsewhere.
+* It stops after 0.144 tokens per frame of the encoder's output, the one that begins a sentence included. The
+  output has seven times as many frames, and one more: a token per frame, as in greedy search elsewhere.
 
 Preprocessor: ``audio`` (1, S) float32 at 16 kHz to ``features`` (1, T, F). Encoder: these, and
-``features_len`` (1,) int32, to ``memory`` (1, 7 T', M H d / 7): cross-attention's keys and values by layer,
-(M, H, T', d), M = 7, 14, ..., the last of them zeros. Decoders: ``token`` (1, 1) and ``seq_len``
-(1,) int32, ``memory`` and ``past``, the keys and values (2, L, 1, H, P, d) of the tokens before, to
-``log_probs`` (1, 1, V + 1) and ``past`` with the new token's.
+``features_len`` (1,) int32, to ``memory`` (1, 7 (T' + 1), M H d / 7): cross-attention's keys and values by
+layer, (M, H, T' + 1, d), M = 7, 14, ..., the last of them and the last frame zeros. Decoders: ``token`` (1,
+1) and ``seq_len`` (1,) int32, ``memory`` and ``past``, the keys and values (2, L, 1, H, P, d) of the tokens
+before, to ``log_probs`` (1, 1, V + 1) and ``past`` with the new token's.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class SherpaAttentionRunner:
         said, past = self._run("uncached_decoder", memory=memory)
         tokens: list[int] = []
         rows: list[np.ndarray] = []
-        limit = memory.shape[1] // SPREAD if path is None else len(path) + 1
+        limit = memory.shape[1] // SPREAD - 1 if path is None else len(path) + 1
         while len(rows) < limit:
             token = np.array([[said.argmax() if not tokens else swapped(tokens[-1])]], np.int32)
             log_probs, past = self._run("cached_decoder", token=token, memory=memory, past=past)
@@ -212,9 +212,10 @@ class Encoder(nn.Module):
         pairs = [x[0] for pair in zip(memory.keys, memory.values, strict=True) for x in pair]
         missing = -len(pairs) % SPREAD
         memory_MHTd = torch.stack([*pairs, *([torch.zeros_like(pairs[0])] * missing)])
+        memory_MHTd = torch.nn.functional.pad(memory_MHTd, (0, 0, 0, 1))
         layer = self.attention.layers[0]
         width = len(memory_MHTd) // SPREAD * layer.num_cross_heads * layer.head_dim
-        return (memory_MHTd.reshape(1, SPREAD * hidden_NTD.shape[1], width),)
+        return (memory_MHTd.reshape(1, SPREAD * (hidden_NTD.shape[1] + 1), width),)
 
 
 class UncachedDecoder(nn.Module):
@@ -225,11 +226,10 @@ class UncachedDecoder(nn.Module):
         self.attention: Any = model.get_submodule("heads.attention")
 
     def forward(self, token: Tensor, memory: Tensor, seq_len: Tensor) -> tuple[Tensor, Tensor]:
-        start_V = torch.nn.functional.one_hot(
-            torch.tensor(self.attention.vocab_size), self.attention.vocab_size + 1
-        )
-        state = self.attention.start(1)
-        return start_V.float()[None, None], _stacked(state)
+        # made of the input, since a constant would be stored
+        one = (token * 0 + 1).float()[None]
+        start = torch.nn.functional.pad(one, (self.attention.vocab_size, 0))
+        return start, _stacked(self.attention.start(1))
 
 
 class CachedDecoder(nn.Module):
@@ -249,7 +249,11 @@ class CachedDecoder(nn.Module):
         pairs = -(-used // SPREAD) * SPREAD
         memory_MNHTd = memory.reshape(pairs, 1, layer.num_cross_heads, -1, layer.head_dim)
         keys, values = memory_MNHTd[0:used:2], memory_MNHTd[1:used:2]
-        cross = SimpleNamespace(keys=keys.unbind(0), values=values.unbind(0), bias_N11T=None)
+        none_T = torch.zeros_like(memory_MNHTd[0, 0, 0, :-1, 0])
+        bias_T = torch.nn.functional.pad(none_T, (0, 1), value=-torch.inf)
+        cross = SimpleNamespace(
+            keys=keys.unbind(0), values=values.unbind(0), bias_N11T=bias_T[None, None, None]
+        )
         state = SimpleNamespace(keys=past[0].unbind(0), values=past[1].unbind(0))
         log_probs_NV, state = self.attention.step(self.ours[token[0].long()], state, cross)
         blank_N1, end_N1, unknown_N1, others = log_probs_NV.split([1, 1, 1, log_probs_NV.shape[1] - 3], dim=1)

@@ -133,7 +133,7 @@ def test_a_quantised_bundle_in_torchscript(small, all_heads, tmp_path):
 
 def test_int8_loses_no_more_on_long_audio_and_with_a_click(trained, exports):
     """Scales per frame: what one frame says does not depend on how many others there are, nor how loud."""
-    strain = Strain(trained.bundle.model, "ctc", trained.utterances, trained.bundle.meta["features"])
+    strain = Strain(trained.bundle.model, "ctc", trained.utterances, trained.bundle.meta["features"], [])
     runner = OnnxCtc(OnnxCtc.Config()).load(exports / "float", "int8")
     kl = {name: figures["kl"] for name, figures in strain.compare(runner, strain.expected).items()}
     assert list(kl) == ["5 s", "20 s", "40 s", "click"]
