@@ -94,7 +94,7 @@ class SlurmJobs:
             raise KdrecipeError(
                 f"Slurm does not take jobs: {error}",
                 where="--executor slurm",
-                remedy="correct partition, account, time_min or what it names; the same command goes on",
+                remedy="correct partition, account, time_min or what it names; the same command resumes",
             ) from error
         self.running |= {name: job for (name, _), job in zip(self._ready, jobs, strict=True)}
         self._ready.clear()

@@ -80,14 +80,14 @@ def run(recipe: Recipe, layout: Layout, system: System, seed: int, out: Path) ->
     assert system.parent is not None
     registry = recipe.plugins.registry
     parent = Bundle.load(layout.system(system.parent, recipe.seed_of(system.parent, seed)), registry)
-    session, context = _session(recipe, layout, system, seed)
-    scales = _Scales(recipe, layout, system, parent) if system.budget else None
     if system.budget and system.budget.measure == "rtf" and is_several():
         raise KdrecipeError(
             "a budget of time is measured, and processes that train together would each find their own",
             where=system.name,
             remedy="run stage 6 without --nproc",
         )
+    session, context = _session(recipe, layout, system, seed)
+    scales = _Scales(recipe, layout, system, parent) if system.budget else None
     found = scales.meet(context) if scales else None
     steps = scales.steps(found.strength) if scales and found else system.steps
     results: list[TrainResult] = []

@@ -19,6 +19,24 @@ def part_paths(parts: Sequence[str]) -> list[str]:
     return [part if part == ENCODER else f"heads.{part}" for part in parts]
 
 
+def cut_out(
+    model: nn.Module, groups: Sequence[UnitGroup], keep: Sequence[Tensor]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Cut all units but those of ``keep`` out of the model.
+
+    Returns:
+        Units left, by group; and for a report, the share of each kind that is left (``heads_kept``).
+    """
+    for group, units in zip(groups, keep, strict=True):
+        cut(model, group, units)
+    left = {group.name: len(units) for group, units in zip(groups, keep, strict=True)}
+    kept: dict[str, float] = {}
+    for kind in dict.fromkeys(group.kind for group in groups):
+        mine = [group for group in groups if group.kind == kind]
+        kept[f"{kind}_kept"] = sum(left[g.name] for g in mine) / sum(g.size for g in mine)
+    return left, kept
+
+
 def floors(groups: Sequence[UnitGroup], at_least: float) -> list[int]:
     """Units of each group that stay in any case: this share, and one."""
     return [max(1, math.ceil(at_least * group.size)) for group in groups]

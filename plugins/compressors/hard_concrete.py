@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from kdrecipe import hookimpl
 from kdrecipe.errors import KdrecipeError
 from kdrecipe.interfaces import CompressContext, Options, Part, UnitGroup, UnitKind
-from kdrecipe.structure import ENCODER, Sizes, cut, to_positions, unit_groups
+from kdrecipe.structure import ENCODER, Sizes, to_positions, unit_groups
 
-from .choosing import fitting, floors, part_paths, shaped
+from .choosing import cut_out, fitting, floors, part_paths, shaped
 from .scores import unit_scores
 
 STEEPNESS = 2 / 3  # beta, gamma and zeta of the paper
@@ -182,19 +182,15 @@ class HardConcrete:
         for hook in self._hooks:
             hook.remove()
         delattr(model, NAME)
-        for group, units in zip(self._groups, keep, strict=True):
-            cut(model, group, units)
-        left = {group.name: len(units) for group, units in zip(self._groups, keep, strict=True)}
+        left, kept = cut_out(model, self._groups, keep)
         params = self._sizes([left[group.name] for group in self._groups])
         self._state = {"units": left}
         self._report = {
             "pruned_share": 1 - params / self._before,
             "learnt_share": float(gates.removed_share),
             "params": float(params),
+            **kept,
         }
-        for kind in dict.fromkeys(group.kind for group in self._groups):
-            mine = [group for group in self._groups if group.kind == kind]
-            self._report[f"{kind}_kept"] = sum(left[g.name] for g in mine) / sum(g.size for g in mine)
         return model
 
     def state(self) -> dict[str, Any]:

@@ -12,13 +12,11 @@ from kdrecipe.errors import Problem
 from kdrecipe.interfaces import CompressContext
 
 from .integer_layers import QMAX, QMAX_REDUCED
-from .quantising import LayerOptions, Layers, last_step
+from .quantising import LayerOptions, Quantiser, last_step
 
 
-class Int8Dynamic:
+class Int8Dynamic(Quantiser):
     """Linear layers compute in integers; convolutions, LSTMs and embeddings are stored in 8 bits."""
-
-    num_epochs = 0
 
     class Config(LayerOptions):
         """Options; the others are those of :class:`LayerOptions`.
@@ -32,8 +30,7 @@ class Int8Dynamic:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._layers = Layers("int8_dynamic", config, "int8")
-        self._report: dict[str, float] = {}
+        super().__init__("int8_dynamic", config, "int8")
 
     def apply(self, model: nn.Module, context: CompressContext) -> nn.Module:
         """Quantise in place.
@@ -46,27 +43,6 @@ class Int8Dynamic:
         self._layers.replace(model, lambda name, linear, kind: self._layers.rounded(linear, kind, qmax=qmax))
         self._report = self._layers.report(model)
         return model
-
-    def on_step(self, model: nn.Module, step: int, num_steps: int) -> None:
-        """Nothing: it needs no training."""
-
-    def finish(self, model: nn.Module) -> nn.Module:
-        return model
-
-    def rebuild(self, model: nn.Module) -> nn.Module:
-        """Put empty layers where ``apply`` puts filled ones."""
-        return self._layers.rebuild(model)
-
-    def state(self) -> dict[str, Any]:
-        """What each layer became."""
-        return self._layers.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self._layers.load_state(state)
-
-    def report(self) -> dict[str, float]:
-        """See :meth:`Layers.report`."""
-        return self._report
 
 
 @hookimpl

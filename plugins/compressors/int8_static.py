@@ -15,16 +15,14 @@ from kdrecipe.interfaces import CompressContext
 
 from .calibration import Inputs, affine_range, observe, smoothing
 from .integer_layers import StaticInt8Linear
-from .quantising import LayerOptions, Layers, last_step
+from .quantising import LayerOptions, Quantiser, last_step
 
 
-class Int8Static:
+class Int8Static(Quantiser):
     """Linear layers compute in integers by calibrated scales; other weights are stored in 8 bits.
 
     A layer that calibration does not reach has scales per frame, as of ``int8_dynamic``.
     """
-
-    num_epochs = 0
 
     class Config(LayerOptions):
         """Options; the others are those of :class:`LayerOptions`.
@@ -40,12 +38,11 @@ class Int8Static:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._layers = Layers("int8_static", config, "int8_static")
-        self._report: dict[str, float] = {}
+        super().__init__("int8_static", config, "int8_static")
 
     @torch.no_grad()
     def apply(self, model: nn.Module, context: CompressContext) -> nn.Module:
-        """Calibrate, then quantise in place.
+        """Calibrate, then quantise in place; reports also ``not_calibrated``, layers that were not reached.
 
         Raises:
             KdrecipeError: there is no utterance, or no linear layer (left) to quantise.
@@ -65,27 +62,6 @@ class Int8Static:
         unreached = sum(name not in seen for name in static)
         self._report = {**self._layers.report(model), "not_calibrated": float(unreached)}
         return model
-
-    def on_step(self, model: nn.Module, step: int, num_steps: int) -> None:
-        """Nothing: it needs no training."""
-
-    def finish(self, model: nn.Module) -> nn.Module:
-        return model
-
-    def rebuild(self, model: nn.Module) -> nn.Module:
-        """Put empty layers where ``apply`` puts filled ones."""
-        return self._layers.rebuild(model)
-
-    def state(self) -> dict[str, Any]:
-        """What each layer became."""
-        return self._layers.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self._layers.load_state(state)
-
-    def report(self) -> dict[str, float]:
-        """See :meth:`Layers.report`, and ``not_calibrated``: layers that calibration did not reach."""
-        return self._report
 
 
 def calibrated(linear: nn.Linear, inputs: Inputs, *, smooth: float, clip: bool) -> StaticInt8Linear:

@@ -30,7 +30,7 @@ from .integer_layers import (
     rows_to_int8,
 )
 from .onnx_ops import FRAME_STEP
-from .quantising import LayerOptions, Layers, last_step, set_submodule
+from .quantising import LayerOptions, Quantiser, last_step, set_submodule
 
 MASK = "zero_mask"  # a buffer of the layers that were pruned before
 
@@ -115,7 +115,7 @@ class FakeQuantLinear(nn.Module):
         return new
 
 
-class Qat:
+class Qat(Quantiser):
     """Train with rounded linear layers, then make them integers; other weights are stored in 8 bits."""
 
     tiny_options: ClassVar[dict[str, int]] = {"epochs": 1}
@@ -134,9 +134,8 @@ class Qat:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        super().__init__("qat", config, config.format)
         self.num_epochs = config.epochs
-        self._layers = Layers("qat", config, config.format)
-        self._report: dict[str, float] = {}
 
     def apply(self, model: nn.Module, context: CompressContext) -> nn.Module:
         """Put rounding layers in the place of linear ones; static scales are calibrated here and stay.
@@ -177,21 +176,6 @@ class Qat:
         self._layers.replace(model, lambda name, fake, kind: fake.integer())  # type: ignore[operator]
         self._report = self._layers.report(model)
         return model
-
-    def rebuild(self, model: nn.Module) -> nn.Module:
-        """Put empty layers where ``finish`` puts filled ones."""
-        return self._layers.rebuild(model)
-
-    def state(self) -> dict[str, Any]:
-        """What each layer became."""
-        return self._layers.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self._layers.load_state(state)
-
-    def report(self) -> dict[str, float]:
-        """See :meth:`Layers.report`."""
-        return self._report
 
 
 @hookimpl

@@ -144,6 +144,45 @@ class Layers:
         return {**found, "times_smaller": before / now}
 
 
+class Quantiser:
+    """A compressor that makes integers of layers; a subclass has ``apply``, which fills ``_report``, too.
+
+    Args:
+        name: of the compressor.
+        config: its options.
+        linear: what linear layers become, a key of :data:`LINEARS`.
+    """
+
+    num_epochs = 0
+
+    def __init__(self, name: str, config: LayerOptions, linear: str) -> None:
+        self._layers = Layers(name, config, linear)
+        self._report: dict[str, float] = {}
+
+    def on_step(self, model: nn.Module, step: int, num_steps: int) -> None:
+        """Nothing: it needs no training."""
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Nothing: ``apply`` did it."""
+        return model
+
+    def rebuild(self, model: nn.Module) -> nn.Module:
+        """Put empty layers where filled ones were put."""
+        return self._layers.rebuild(model)
+
+    def state(self) -> dict[str, Any]:
+        """What each layer became."""
+        return self._layers.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """For :meth:`rebuild`."""
+        self._layers.load_state(state)
+
+    def report(self) -> dict[str, float]:
+        """See :meth:`Layers.report`."""
+        return self._report
+
+
 def _is_layer(module: nn.Module) -> bool:
     # Only the classes themselves: a subclass is one because something reads its weights directly.
     if isinstance(module, nn.LSTM) and not StoredLstm.suits(module):

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from kdrecipe import hookimpl
 from kdrecipe.errors import KdrecipeError, Problem
 from kdrecipe.interfaces import CompressContext, Options, UnitGroup, UnitKind
-from kdrecipe.structure import ENCODER, Sizes, cut, drop_layers, layers_of, unit_groups
+from kdrecipe.structure import ENCODER, Sizes, drop_layers, layers_of, unit_groups
 
-from .choosing import fitting, floors, part_paths, shaped
+from .choosing import cut_out, fitting, floors, part_paths, shaped
 from .scores import Score, layer_influence, unit_scores
 
 DEFAULT_KINDS: tuple[UnitKind, ...] = ("heads", "units", "channels")
@@ -85,17 +85,11 @@ class StructuredPrune:
         groups = self._groups(model)
         goal = math.ceil((1 - self.config.share) * before)
         keep = self._chosen(model, groups, paths, goal, context)
-        for group, units in zip(groups, keep, strict=True):
-            cut(model, group, units)
-        left = {group.name: len(units) for group, units in zip(groups, keep, strict=True)}
+        left, kept = cut_out(model, groups, keep)
         self._state = {"layers": len(kept_layers), "units": left}
         params = Sizes(model, [], paths)([])
-        self._report = {"pruned_share": 1 - params / before, "params": float(params)}
-        if kept_layers:
-            self._report["layers_kept"] = float(len(kept_layers))
-        for kind in dict.fromkeys(group.kind for group in groups):
-            mine = [group for group in groups if group.kind == kind]
-            self._report[f"{kind}_kept"] = sum(left[g.name] for g in mine) / sum(g.size for g in mine)
+        layers = {"layers_kept": float(len(kept_layers))} if kept_layers else {}
+        self._report = {"pruned_share": 1 - params / before, "params": float(params), **layers, **kept}
         return model
 
     def on_step(self, model: nn.Module, step: int, num_steps: int) -> None:
