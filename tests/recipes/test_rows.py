@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kdrecipe.measure.conditions import CONDITIONS
 from kdrecipe.testing.corpus import make_corpus
 from kdrecipe_plugins.exporters.attention_runtime import Recogniser
 from kdrecipe_plugins.exporters.onnx_transducer import OnnxTransducerRunner
+from kdrecipe_plugins.exporters.sherpa_attention import SherpaAttention
 from kdrecipe_plugins.metrics.wer import TextOptions, Wer
 
 HEADS = """
@@ -164,6 +166,31 @@ def test_the_time_beside_it_is_of_that_search_on_all_utterances(work, name):
     ending = ".int8.onnx" if variant == "int8" else ".onnx"
     files = [f for f in exports.glob(f"*{ending}") if variant == "int8" or ".int8" not in f.name]
     assert system["size_mb"] == pytest.approx(sum(f.stat().st_size for f in files) / 1e6)
+
+
+def test_greedy_rows_of_attention_are_measured_in_sherpa_onnx(work, tmp_path):
+    place = Work(shutil.copytree(work.dir, tmp_path / "work"))
+    options = ("--work", place.dir, "--jobs", "1", "--set", "decode.decoders.joint=null")
+    corpus = work.dir.parent / "corpus"
+    done = kdrecipe("run", work.dir.parent / "heads", *options, CORPUS_ROOT=corpus)
+    assert done.status == 0, done.said
+    assert "stage 7 export: 5 jobs up to date" in done.out
+    for name, variant in (("attention", "fp32"), ("attention_int8", "int8")):
+        exports = place.dir / "exports" / name / "seed1" / "sherpa_attention"
+        system = place.system(name)
+        search = system["search"]
+        assert [search[key] for key in ("runs_in", "name", "variant")] == [
+            "sherpa-onnx",
+            "greedy_search",
+            variant,
+        ]
+        files = [exports / file for file in SherpaAttention.files[variant].values()]
+        assert system["size_mb"] == pytest.approx(sum(f.stat().st_size for f in files) / 1e6)
+        runner = SherpaAttention(SherpaAttention.Config()).load(exports, variant)
+        audio = {i: soundfile.read(path, dtype="float32") for i, path in place.audio("test").items()}
+        said = {row["id"]: row["hyp"] for row in place.hyps(name)}
+        assert said == {i: runner.transcribe(*sound).text for i, sound in audio.items()}
+        assert any(said.values())
 
 
 @pytest.mark.parametrize("name", IN_TORCH)
